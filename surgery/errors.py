@@ -1,0 +1,47 @@
+"""Every error of the library, so that one `except SurgeryError` catches them all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(ValueError):
+    """Base of all errors raised here. Raised before anything is changed, unless it says otherwise."""
+
+
+class OptionError(SurgeryError):
+    """An unknown pass, an unknown option, or a value that an option cannot take."""
+
+
+class TargetError(SurgeryError):
+    """A target that matches nothing, or nothing that the pass could train."""
+
+
+class ModelError(SurgeryError):
+    """A model that cannot be operated on: no parameters, on meta, already wrapped, already changed."""
+
+
+class ConflictError(SurgeryError):
+    """Two passes that claim one weight."""
+
+
+class CaptureError(SurgeryError):
+    """A rewrite that was not reached, or that was lost to Dynamo's recompile limit."""
+
+
+class OptimizerError(SurgeryError):
+    """An optimizer that cannot train what the passes want trained."""
+
+
+def near_misses(word: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ' Did you mean a, b?' for the nearest of `known`, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(map(repr, found))}?" if found else ""
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Join names for a message, the first `most` of them."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,80 @@
+"""What a pass would do, without doing it: works on the meta device, runs no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from surgery.coordinates import Piece
+from surgery.errors import ModelError
+from surgery.memory import Bytes, Report, loss_of
+from surgery.registry import resolve
+
+
+def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options: Any) -> Report:
+    """Predict the table of `report` for passes that are not applied; changes nothing.
+
+    model: may be on the meta device. batch: keyword arguments of its forward, with labels, on any
+    device, or None to leave the activations out. Parameters, gradients and Adam's state are exact;
+    activations are the distinct storages that eager autograd would save, with the first round's
+    weights trained. Raises OptionError, TargetError, ModelError as `apply` does.
+    """
+    chosen = resolve(spec, options)
+    if not list(model.parameters()):
+        raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
+    methods = [entry.start(model) for entry in chosen]
+    pieces: list[Piece] = [piece for method in methods for piece in method.pieces]
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    now = dict.fromkeys(flags, False) | {p.weight: True for p in pieces if p.active}
+    now = now if pieces else flags
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    total = sum(sizes.values())
+    dense = sum(size for name, size in sizes.items() if flags[name])
+    live = sum(p.numel * p.parameter.element_size() for p in pieces if p.active)
+    live = live if pieces else dense
+    saved = (None, None)
+    if batch is not None:
+        saved = (_saved(model, batch, flags), _saved(model, batch, now))
+    lines = [("plan", "nothing was changed")]
+    for entry, method in zip(chosen, methods, strict=True):
+        lines += [("pass", repr(entry)), *method.lines()]
+    return Report(
+        title=f"plan for {type(model).__name__}",
+        lines=tuple(lines),
+        before=Bytes(parameters=total, gradients=dense, optimizer=2 * dense, activations=saved[0]),
+        after=Bytes(parameters=total, gradients=live, optimizer=2 * live, activations=saved[1]),
+        measured=False,
+    )
+
+
+def _saved(model: nn.Module, batch: Mapping[str, Any], flags: Mapping[str, bool]) -> int:
+    """Return the bytes that autograd saves in one forward, found out on the meta device."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        twin = torch.empty_like(parameter, device="meta")
+        tensors[name] = twin.requires_grad_(flags[name])
+    for name, buffer in model.named_buffers():
+        tensors[name] = torch.empty_like(buffer, device="meta")
+    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch.items()}
+    free = {t.untyped_storage()._cdata for t in [*tensors.values(), *inputs.values()] if _is(t)}
+    held: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in free:
+            held[storage._cdata] = storage  # kept, so that the address is not used again
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(functional_call(model, tensors, kwargs=inputs))
+    del loss
+    return sum(storage.nbytes() for storage in held.values())
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
