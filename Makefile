@@ -25,7 +25,7 @@ $(VENV)/.wheels: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.wheels
-	$(BIN)/python examples/finetune.py
+	$(BIN)/python -m examples.finetune
 
 test: $(VENV)/.wheels
 	$(BIN)/python -m pytest
@@ -39,8 +39,8 @@ types: $(VENV)/.base
 
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.sampling
 
 docs: $(VENV)/.base
 	$(PIP) install -e ".[docs]" -c constraints.txt

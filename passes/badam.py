@@ -1,8 +1,8 @@
 """BAdam: block coordinate descent with Adam inside. arXiv 2404.02827 (NeurIPS 2024).
 
-Partition the parameters into D blocks, here the transformer blocks; train one block for K steps with
-Adam, moments starting at 0 and cleared at the switch; go on to the next. Embeddings, final norm and
-head are frozen.
+Partition the parameters into D blocks (the transformer blocks); train one block for K steps
+with Adam, moments starting at 0 and cleared at the switch; go on to the next. Embeddings, final
+norm and head are frozen.
 """
 
 from __future__ import annotations

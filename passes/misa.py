@@ -1,7 +1,7 @@
 """MISA: module-wise importance sampling. arXiv 2511.00056 (NeurIPS 2025).
 
-In round n train a set of modules (matrices) S_n with |S_n| <= budget * |all parameters| for T steps,
-everything else frozen. After the round, for each b in S_n, with g the gradient of module b:
+In round n train a set of modules (matrices) S_n with |S_n| <= budget * |all parameters| for T
+steps, everything else frozen. After the round, for each b in S_n, with g the gradient of module b:
 
     G_b <- beta G_b + (1 - beta) mean_t ||g_t||^2 / numel(b)         (the score, a moving average)
     p_b = exp(eta G_b) / sum_j exp(eta G_j)                          (the next round's distribution)

@@ -1,10 +1,9 @@
-"""Memory-efficient training by model surgery: `surgery.apply(model, "misa")`, then any plain loop."""
+"""Memory-efficient training by model surgery: `surgery.apply(model, "misa")`, then any loop."""
 
 import warnings as _warnings
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from surgery import clock as _clock  # registers the optimizer hooks
 from surgery.api import apply as apply
 from surgery.api import coordinates as coordinates
 from surgery.api import remove as remove
@@ -32,8 +31,8 @@ def _warn_of_namesake() -> None:
     except _PackageNotFoundError:
         return
     _warnings.warn(
-        f"the distribution 'surgery' {other} (a media metadata tool, not this library) is installed "
-        "too and writes into the same folder. Remove it and reinstall this one: "
+        f"the distribution 'surgery' {other} (a media metadata tool, not this library) is "
+        "installed too and writes into the same folder. Remove it and reinstall this one: "
         "pip uninstall surgery && pip install --force-reinstall --no-deps model-surgery",
         RuntimeWarning,
         stacklevel=3,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from surgery import memory
+from surgery import clock, memory
 from surgery.capture import Dispatch
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
 from surgery.errors import ConflictError, ModelError, OptimizerError
@@ -96,7 +96,7 @@ def step(model: nn.Module, optimizer: Any) -> None:
     `optimizer.step()`. Raises ModelError if nothing was applied, OptimizerError if the optimizer
     has no such attributes or lacks coordinates.
     """
-    surgery = _demand(model)
+    _demand(model)
     if isinstance(optimizer, Optimizer):
         optimizer.step()
         return
@@ -105,9 +105,9 @@ def step(model: nn.Module, optimizer: Any) -> None:
             f"{type(optimizer).__name__} has no param_groups and state, so the state of weights "
             "that leave could not be freed."
         )
-    surgery.before_step(optimizer, 1.0)
+    clock.before_step(optimizer)
     optimizer.step()
-    surgery.after_step(optimizer)
+    clock.after_step(optimizer)
 
 
 def _demand(model: nn.Module) -> Surgery:
@@ -127,8 +127,8 @@ def _check_model(model: nn.Module) -> None:
     if present is not None:
         names = ", ".join(options.name for options in present.passes)
         raise ModelError(
-            f"surgery was applied to this {type(model).__name__} already ({names}). Give all passes "
-            "in one list, or call surgery.remove(model) first."
+            f"surgery was applied to this {type(model).__name__} already ({names}). Give all "
+            "passes in one list, or call surgery.remove(model) first."
         )
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise ModelError(

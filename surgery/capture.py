@@ -1,8 +1,8 @@
 """The way into the graph: a model's training forward, captured by Dynamo, rewritten, run eagerly.
 
 `Dispatch` stands in the place of `model.forward`. Without gradients it calls the model's own
-forward; with gradients, the captured one. Everything downstream (fx passes, nodes) is ours; only the
-front end is `torch.compile(backend=...)`.
+forward; with gradients, the captured one. Everything downstream (fx passes, nodes) is ours; only
+the front end is `torch.compile(backend=...)`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from surgery import nodes
 from surgery.errors import CaptureError, listed
+from surgery.simplify import simplify
 
 if TYPE_CHECKING:
     from surgery.state import Surgery
@@ -61,17 +62,10 @@ class Dispatch:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
         self.surgery.bind()
-        if self._captured is None:
-            self._captured = torch.compile(
-                self.plain,
-                backend=_backend(self.surgery),
-                dynamic=True,
-                recompile_limit=STRUCTURES,
-                isolate_recompiles=True,
-            )
+        captured = self._captured or self._capture()
         try:
             with torch._dynamo.config.patch(_DYNAMO):
-                output = self._captured(*args, **kwargs)
+                output = captured(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} was captured {STRUCTURES} times for "
@@ -81,6 +75,17 @@ class Dispatch:
             ) from error
         self.surgery.check_reached()
         return output
+
+    def _capture(self) -> Callable[..., Any]:
+        captured: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
+            self.plain,
+            backend=_backend(self.surgery),
+            dynamic=True,
+            recompile_limit=STRUCTURES,
+            isolate_recompiles=True,
+        )
+        self._captured = captured
+        return captured
 
 
 def _backend(surgery: Surgery) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
@@ -106,11 +111,12 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         if isinstance(value, nn.Parameter)
     }
     _gate_reads(graph, list(reads))
-    for body in [graph, *(m for m in graph.modules() if isinstance(m, GraphModule))]:
-        _restore_checkpoints(body)
     if surgery.inputs_frozen:
         _drop_input_requires_grad(graph)
-    graph.recompile()
+    for body in [m for m in graph.modules() if isinstance(m, GraphModule)]:
+        _restore_checkpoints(body)
+        simplify(body)
+        body.recompile()
 
 
 def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
@@ -125,7 +131,6 @@ def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
 def _restore_checkpoints(graph: GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
         node.target = nodes.checkpointed
-    graph.recompile()
 
 
 def _drop_input_requires_grad(graph: GraphModule) -> None:

@@ -45,7 +45,8 @@ class Piece:
     parameter: nn.Parameter
     active: bool = False
     watched: bool = False  # whether a pass wants the norm of its gradient
-    norm: Tensor | None = None  # of the gradient as it stood after the last backward
+    norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
+    version: int = -1  # of the gradient when `norm` was taken: clipping and unscaling raise it
 
     @property
     def name(self) -> str:
@@ -84,13 +85,13 @@ class Site:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"weight": lambda: None}
 
-    @property
-    def whole(self) -> bool:
-        return self.pieces[0].index is None
+    def __post_init__(self) -> None:
+        self.key = self.name.rpartition(".")[2]
+        self.whole = self.pieces[0].index is None
 
     def current(self) -> nn.Parameter:
-        """The parameter that the model holds under this name now."""
-        return self.owner._parameters[self.name.rpartition(".")[2]]  # type: ignore[return-value]
+        """Return the parameter that the model holds under this name now."""
+        return self.owner.get_parameter(self.key)
 
     def in_place(self) -> bool:
         """Whether the weight is the object that was bound, and the blocks still view its storage.
@@ -98,10 +99,10 @@ class Site:
         `model.to(...)` moves a weight and its blocks apart; `load_state_dict(assign=True)` replaces
         the object.
         """
-        weight = self.current()
-        return self.weight() is weight and (
-            self.whole or all(_views(piece, weight) for piece in self.pieces)
-        )
+        weight = self.owner._parameters[self.key]
+        if self.weight() is not weight:
+            return False
+        return self.whole or all(_views(piece, weight) for piece in self.pieces)
 
     def bind(self) -> None:
         """Register the weight for `nodes.gate` and let the blocks view it (again)."""
@@ -126,7 +127,9 @@ def site_of(weight: Tensor) -> Site | None:
     return None if reference is None else reference()
 
 
-def _views(piece: Piece, weight: Tensor) -> bool:
+def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
+    if weight is None:
+        return False
     block, part = piece.parameter, weight.detach()[piece.index]
     return block.data_ptr() == part.data_ptr() and block.dtype == part.dtype
 

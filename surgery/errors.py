@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class SurgeryError(ValueError):
-    """Base of all errors raised here. Raised before anything is changed, unless it says otherwise."""
+    """Base of all errors raised here; raised before anything is changed."""
 
 
 class OptionError(SurgeryError):
@@ -19,7 +19,7 @@ class TargetError(SurgeryError):
 
 
 class ModelError(SurgeryError):
-    """A model that cannot be operated on: no parameters, on meta, already wrapped, already changed."""
+    """A model that cannot be operated on: no parameters, on meta, wrapped, or changed before."""
 
 
 class ConflictError(SurgeryError):

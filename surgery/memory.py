@@ -94,7 +94,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the loss of a model's output: `.loss`, the tensor itself, or the sum of what it holds."""
+    """Return the loss of an output: `.loss`, the tensor itself, or the sum of what it holds."""
     loss = getattr(output, "loss", None)
     if loss is not None:
         return loss

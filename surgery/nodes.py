@@ -20,8 +20,8 @@ from surgery.coordinates import Index, site_of
 def gate(weight: Tensor) -> Tensor:
     """Return the weight as the graph shall read it now.
 
-    A weight that is trained whole: itself. One that is not being trained: detached, so that autograd
-    saves nothing for it. One trained in blocks: attached to its active blocks.
+    A weight that is trained whole: itself. One that is not being trained: detached, so that
+    autograd saves nothing for it. One trained in blocks: attached to its active blocks.
     """
     site = site_of(weight)
     if site is None:

@@ -1,4 +1,4 @@
-"""Everything that one `surgery.apply` keeps: plain Python state beside the model, none inside it."""
+"""Everything that one `surgery.apply` keeps: plain Python state beside the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Method(Protocol):
     pieces: Sequence[Piece]  # every coordinate that may ever be trained; empty for exact rewrites
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise OptimizerError if this optimizer cannot serve the pass. Called before its first step."""
+        """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""
 
     def after_step(self, surgery: Surgery) -> None:
         """Do what is due after an optimizer step; `surgery.step` steps have been made."""
@@ -55,11 +55,15 @@ class Surgery:
     optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     stepped: set[int] = field(default_factory=set)
     refused: bool = False  # the step under way was skipped
+    measuring: bool = False  # norms will be taken when the backward under way ends
     handles: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"optimizers": weakref.WeakSet(), "stepped": set(), "handles": []}
-        return self.__dict__ | fresh | {"reached": False, "captures": 0}
+        fresh = {"stepped": set(), "handles": [], "reached": False, "captures": 0}
+        return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"optimizers": weakref.WeakSet()}
 
     @property
     def pieces(self) -> list[Piece]:
@@ -69,13 +73,14 @@ class Surgery:
 
     def bind(self) -> None:
         """Make sites and hooks point at the model's present parameters; cheap when they do."""
-        if self.handles and all(site.in_place() for site in self.sites):
+        self.measuring = False
+        if self in LIVE and all(site.in_place() for site in self.sites):
             return
         self.release()
         for site in self.sites:
             site.bind()
         for piece in self.pieces:
-            hook = partial(_after_accumulate, weakref.ref(piece))
+            hook = partial(_after_accumulate, weakref.ref(piece), weakref.ref(self))
             self.handles.append(piece.parameter.register_post_accumulate_grad_hook(hook))
         LIVE.add(self)
 
@@ -111,14 +116,8 @@ class Surgery:
             for method in self.methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
-        grads = [
-            grad
-            for piece in self.pieces
-            if piece.active and id(piece.parameter) in held
-            if (grad := piece.parameter.grad) is not None
-        ]
         self.loss_scale = loss_scale
-        self.refused = not _finite(grads)
+        self.refused = not self._finite(held)
         if self.refused:
             self.skipped += 1
             for parameter in held.values():
@@ -136,6 +135,35 @@ class Surgery:
         self.step += 1
         for method in self.methods:
             method.after_step(self)
+
+    def measure_norms(self) -> None:
+        """Take the norm of every watched gradient: after backward, before anyone clips them."""
+        self.measuring = False
+        seen = [
+            (piece, grad)
+            for piece in self.pieces
+            if piece.watched and piece.active and (grad := piece.parameter.grad) is not None
+        ]
+        norms = _norms([grad for _, grad in seen])
+        for (piece, grad), norm in zip(seen, norms, strict=True):
+            piece.norm, piece.version = norm, grad._version
+
+    def _finite(self, held: dict[int, Tensor]) -> bool:
+        """Whether all gradients that are about to be stepped have a norm that float32 can hold."""
+        norms: list[Tensor] = []
+        changed: list[Tensor] = []
+        for piece in self.pieces:
+            grad = piece.parameter.grad
+            if grad is None or not piece.active or id(piece.parameter) not in held:
+                continue
+            if piece.norm is not None and piece.version == grad._version:
+                norms.append(piece.norm)
+            else:
+                changed.append(grad)
+        norms += _norms(changed)
+        devices = {norm.device for norm in norms}
+        groups = [torch.stack([n for n in norms if n.device == d]) for d in devices]
+        return all(bool(group.isfinite().all()) for group in groups)
 
     def _check_membership(self, optimizer: Optimizer, held: dict[int, Tensor]) -> None:
         missing = {id(p.parameter): p.name for p in self.pieces if id(p.parameter) not in held}
@@ -165,24 +193,27 @@ class Surgery:
                 optimizer.state.pop(piece.parameter, None)
 
 
-def _after_accumulate(piece_ref: weakref.ref[Piece], parameter: Tensor) -> None:
-    piece = piece_ref()
-    if piece is None:
+def _after_accumulate(
+    piece_ref: weakref.ref[Piece], surgery_ref: weakref.ref[Surgery], parameter: Tensor
+) -> None:
+    piece, surgery = piece_ref(), surgery_ref()
+    if piece is None or surgery is None:
         return
     if not piece.active:
         raise SurgeryError(
             f"a gradient reached {piece.name}, which is not being trained now: the forward went "
             "around surgery. Call the model itself, model(...), and not one of its parts."
         )
-    if piece.watched and parameter.grad is not None:
-        piece.norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+    if piece.watched and not surgery.measuring:
+        surgery.measuring = True
+        torch.autograd.Variable._execution_engine.queue_callback(surgery.measure_norms)
 
 
-def _finite(grads: Sequence[Tensor]) -> bool:
-    # The largest magnitude cannot overflow, as a sum of squares in float16 would.
+def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
+    # One kernel a device for all of them; torch's public get_total_norm keeps only their norm.
     if not grads:
-        return True
-    return bool(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")).isfinite())
+        return []
+    return torch._foreach_norm(grads, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:

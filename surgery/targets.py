@@ -73,7 +73,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def is_matrix(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is a weight matrix (2-D, a convolution, or stacked experts), not a bias."""
+    """Whether a parameter is a weight matrix (2-D, a convolution, stacked experts), not a bias."""
     parameter = model.get_parameter(name)
     owner = model.get_submodule(name.rpartition(".")[0])
     return (
@@ -151,9 +151,21 @@ def _fused(model: nn.Module, owner: nn.Module, name: str, weight: Tensor) -> tup
     size = getattr(config, "head_dim", None) or hidden // heads
     shared = (getattr(config, "num_key_value_heads", None) or heads) * size
     inner = getattr(config, "intermediate_size", None)
-    if out == heads * size + 2 * shared:
+    # A fused projection is followed, in the same module, by the one that reads its result.
+    inputs = {_in_features(m) for m in _siblings(model, name) if m is not owner}
+    if out == heads * size + 2 * shared and inputs == {heads * size}:
         return (heads * size, shared, shared)
-    return (inner, inner) if inner and out == 2 * inner else ()
+    return (inner, inner) if inner and out == 2 * inner and inputs == {inner} else ()
+
+
+def _siblings(model: nn.Module, name: str) -> list[nn.Module]:
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    return [child for child in parent.children() if _linear(child)]
+
+
+def _in_features(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return weight.shape[0] if _transposed(module) else weight.shape[1]
 
 
 # -- targets=, always= -----------------------------------------------------------------------------

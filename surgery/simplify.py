@@ -1,0 +1,76 @@
+"""Taking out of a captured graph what computes nothing; results stay the same to the bit.
+
+A Hugging Face block makes about a dozen such calls: casts to the dtype that a tensor has already,
+the concatenation of keys and values with an empty cache, one `unsqueeze` of the rotary tables per
+layer. Eager pays for each; a graph need not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+
+def simplify(graph: GraphModule) -> None:
+    """Remove casts to the same dtype, concatenations with nothing, and repeated unsqueezes."""
+    if any(_writes(node) for node in graph.graph.nodes):
+        return  # a value may be written in place: aliases would matter
+    seen: dict[Any, Node] = {}
+    for node in graph.graph.nodes:
+        same = _same_value(node)
+        if same is None and (node.op, node.target) == ("call_method", "unsqueeze"):
+            same = seen.setdefault((node.target, node.args), node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.tensor):
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def _same_value(node: Node) -> Node | None:
+    """Return the node whose value this one only repeats."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None
+    if (node.op, node.target) == ("call_method", "to"):
+        source, *rest = node.args
+        only_dtype = rest == [value.dtype] and not node.kwargs
+        if only_dtype and isinstance(source, Node) and _dtype(source) == value.dtype:
+            return source
+    if node.target is torch.cat:
+        parts = node.args[0]
+        if isinstance(parts, list | tuple):
+            full = [part for part in parts if isinstance(part, Node) and not _is_empty(part)]
+            if len(full) == 1 < len(parts) and _dtype(full[0]) == value.dtype:
+                return full[0]
+    return None
+
+
+def _is_empty(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.tensor and node.args == ([],)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("example_value")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node may write into an input: `add_`, `operator.iadd`, `x[i] = y`, `out=`."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    inplace = name.endswith("_") and not name.endswith("__")
+    module = getattr(node.target, "__module__", "") or ""
+    operator = module == "_operator" and name in _INPLACE_OPERATORS
+    return inplace or operator or "out" in node.kwargs or node.kwargs.get("inplace") is True
+
+
+_INPLACE_OPERATORS = frozenset(
+    ["setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod"]
+    + ["ipow", "ilshift", "irshift", "iand", "ior", "ixor", "iconcat"]
+)

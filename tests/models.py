@@ -1,0 +1,144 @@
+"""Tiny random models of the families that the library is tested on, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+
+VOCAB = 96
+_DECODER = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+_ENCODER = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+)
+_OPT = {k: v for k, v in _ENCODER.items() if k != "intermediate_size"} | {"ffn_dim": 80}
+_GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+_T5 = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=80, num_layers=3, num_heads=4)
+_ONE_LABEL = "single_label_classification"
+_VIT = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER | {"head_dim": 8}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _DECODER),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", _DECODER | {"pad_token_id": 0}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        _DECODER | {"head_dim": 8, "sliding_window": 8},
+    ),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "opt": ("OPTForCausalLM", "OPTConfig", _OPT | {"word_embed_proj_dim": 32}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _DECODER | {"num_local_experts": 4}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5 | {"decoder_start_token_id": 0}),
+    "bert": ("BertForMaskedLM", "BertConfig", _ENCODER),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", _ENCODER | {"pad_token_id": 1}),
+    "vit": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        # problem_type: transformers writes it into the config at the first forward otherwise
+        _VIT | dict(image_size=16, patch_size=8, num_labels=5, problem_type=_ONE_LABEL),
+    ),
+}
+
+
+def build(family: str, seed: int = 0, **options: Any) -> nn.Module:
+    """Make a tiny model in training mode; dropout as the family has it by default."""
+    cls, config, base = FAMILIES[family]
+    torch.manual_seed(seed)
+    return getattr(transformers, cls)(getattr(transformers, config)(**base | options)).train()
+
+
+def batch(
+    family: str, rows: int = 2, length: int = 12, padding: str | None = None, seed: int = 1
+) -> dict[str, torch.Tensor]:
+    """Make a batch with labels; padding is None, "none" (a mask of ones), "left" or "right"."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        pixels = torch.randn(rows, 3, 16, 16, generator=generator)
+        return {
+            "pixel_values": pixels,
+            "labels": torch.randint(0, 5, (rows,), generator=generator),
+        }
+    ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
+    made = {"input_ids": ids, "labels": ids.clone()}
+    if padding is not None:
+        mask = torch.ones_like(ids)
+        if padding == "left":
+            mask[0, :4] = 0
+        elif padding == "right":
+            mask[0, -4:] = 0
+        made["attention_mask"] = mask
+        made["labels"][mask == 0] = -100
+    return made
+
+
+class Plain(nn.Module):
+    """A module of the user's own: no config, no ModelOutput, tied first and last weight."""
+
+    def __init__(self, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, width)
+        self.blocks = nn.ModuleList(PlainBlock(width) for _ in range(depth))
+        self.head = nn.Linear(width, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run a model as its user would."""
+    if "tokens" in inputs:
+        logits = model(inputs["tokens"])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["tokens"].flatten())
+    return model(**inputs).loss
+
+
+def inputs_of(family: str, **options: Any) -> dict[str, torch.Tensor]:
+    if family not in FAMILIES:
+        generator = torch.Generator().manual_seed(options.get("seed", 1))
+        return {"tokens": torch.randint(0, 32, (options.get("rows", 2), 6), generator=generator)}
+    return batch(family, **options)
+
+
+def make(family: str, seed: int = 0, **options: Any) -> nn.Module:
+    """`build`, and "plain" and "graph" (a torch.fx.GraphModule) besides."""
+    if family in FAMILIES:
+        return build(family, seed, **options)
+    torch.manual_seed(seed)
+    plain = Plain().train()
+    return torch.fx.symbolic_trace(plain) if family == "graph" else plain

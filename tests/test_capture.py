@@ -1,0 +1,244 @@
+"""The captured forward is the model's own, to the bit, in one capture for each input structure."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import FAMILIES, inputs_of, loss_of, make
+from torch import nn
+
+import surgery
+from surgery.state import surgery_of
+from surgery.targets import blocks, is_matrix
+
+EVERY = [*FAMILIES, "plain", "graph"]
+
+
+def train_everything(model: nn.Module) -> nn.Module:
+    """Apply MISA with every parameter of the model active."""
+    inside = {name for names in blocks(model).values() for name in names}
+    rest = [n for n, _ in model.named_parameters() if n not in inside or not is_matrix(model, n)]
+    return surgery.apply(model, "misa", budget=1.0, always=rest)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradient of every weight, put together from those of its coordinates."""
+    total: dict[str, torch.Tensor] = {}
+    for c in surgery.coordinates(model):
+        if c.parameter.grad is not None:
+            dense = c.expand(c.parameter.grad)
+            total[c.weight] = total[c.weight] + dense if c.weight in total else dense
+    return total
+
+
+def assert_same_step(eager: nn.Module, ours: nn.Module, inputs, context=None) -> None:
+    losses = []
+    for model in (eager, ours):
+        model.zero_grad()
+        torch.manual_seed(5)  # the same dropout masks
+        if context is None:
+            loss = loss_of(model, inputs)
+        else:
+            with context():
+                loss = loss_of(model, inputs)
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+    found = gradients(ours)
+    for name, parameter in eager.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, found[name]), name
+
+
+def captures(model: nn.Module) -> int:
+    state = surgery_of(model)
+    assert state is not None
+    return state.captures
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
+    eager = make(family)
+    ours = train_everything(copy.deepcopy(eager))
+    assert_same_step(eager, ours, inputs_of(family))
+    first = captures(ours)
+    assert first == (2 if family == "gpt2" else 1)  # Dynamo splits GPT-2 at the loss
+    for options in ({"rows": 3, "length": 17}, {"rows": 4, "length": 9}, {}):
+        assert_same_step(eager, ours, inputs_of(family, **options))
+    assert captures(ours) == first
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
+def test_padding_masks(family):
+    eager = make(family)
+    ours = train_everything(copy.deepcopy(eager))
+    assert_same_step(eager, ours, inputs_of(family, padding="none"))
+    first = captures(ours)
+    for padding in ("left", "right"):
+        assert_same_step(eager, ours, inputs_of(family, padding=padding, rows=3, length=15))
+    assert captures(ours) == first
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
+def test_gradient_checkpointing(family, reentrant):
+    plain = make(family)
+    eager = copy.deepcopy(plain)
+    eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ours = train_everything(copy.deepcopy(eager))
+    # Reentrant checkpoints of T5 add the gradients of its shared position bias up in another
+    # order than eager without checkpoints does; ours are never reentrant.
+    reference = plain if family == "t5" and reentrant else eager
+    assert_same_step(reference, ours, inputs_of(family))
+    first = captures(ours)
+    assert_same_step(reference, ours, inputs_of(family, rows=3, length=17))
+    assert captures(ours) == first
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "plain"])
+def test_autocast(family):
+    eager = make(family)
+    ours = train_everything(copy.deepcopy(eager))
+    assert_same_step(
+        eager, ours, inputs_of(family), context=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
+
+
+def test_checkpointed_graph_saves_less():
+    from surgery.memory import measure
+
+    model = make("llama", num_hidden_layers=8)
+    train_everything(model)
+    inputs = inputs_of("llama", rows=4, length=64)
+
+    def live() -> int:
+        loss_of(model, inputs).backward()
+        return measure(lambda: loss_of(model, inputs), torch.device("cpu")).live
+
+    whole = live()
+    model.gradient_checkpointing_enable()
+    assert live() < 0.4 * whole
+
+
+def test_without_gradients_the_own_forward_runs():
+    model = make("llama")
+    surgery.apply(model, "misa", budget=0.2)
+    with torch.no_grad():
+        loss_of(model, inputs_of("llama"))
+        model.eval()
+        model.generate(inputs_of("llama")["input_ids"], max_new_tokens=3, do_sample=False)
+    assert captures(model) == 0
+
+
+def test_embeddings_that_require_grad_for_checkpointing_do_not_lengthen_backward():
+    from surgery.memory import measure
+
+    model = make("llama", num_hidden_layers=6)
+    model.enable_input_require_grads()
+    surgery.apply(model, "badam", order="descending")
+    other = make("llama", num_hidden_layers=6)
+    surgery.apply(other, "badam", order="descending")
+    inputs = inputs_of("llama", rows=4, length=32)
+    live = []
+    for each in (model, other):
+        loss_of(each, inputs).backward()
+        live.append(measure(lambda m=each: loss_of(m, inputs), torch.device("cpu")).live)
+    assert live[0] == live[1]
+
+
+class Breaks(nn.Module):
+    """Reads one of its weights where Dynamo cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        x = self.hidden(x)
+        return self.layers[2](x).sum()
+
+    @torch.compiler.disable
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](x)
+
+
+def test_a_weight_that_is_not_reached_raises_and_is_named():
+    model = Breaks()
+    surgery.apply(model, "badam")
+    with pytest.raises(surgery.CaptureError, match=r"layers\.1\.weight.*targets="):
+        model(torch.randn(2, 4))
+
+
+def test_a_forward_around_surgery_raises():
+    model = make("llama")
+    surgery.apply(model, "badam", order="ascending")
+    hidden = model.model(inputs_of("llama")["input_ids"]).last_hidden_state
+    with pytest.raises(surgery.SurgeryError, match="went around surgery"):
+        hidden.sum().backward()
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, flag: str) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x)).sum() * len(flag)
+
+
+def test_the_recompile_limit_raises(monkeypatch):
+    monkeypatch.setattr("surgery.capture.STRUCTURES", 3)
+    model = Flagged()
+    surgery.apply(model, "badam")
+    x = torch.randn(2, 4)
+    for flag in ("a", "bb", "ccc"):
+        model(x, flag).backward()
+    with pytest.raises(surgery.CaptureError, match="captured 3 times"):
+        model(x, "dddd")
+
+
+def test_two_models_of_one_class_do_not_share_captures():
+    one, two = make("plain", seed=0), make("plain", seed=1)
+    surgery.apply(one, "misa", budget=1.0)
+    surgery.apply(two, "misa", budget=0.2)
+    for model in (one, two):
+        loss_of(model, inputs_of("plain")).backward()
+    trained = [sum(p.grad is not None for p in m.parameters()) for m in (one, two)]
+    assert trained[0] == 6 and 0 < trained[1] < 6
+
+
+def test_a_discarded_model_is_freed():
+    model = make("plain")
+    surgery.apply(model, "misa", budget=0.5)
+    loss_of(model, inputs_of("plain")).backward()
+    weight = weakref.ref(model.blocks[0].up.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_simplify_leaves_graphs_that_write_in_place_alone():
+    from surgery.simplify import simplify
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = x.to(torch.float32)
+            y += 1
+            return x, y
+
+    graphs = []
+
+    def backend(graph, _):
+        before = len(graph.graph.nodes)
+        simplify(graph)
+        graphs.append(len(graph.graph.nodes) - before)
+        return graph.forward
+
+    torch.compile(Writes(), backend=backend)(torch.ones(3))
+    assert graphs == [0]

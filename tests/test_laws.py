@@ -1,0 +1,416 @@
+"""The laws of the library: true for every pass. A new pass adds a row to PASSES."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import inputs_of, loss_of, make
+from torch import nn
+
+import passes
+import surgery
+from surgery.coordinates import TABLE
+from surgery.state import surgery_of
+
+# name -> options for a round of `period` steps; every row goes through every law
+PASSES = {
+    "misa": lambda period=2, seed=0: passes.Misa(budget=0.2, period=period, seed=seed),
+    "misa_span": lambda period=2, seed=0: passes.Misa(budget=0.2, span=1, period=period, seed=seed),
+    "misa_flush": lambda period=2, seed=0: passes.Misa(
+        budget=0.2, flush=True, period=period, seed=seed
+    ),
+    "misa_always": lambda period=2, seed=0: passes.Misa(
+        budget=0.15, always=".*norm.*|.*ln_.*", explore=0.2, period=period, seed=seed
+    ),
+    "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
+    "badam": lambda period=2, seed=0: passes.BAdam(period=period, seed=seed),
+}
+rows = pytest.mark.parametrize("row", PASSES)
+families = pytest.mark.parametrize("family", ["plain", "llama", "gpt2"])
+# Few examples, since each captures a model; the fixture only resets Dynamo between tests.
+laws = settings(
+    max_examples=4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def state_of(model: nn.Module):
+    state = surgery_of(model)
+    assert state is not None
+    return state
+
+
+def anatomy(model: nn.Module) -> dict:
+    """Everything about a module that apply and remove must keep."""
+    return {
+        "class": type(model),
+        "modules": {n: (id(m), type(m), sorted(m.__dict__)) for n, m in model.named_modules()},
+        "parameters": {
+            n: (id(p), p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
+        },
+        "buffers": {n: id(b) for n, b in model.named_buffers()},
+        "keys": list(model.state_dict()),
+        "hooks": {
+            n: [len(v) for k, v in sorted(m.__dict__.items()) if k.endswith("_hooks")]
+            for n, m in model.named_modules()
+        },
+    }
+
+
+def own(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in own(model).items()}
+
+
+def adamw(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+
+
+def train(model: nn.Module, family: str, steps: int, optimizer=None) -> torch.optim.Optimizer:
+    optimizer = optimizer or adamw(model)
+    for seed in range(steps):
+        loss_of(model, inputs_of(family, seed=seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@rows
+@families
+def test_1_apply_keeps_the_object_and_its_own_parameters(row, family):
+    model = make(family)
+    before = anatomy(model)
+    assert surgery.apply(model, PASSES[row]()) is model
+    after = anatomy(model)
+    assert after["class"] is before["class"]
+    assert after["keys"] == before["keys"]
+    assert after["buffers"] == before["buffers"]
+    for name, (identity, shape, dtype, _) in before["parameters"].items():
+        assert after["parameters"][name][:3] == (identity, shape, dtype)
+
+
+@rows
+@families
+def test_2_first_forward_is_bit_identical(row, family):
+    model = make(family)
+    inputs = inputs_of(family)
+    torch.manual_seed(3)
+    expected = loss_of(model, inputs)
+    surgery.apply(model, PASSES[row]())
+    torch.manual_seed(3)
+    assert torch.equal(loss_of(model, inputs), expected)
+
+
+@rows
+def test_3_apply_is_all_or_nothing(row):
+    model = make("plain")
+    before = anatomy(model)
+    bad = [
+        [PASSES[row](), PASSES[row]()],
+        [PASSES[row](), passes.BAdam(targets=["up"])],
+        [PASSES[row](), passes.Misa(targets=["nowhere"])],
+        [PASSES[row](), "no such pass"],
+    ]
+    for spec in bad:
+        with pytest.raises(surgery.SurgeryError):
+            surgery.apply(model, spec)
+        assert anatomy(model) == before
+    surgery.apply(model, PASSES[row]())
+    applied = anatomy(model)
+    with pytest.raises(surgery.ModelError, match="already"):
+        surgery.apply(model, PASSES[row]())
+    assert anatomy(model) == applied
+
+
+def test_3_two_passes_on_one_weight_are_both_named():
+    model = make("plain")
+    with pytest.raises(surgery.ConflictError, match=r"misa and badam both train blocks\.0\.up"):
+        surgery.apply(model, [passes.Misa(budget=0.5), passes.BAdam(targets=["up"])])
+
+
+@rows
+@families
+def test_4_remove_undoes_apply(row, family):
+    model = make(family)
+    inputs = inputs_of(family)
+    model.get_parameter(next(iter(own(model)))).requires_grad_(False)
+    before, expected = anatomy(model), weights(model)
+    surgery.apply(model, PASSES[row]())
+    assert surgery.remove(model) is model
+    assert anatomy(model) == before
+    surgery.apply(model, PASSES[row]())
+    loss_of(model, inputs).backward()
+    surgery.remove(model)
+    model.zero_grad()
+    assert anatomy(model) == before
+    assert all(torch.equal(p, expected[n]) for n, p in own(model).items())
+    loss_of(model, inputs).backward()  # every gradient flows again, and no hook objects
+    missing = {n for n, p in own(model).items() if p.grad is None and p.requires_grad}
+    assert not missing
+
+
+@rows
+@families
+def test_5_weights_are_current_after_every_step(row, family, tmp_path):
+    model = make(family)
+    start = weights(model)
+    surgery.apply(model, PASSES[row]())
+    before = {id(c.parameter): c.parameter.detach().clone() for c in surgery.coordinates(model)}
+    optimizer = adamw(model)
+    for step in range(5):
+        train(model, family, 1, optimizer)
+        moved = {name: weight.clone() for name, weight in start.items()}
+        for c in surgery.coordinates(model):
+            moved[c.weight] += c.expand(c.parameter.detach() - before[id(c.parameter)])
+        for name, parameter in own(model).items():
+            torch.testing.assert_close(parameter.detach(), moved[name], msg=f"{name} at {step}")
+    if family == "llama":
+        model.eval()
+        model.save_pretrained(tmp_path)
+        loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        inputs = inputs_of(family)
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+
+
+@rows
+@laws
+@given(seed=st.integers(0, 2**31), period=st.integers(1, 4), steps=st.integers(1, 6))
+def test_6_what_is_not_trained_is_bit_identical(row, seed, period, steps):
+    model = make("plain")
+    surgery.apply(model, PASSES[row](period=period, seed=seed))
+    optimizer = adamw(model, lr=0.1)
+    for step in range(steps):
+        active = {c.weight for c in surgery.coordinates(model) if c.active}
+        before = weights(model)
+        train(model, "plain", 1, optimizer)
+        # With flush the momentum step of a round moves the same weights.
+        for name, parameter in own(model).items():
+            assert torch.equal(parameter, before[name]) == (name not in active), (name, step)
+
+
+@rows
+@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.RAdam])
+def test_7_state_exists_for_live_coordinates_only(row, make_optimizer):
+    model = make("plain")
+    surgery.apply(model, PASSES[row](period=1))
+    optimizer = make_optimizer(model.parameters(), lr=1e-3)
+    largest = 0
+    for _ in range(100):
+        trained = {id(c.parameter) for c in surgery.coordinates(model) if c.active}
+        train(model, "plain", 1, optimizer)
+        active = {id(c.parameter) for c in surgery.coordinates(model) if c.active}
+        held = {id(p) for p, state in optimizer.state.items() if state}
+        assert held <= active & trained
+        gradients = {id(p) for p in model.parameters() if p.grad is not None}
+        assert not gradients
+        largest = max(largest, len(held))
+    assert largest <= len(own(model))
+
+
+@rows
+@families
+def test_8_one_capture_however_often_it_resamples(row, family):
+    model = make(family)
+    surgery.apply(model, PASSES[row](period=1))
+    optimizer = train(model, family, 1)
+    first = state_of(model).captures
+    train(model, family, 15, optimizer)
+    assert state_of(model).captures == first
+
+
+@rows
+@laws
+@given(seed=st.integers(0, 2**31), noise=st.integers(0, 2**31))
+def test_10_draws_depend_on_seed_name_and_period_only(row, seed, noise):
+    def schedule(disturbed: bool) -> list[frozenset[str]]:
+        model = make("plain")
+        method = PASSES[row](seed=seed, period=1).start(model)
+        sets = []
+        for round in range(8):
+            if disturbed:
+                random.random(), np.random.rand(), torch.rand(3)
+            sets.append(frozenset(method.draw(round + 1)))
+        return sets
+
+    torch.manual_seed(noise)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    expected = schedule(False)
+    model = make("plain")
+    torch.set_rng_state(before[0])
+    surgery.apply(model, PASSES[row](seed=seed))
+    surgery.report(model)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+    assert schedule(True) == expected
+
+
+@rows
+@laws
+@given(parts=st.sampled_from([2, 4]), norm=st.sampled_from([0.05, 100.0]))
+def test_11_accumulation_equals_one_large_batch(row, parts, norm):
+    whole, split = make("plain"), make("plain")
+    tokens = [inputs_of("plain", rows=4, seed=s)["tokens"] for s in range(6)]
+    for model, micro in ((whole, 1), (split, parts)):
+        surgery.apply(model, PASSES[row]())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        if "flush" in row:
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-3)
+        for batch in tokens:
+            for chunk in batch.chunk(micro):
+                (loss_of(model, {"tokens": chunk}) / micro).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, a), b in zip(own(whole).items(), own(split).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-6)
+
+
+@rows
+def test_11_grad_scaler_autocast_and_checkpointing_give_the_same_run(row):
+    def run(scale: float | None, clip: float = 0.1) -> dict[str, torch.Tensor]:
+        model = make("plain")
+        surgery.apply(model, PASSES[row]())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for seed in range(8):
+            loss = loss_of(model, inputs_of("plain", seed=seed))
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return weights(model)
+
+    plain, scaled = run(None), run(1024.0)
+    for name in plain:
+        torch.testing.assert_close(plain[name], scaled[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@rows
+@pytest.mark.filterwarnings("ignore")  # transformers and accelerate announce their renamings
+def test_11_accelerate_gives_the_plain_loop(row):
+    from accelerate import Accelerator
+
+    plain, prepared = make("llama"), make("llama")
+    for model in (plain, prepared):
+        surgery.apply(model, PASSES[row]())
+    train(plain, "llama", 5)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(prepared, adamw(prepared))
+    for seed in range(5):
+        accelerator.backward(loss_of(model, inputs_of("llama", seed=seed)))
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in own(plain).items():
+        assert torch.equal(parameter, own(prepared)[name]), name
+
+
+@rows
+@families
+def test_14_deepcopy_is_an_independent_surgery(row, family):
+    model = make(family)
+    surgery.apply(model, PASSES[row]())
+    optimizer = train(model, family, 3)
+    twin = copy.deepcopy(model)
+    twin_optimizer = adamw(twin)
+    names = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            twin_optimizer.state[names[name]] = copy.deepcopy(optimizer.state[parameter])
+    before = weights(model)
+    for seed in range(4):
+        torch.manual_seed(seed)  # the same dropout masks
+        train(twin, family, 1, twin_optimizer)
+    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
+    for seed in range(4):
+        torch.manual_seed(seed)
+        train(model, family, 1, optimizer)
+    for name, parameter in own(model).items():
+        assert torch.equal(parameter, own(twin)[name]), name
+
+
+@rows
+@pytest.mark.parametrize("dump", ["pickle", "torch"])
+@pytest.mark.parametrize("family", ["plain", "gpt2"])
+def test_14_pickle(row, dump, family):
+    model = make(family).eval()
+    surgery.apply(model, PASSES[row]())
+    train(model, family, 3)
+    if dump == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    for each in (model, twin):
+        train(each, family, 3)
+    for name, parameter in own(model).items():
+        assert torch.equal(parameter, own(twin)[name]), name
+
+
+@rows
+def test_14_train_and_eval(row):
+    model = make("gpt2")
+    surgery.apply(model, PASSES[row]())
+    inputs = inputs_of("gpt2")
+    model.eval()
+    expected = model(**inputs).loss
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, expected)
+    model.train()
+    assert not torch.equal(model(**inputs).loss, expected)  # dropout
+    assert model.training
+
+
+@rows
+@families
+def test_15_adjoint(row, family):
+    dense, model = make(family).eval(), make(family).eval()
+    inputs = inputs_of(family)
+    loss_of(dense, inputs).backward()
+    surgery.apply(model, PASSES[row]())
+    loss_of(model, inputs).backward()
+    full = {name: p.grad for name, p in dense.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    active = 0
+    for c in surgery.coordinates(model):
+        if not c.active:
+            assert c.parameter.grad is None
+            continue
+        active += 1
+        direction = torch.randn(c.parameter.shape, generator=generator)
+        left = (full[c.weight].double() * c.expand(direction).double()).sum()
+        right = (c.parameter.grad.double() * direction.double()).sum()
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+    assert active
+    listed = {id(p) for p in model.parameters()}
+    assert all(id(c.parameter) in listed for c in surgery.coordinates(model))
+    assert list(model.state_dict()) == list(dense.state_dict())
+
+
+@rows
+def test_16_preconditions_are_told_before_anything_changes(row):
+    model = make("plain")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before = anatomy(model)
+    with pytest.raises(surgery.TargetError, match="requires_grad"):
+        surgery.apply(model, PASSES[row]())
+    assert anatomy(model) == before
