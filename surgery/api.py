@@ -14,7 +14,6 @@ from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site
 from surgery.errors import ConflictError, ModelError, OptimizerError
 from surgery.registry import resolve
 from surgery.state import Surgery, surgery_of
-from surgery.targets import has_embedding_among
 
 
 def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
@@ -31,14 +30,12 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
     _check_model(model)
     methods = tuple(options.start(model) for options in chosen)
     sites = _sites(model, methods)
-    trained = {site.name for site in sites}
     surgery = Surgery(
         model=model,
         passes=chosen,
         methods=methods,
         sites=sites,
         required_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        inputs_frozen=bool(sites) and not has_embedding_among(model, trained),
     )
     blocks = [piece for site in sites if not site.whole for piece in site.pieces]
     if sites:
@@ -64,6 +61,8 @@ def remove(model: nn.Module) -> nn.Module:
     if dispatch.replaced is not None:
         model.__dict__["forward"] = dispatch.replaced
     model._modules.pop(TABLE, None)
+    if surgery.inputs_hooked:
+        model.enable_input_require_grads()  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(surgery.required_grad[name])
     return model

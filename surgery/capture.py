@@ -61,6 +61,11 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
+        if getattr(self.model, "_require_grads_hooks", None):
+            # Put there by transformers for reentrant checkpoints. Ours are not, and with frozen
+            # embeddings it would force backward through every block.
+            self.model.disable_input_require_grads()  # type: ignore[operator]
+            self.surgery.inputs_hooked = True
         self.surgery.bind()
         captured = self._captured or self._capture()
         try:
@@ -111,8 +116,6 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         if isinstance(value, nn.Parameter)
     }
     _gate_reads(graph, list(reads))
-    if surgery.inputs_frozen:
-        _drop_input_requires_grad(graph)
     for body in [m for m in graph.modules() if isinstance(m, GraphModule)]:
         _restore_checkpoints(body)
         simplify(body)
@@ -131,16 +134,6 @@ def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
 def _restore_checkpoints(graph: GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
         node.target = nodes.checkpointed
-
-
-def _drop_input_requires_grad(graph: GraphModule) -> None:
-    """Take out `embeddings.requires_grad_()`, which transformers' checkpointing puts in.
-
-    Reentrant checkpointing needs it; ours is not, and it would force backward through every block.
-    """
-    for node in graph.graph.find_nodes(op="call_method", target="requires_grad_"):
-        node.replace_all_uses_with(node.args[0])
-        graph.graph.erase_node(node)
 
 
 def unreached(names: list[str]) -> CaptureError:

@@ -46,7 +46,6 @@ class Surgery:
     methods: tuple[Method, ...]
     sites: tuple[Site, ...]
     required_grad: dict[str, bool]  # every parameter's flag before apply, for remove
-    inputs_frozen: bool  # no embedding is trained: backward may end above it
     step: int = 0
     skipped: int = 0  # steps whose gradients were NaN or infinite
     captures: int = 0
@@ -55,6 +54,7 @@ class Surgery:
     optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     stepped: set[int] = field(default_factory=set)
     refused: bool = False  # the step under way was skipped
+    inputs_hooked: bool = False  # transformers' hook on the embeddings was taken off
     measuring: bool = False  # norms will be taken when the backward under way ends
     handles: list[Any] = field(default_factory=list)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -82,11 +82,6 @@ def is_matrix(model: nn.Module, name: str) -> bool:
         and not name.endswith("bias")
         and not isinstance(owner, nn.Embedding)
     )
-
-
-def has_embedding_among(model: nn.Module, names: Iterable[str]) -> bool:
-    owners = {name.rpartition(".")[0] for name in names}
-    return any(isinstance(model.get_submodule(owner), nn.Embedding) for owner in owners)
 
 
 # -- row blocks ------------------------------------------------------------------------------------

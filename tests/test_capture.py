@@ -84,19 +84,15 @@ def test_padding_masks(family):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "t5"])
 @pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
 def test_gradient_checkpointing(family, reentrant):
-    plain = make(family)
-    eager = copy.deepcopy(plain)
+    eager = make(family)
     eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     ours = train_everything(copy.deepcopy(eager))
-    # Reentrant checkpoints of T5 add the gradients of its shared position bias up in another
-    # order than eager without checkpoints does; ours are never reentrant.
-    reference = plain if family == "t5" and reentrant else eager
-    assert_same_step(reference, ours, inputs_of(family))
+    assert_same_step(eager, ours, inputs_of(family))
     first = captures(ours)
-    assert_same_step(reference, ours, inputs_of(family, rows=3, length=17))
+    assert_same_step(eager, ours, inputs_of(family, rows=3, length=17))
     assert captures(ours) == first
 
 
@@ -107,6 +103,17 @@ def test_autocast(family):
     assert_same_step(
         eager, ours, inputs_of(family), context=lambda: torch.autocast("cpu", torch.bfloat16)
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpointed_t5_is_refused_by_name():
+    # T5 sets requires_grad on its position bias inside the checkpointed block, which Dynamo cannot
+    # follow; torch then runs that block eagerly.
+    model = make("t5")
+    model.gradient_checkpointing_enable()
+    train_everything(model)
+    with pytest.raises(surgery.CaptureError, match=r"decoder\.block\.0"):
+        loss_of(model, inputs_of("t5"))
 
 
 def test_checkpointed_graph_saves_less():
