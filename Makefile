@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export KINETO_LOG_LEVEL := 99  # the profiler that measures memory prints to stderr otherwise
 
 .PHONY: help demo test lint types bench docs clean
 help:

@@ -56,7 +56,8 @@ def finetune(
     test, train = rows[:held_out], rows[held_out:]
     shuffle = torch.Generator().manual_seed(seed)
     train = train[torch.randperm(len(train), generator=shuffle).to(device)]
-    example = {"input_ids": train[:batch], "labels": train[:batch]}
+    first = train[:batch]
+    example = {"input_ids": first, "labels": first}
 
     columns: dict[str, memory.Bytes] = {}
     if compare:

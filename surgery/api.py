@@ -44,7 +44,7 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
             parameter.requires_grad_(name in whole)
     if blocks:
         model.add_module(TABLE, CoordinateTable(blocks))
-    model.__dict__["forward"] = Dispatch(model, surgery)
+    Dispatch(model, surgery).install()
     surgery.bind()
     return model
 
@@ -57,9 +57,7 @@ def remove(model: nn.Module) -> nn.Module:
     surgery = _demand(model)
     model = surgery.model
     surgery.release()
-    dispatch = model.__dict__.pop("forward")
-    if dispatch.replaced is not None:
-        model.__dict__["forward"] = dispatch.replaced
+    model.__dict__["forward"].uninstall()
     model._modules.pop(TABLE, None)
     if surgery.inputs_hooked:
         model.enable_input_require_grads()  # type: ignore[operator]

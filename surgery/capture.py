@@ -18,8 +18,10 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import GraphModule, Node
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 
 from surgery import nodes
+from surgery.coordinates import TABLE
 from surgery.errors import CaptureError, listed
 from surgery.simplify import simplify
 
@@ -48,6 +50,28 @@ class Dispatch:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": None}
+
+    def install(self) -> None:
+        """Take the place of `model.forward`."""
+        self.model.__dict__["forward"] = self
+        if isinstance(self.model, GraphModule):
+            # Its deepcopy keeps only what is listed here.
+            kept = self.model.meta.setdefault(_PRESERVED, {})
+            kept["forward"] = self
+            if TABLE in self.model._modules:
+                kept[TABLE] = self.model._modules[TABLE]
+
+    def uninstall(self) -> None:
+        """Give the place back."""
+        del self.model.__dict__["forward"]
+        if self.replaced is not None:
+            self.model.__dict__["forward"] = self.replaced
+        if isinstance(self.model, GraphModule):
+            kept = self.model.meta[_PRESERVED]
+            kept.pop("forward", None)
+            kept.pop(TABLE, None)
+            if not kept:
+                del self.model.meta[_PRESERVED]
 
     @property
     def plain(self) -> Callable[..., Any]:

@@ -51,10 +51,12 @@ class Rounds:
     def __post_init__(self) -> None:
         for piece in self.always:
             piece.active = True
+        self._activate(self.draw(0))
+        # If everything fits into one round, there is nothing to choose and no score to measure.
+        watched = self.scores is not None and len(self.active) < len(self.units)
         for unit in self.units.values():
             for piece in unit:
-                piece.watched = self.scores is not None
-        self._activate(self.draw(0))
+                piece.watched = watched
 
     @property
     def pieces(self) -> Sequence[Piece]:
@@ -70,12 +72,13 @@ class Rounds:
 
     def after_step(self, surgery: Surgery) -> None:
         self.steps += 1
-        if self.scores is not None:
-            self._observe(surgery.loss_scale)
+        scores = self.scores if len(self.active) < len(self.units) else None
+        if scores is not None:
+            scores.observe(self._squared(surgery.loss_scale))
         if self.steps < self.period:
             return
-        if self.scores is not None:
-            self.scores.close()
+        if scores is not None:
+            scores.close()
         before = self.active
         leaving = self._of(before)
         if self.flush:
@@ -107,8 +110,8 @@ class Rounds:
             for piece in unit:
                 piece.active = name in self.active
 
-    def _observe(self, scale: float) -> None:
-        assert self.scores is not None
+    def _squared(self, scale: float) -> dict[str, float]:
+        """Return the mean squared gradient entry of each active unit, free of the loss scale."""
         seen = [(name, p) for name in sorted(self.active) for p in self.units[name]]
         norms = [p.norm if p.norm is not None else torch.zeros(()) for _, p in seen]
         devices = {norm.device for norm in norms}
@@ -120,7 +123,7 @@ class Rounds:
             sums[name] += value
             sizes[name] += piece.numel
             piece.norm = None
-        self.scores.observe({name: sums[name] / sizes[name] for name in self.active})
+        return {name: sums[name] / sizes[name] for name in self.active}
 
 
 @torch.no_grad()

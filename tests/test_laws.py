@@ -322,7 +322,7 @@ def test_11_accelerate_gives_the_plain_loop(row):
 
 
 @rows
-@families
+@pytest.mark.parametrize("family", ["plain", "llama", "gpt2", "graph"])
 def test_14_deepcopy_is_an_independent_surgery(row, family):
     model = make(family)
     surgery.apply(model, PASSES[row]())

@@ -1,0 +1,71 @@
+"""What the benchmarks share: alternating timing, peak bytes, results with versions and machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery import memory
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    packages = ["torch", "transformers", "peft", "badam", "numpy"]
+    cpu = platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    partial = target.with_suffix(".tmp")
+    partial.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    partial.replace(target)
+    print(f"wrote {target.relative_to(Path.cwd())}")
+
+
+def alternate(
+    steps: dict[str, Callable[[], Any]], times: int = 9, warm_up: int = 3
+) -> dict[str, list[float]]:
+    """Time each callable in turn, `times` rounds of all of them; seconds."""
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(times):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
+    """Return the median over rounds of time(name) / time(to)."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+def peak_of_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]
+) -> int:
+    """Return the peak bytes of training: weights, optimizer state, and what a step adds on top."""
+    step()
+    standing = memory.storage_bytes(model.parameters()) + memory.state_bytes(optimizer)
+    return standing + memory.measure(step, memory.device_of(model)).peak

@@ -1,0 +1,55 @@
+"""The README's main job and the command line, as a user runs them, on the real model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from surgery.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["misa", "lisa", "badam"])
+def test_finetune_smollm2_on_the_kjv(method, tmp_path):
+    command = [sys.executable, "-m", "examples.finetune", "--layers", "2", "--steps", "8"]
+    command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
+    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", run.stdout)
+    assert losses and float(losses[2]) < float(losses[1])
+    totals = re.search(r"total\D+([\d.,]+) MB\D+([\d.,]+) MB", run.stdout)
+    assert totals and float(totals[2].replace(",", "")) < float(totals[1].replace(",", ""))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.num_hidden_layers == 2
+
+
+def test_the_command_line_lists_the_passes():
+    found = CliRunner().invoke(app, ["list"])
+    assert found.exit_code == 0
+    for name in ("misa", "lisa", "badam"):
+        assert name in found.output
+
+
+def test_the_command_line_plans_from_a_config_alone(tmp_path):
+    transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=128
+    ).save_pretrained(tmp_path)
+    runner = CliRunner()
+    found = runner.invoke(app, ["plan", str(tmp_path), "budget=0.2", "--length", "16"])
+    assert found.exit_code == 0, found.output
+    assert "optimizer" in found.output and "budget=0.2" in found.output
+    refused = runner.invoke(app, ["plan", str(tmp_path), "budget=7"])
+    assert refused.exit_code == 2 and "lies in (0, 1]" in refused.output.replace("\n", " ")

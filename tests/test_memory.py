@@ -1,0 +1,130 @@
+"""What report and plan say in bytes, against the allocator and plain arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import build, inputs_of, loss_of, make
+
+import surgery
+from surgery import memory
+from surgery.memory import measure, measure_training
+
+CPU = torch.device("cpu")
+
+
+def test_measure_counts_what_is_held_and_the_peak():
+    def work() -> torch.Tensor:
+        kept = torch.empty(1000, dtype=torch.float32)
+        torch.empty(5000, dtype=torch.float32).fill_(1)
+        return kept
+
+    found = measure(work, CPU)
+    assert found.live == 4000
+    assert found.peak == 24000
+    assert found.result.shape == (1000,)
+
+
+def test_report_measures_before_and_now():
+    model = make("llama", num_hidden_layers=6)
+    inputs = inputs_of("llama", rows=4, length=32)
+    loss_of(model, inputs)
+    eager = measure(lambda: loss_of(model, inputs), CPU).live
+    surgery.apply(model, "badam", order="descending")
+    state = torch.get_rng_state()
+    found = surgery.report(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.measured and found.before.activations == eager
+    now = measure(lambda: loss_of(model, inputs), CPU).live
+    assert found.after.activations == now
+    assert now < 0.5 * eager
+    active = sum(c.parameter.numel() for c in surgery.coordinates(model) if c.active)
+    assert found.after.gradients == 4 * active
+    assert found.after.optimizer == 8 * active
+    total = sum(p.numel() for p in model.parameters())
+    assert found.before.gradients == found.before.parameters == 4 * total
+    assert "frozen for good" in str(found)
+
+
+def test_report_after_training_measures_the_optimizer():
+    model = make("gpt2")
+    surgery.apply(model, "misa", budget=0.2, period=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert measure_training(model, inputs_of("gpt2"), optimizer).activations
+    found = surgery.report(model)
+    active = [c.parameter for c in surgery.coordinates(model) if c.active]
+    # AdamW keeps two tensors and a step counter of four bytes for each.
+    assert found.after.optimizer == sum(8 * p.numel() + 4 for p in active)
+    assert found.after.parameters == 4 * sum(
+        p.numel() for p in dict(model.named_parameters()).values()
+    ) - 4 * sum(
+        c.parameter.numel()
+        for c in surgery.coordinates(model)
+        if c.parameter is not model.get_parameter(c.weight)
+    )
+
+
+def test_measure_training_adds_up():
+    model = make("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = measure_training(model, inputs_of("llama"), optimizer)
+    count = sum(p.numel() for p in model.parameters())
+    assert found.parameters == found.gradients == 4 * count
+    assert found.optimizer == 8 * count + 4 * len(before)
+    assert found.total == sum(vars(found).values())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["misa", "badam", "lisa"])
+def test_plan_predicts_what_report_measures(family, name):
+    options = {"budget": 0.2} if name == "misa" else {}
+    inputs = inputs_of(family, rows=4, length=32)
+    with torch.device("meta"):
+        skeleton = build(family)
+    planned = surgery.plan(skeleton, inputs, name, **options)
+    model = surgery.apply(make(family), name, **options)
+    found = surgery.report(model, inputs)
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert getattr(planned.before, kind) == getattr(found.before, kind)
+        assert getattr(planned.after, kind) == getattr(found.after, kind)
+    # Predicted from eager autograd; captured graphs hold a little less.
+    for one, other in ((planned.before, found.before), (planned.after, found.after)):
+        assert one.activations == pytest.approx(other.activations, rel=0.1)
+
+
+def test_plan_changes_nothing_and_needs_no_batch():
+    model = make("llama")
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    found = surgery.plan(model, None, "misa", budget=0.2)
+    assert found.after.activations is None
+    assert found.after.gradients <= 0.2 * found.before.parameters
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert "forward" not in model.__dict__
+    with pytest.raises(surgery.OptionError, match="Did you mean"):
+        surgery.plan(model, None, "mida")
+    with pytest.raises(surgery.ModelError, match="no parameters"):
+        surgery.plan(torch.nn.ReLU(), None, "misa")
+
+
+def test_tables_print():
+    one = memory.Bytes(parameters=10, gradients=20, optimizer=30, activations=40)
+    table = memory.table({"a": one, "b": one}, "memory")
+    assert table.row_count == 5 and len(table.columns) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_round_on_the_gpu_trains_within_its_budget():
+    model = make("llama", num_hidden_layers=6).cuda()
+    surgery.apply(model, "misa", budget=0.1, period=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs = {k: v.cuda() for k, v in inputs_of("llama").items()}
+    for _ in range(6):
+        loss_of(model, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = measure_training(model, inputs, optimizer)
+    assert found.gradients <= 0.1 * found.parameters
+    assert measure(lambda: torch.empty(1024, device="cuda"), torch.device("cuda")).live == 4096
