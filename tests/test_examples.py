@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.real
 @pytest.mark.parametrize("method", ["misa", "lisa", "badam"])
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
-    command = [sys.executable, "-m", "examples.finetune", "--layers", "2", "--steps", "8"]
+    command = [sys.executable, "-m", "examples.finetune", "--layers", "4", "--steps", "8"]
     command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
     environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -33,7 +33,7 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
         tmp_path, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert loaded.config.num_hidden_layers == 2
+    assert loaded.config.num_hidden_layers == 4
 
 
 def test_the_command_line_lists_the_passes():

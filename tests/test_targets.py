@@ -26,7 +26,9 @@ def by_peft(model: nn.Module, targets) -> set[str]:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    inject_adapter_in_model(LoraConfig(target_modules=targets), model)
+    transposed = hasattr(model, "transformer")  # GPT-2's Conv1D
+    config = LoraConfig(target_modules=targets, fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, model)
     return {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
