@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
@@ -53,14 +54,25 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
 
 
 def _saved(model: nn.Module, batch: Mapping[str, Any], flags: Mapping[str, bool]) -> int:
-    """Return the bytes that autograd saves in one forward, found out on the meta device."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        twin = torch.empty_like(parameter, device="meta")
-        tensors[name] = twin.requires_grad_(flags[name])
-    for name, buffer in model.named_buffers():
-        tensors[name] = torch.empty_like(buffer, device="meta")
-    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """Return the bytes that autograd saves in one forward on tensors without memory.
+
+    Fake CPU tensors, not meta ones: on the meta device attention takes its mathematical form, which
+    saves the attention weights, instead of the fused kernel.
+    """
+    with FakeTensorMode():
+        tensors = {
+            name: _fake(p).requires_grad_(flags[name]) for name, p in model.named_parameters()
+        }
+        tensors |= {name: _fake(buffer) for name, buffer in model.named_buffers()}
+        inputs = {k: _fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return _saved_bytes(model, tensors, inputs)
+
+
+def _fake(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+
+
+def _saved_bytes(model: nn.Module, tensors: dict[str, Tensor], inputs: dict[str, Any]) -> int:
     free = {t.untyped_storage()._cdata for t in [*tensors.values(), *inputs.values()] if _is(t)}
     held: dict[int, Any] = {}
 
