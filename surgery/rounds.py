@@ -82,7 +82,8 @@ class Rounds:
         before = self.active
         leaving = self._of(before)
         if self.flush:
-            for optimizer in surgery.optimizers:
+            # Not all that ever stepped: one that was replaced may still be alive, with its state.
+            for optimizer in surgery.driving:
                 momentum_flush(optimizer, leaving)
         self.round += 1
         self.steps = 0

@@ -53,13 +53,14 @@ class Surgery:
     reached: bool = False
     optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     stepped: set[int] = field(default_factory=set)
+    driving: list[Optimizer] = field(default_factory=list)  # that made the step under way
     refused: bool = False  # the step under way was skipped
     inputs_hooked: bool = False  # transformers' hook on the embeddings was taken off
     measuring: bool = False  # norms will be taken when the backward under way ends
     handles: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"stepped": set(), "handles": [], "reached": False, "captures": 0}
+        fresh = {"stepped": set(), "driving": [], "handles": [], "reached": False, "captures": 0}
         return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,6 +129,7 @@ class Surgery:
         if optimizer not in self.optimizers or self.refused:
             return
         wanted = {id(piece.parameter) for piece in self.pieces}
+        self.driving.append(optimizer)
         self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not wanted <= self.stepped:
             return
@@ -135,6 +137,7 @@ class Surgery:
         self.step += 1
         for method in self.methods:
             method.after_step(self)
+        self.driving.clear()
 
     def measure_norms(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
