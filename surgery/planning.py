@@ -73,7 +73,8 @@ def _fake(like: Tensor) -> Tensor:
 
 
 def _saved_bytes(model: nn.Module, tensors: dict[str, Tensor], inputs: dict[str, Any]) -> int:
-    free = {t.untyped_storage()._cdata for t in [*tensors.values(), *inputs.values()] if _is(t)}
+    given = [*tensors.values(), *inputs.values()]
+    free = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor)}
     held: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -86,7 +87,3 @@ def _saved_bytes(model: nn.Module, tensors: dict[str, Tensor], inputs: dict[str,
         loss = loss_of(functional_call(model, tensors, kwargs=inputs))
     del loss
     return sum(storage.nbytes() for storage in held.values())
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
