@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from badam import BlockOptimizer
+from badam import BlockOptimizer  # pyright: ignore[reportMissingImports] # in the bench extra
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
