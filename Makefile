@@ -29,7 +29,7 @@ demo: $(VENV)/.wheels
 	$(BIN)/python -m examples.finetune
 
 test: $(VENV)/.wheels
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.base
 	$(BIN)/ruff check .

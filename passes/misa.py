@@ -114,7 +114,10 @@ class Misa:
         )
 
     def _pieces(self, model: nn.Module, name: str, limit: int) -> list[Piece]:
-        pieces = [piece_of(name, model.get_parameter(name), i) for i in split(model, name, limit)]
+        # Half: of matrices between half the budget and all of it, no two would fit into a round,
+        # and a round would stay a quarter empty.
+        indices = split(model, name, max(1, limit // 2))
+        pieces = [piece_of(name, model.get_parameter(name), index) for index in indices]
         if any(piece.numel > limit for piece in pieces):
             raise OptionError(
                 f"misa: one row of {name} is larger than the budget of {limit:,} parameters. "

@@ -59,8 +59,6 @@ def remove(model: nn.Module) -> nn.Module:
     surgery.release()
     model.__dict__["forward"].uninstall()
     model._modules.pop(TABLE, None)
-    if surgery.inputs_hooked:
-        model.enable_input_require_grads()  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(surgery.required_grad[name])
     return model
@@ -145,13 +143,13 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:
-    claims: dict[str, tuple[str, list[Piece]]] = {}
+    claims: dict[str, tuple[Any, list[Piece]]] = {}
     for method in methods:
         for piece in method.pieces:
-            holder, pieces = claims.setdefault(piece.weight, (method.name, []))
-            if holder != method.name or (pieces and piece.index is None):
+            holder, pieces = claims.setdefault(piece.weight, (method, []))
+            if holder is not method:
                 raise ConflictError(
-                    f"{holder} and {method.name} both train {piece.weight}. Give each its own "
+                    f"{holder.name} and {method.name} both train {piece.weight}. Give each its own "
                     "weights with targets=..., or leave one of them out."
                 )
             pieces.append(piece)

@@ -8,6 +8,7 @@ the front end is `torch.compile(backend=...)`.
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -23,6 +24,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 from surgery import nodes
 from surgery.coordinates import TABLE
 from surgery.errors import CaptureError, listed
+from surgery.reentrant import Workarounds
 from surgery.simplify import simplify
 
 if TYPE_CHECKING:
@@ -39,6 +41,12 @@ _DYNAMO = {
 }
 
 
+def _once() -> set[Any]:
+    """transformers' advice that is logged once (by methods it adds to Logger): no graph break."""
+    names = ("warning_once", "info_once")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+
 class Dispatch:
     """What `model.forward` is between `surgery.apply` and `surgery.remove`."""
 
@@ -46,6 +54,7 @@ class Dispatch:
         self.model = model
         self.surgery = surgery
         self.replaced: Callable[..., Any] | None = model.__dict__.get("forward")
+        self.workarounds = Workarounds(model)
         self._captured: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,6 +72,7 @@ class Dispatch:
 
     def uninstall(self) -> None:
         """Give the place back."""
+        self.workarounds.restore()
         del self.model.__dict__["forward"]
         if self.replaced is not None:
             self.model.__dict__["forward"] = self.replaced
@@ -85,15 +95,11 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        if getattr(self.model, "_require_grads_hooks", None):
-            # Put there by transformers for reentrant checkpoints. Ours are not, and with frozen
-            # embeddings it would force backward through every block.
-            self.model.disable_input_require_grads()  # type: ignore[operator]
-            self.surgery.inputs_hooked = True
+        self.workarounds.take_off()
         self.surgery.bind()
         captured = self._captured or self._capture()
         try:
-            with torch._dynamo.config.patch(_DYNAMO):
+            with torch._dynamo.config.patch(_DYNAMO | {"ignore_logging_functions": _once()}):
                 output = captured(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise CaptureError(

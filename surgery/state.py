@@ -55,7 +55,6 @@ class Surgery:
     stepped: set[int] = field(default_factory=set)
     driving: list[Optimizer] = field(default_factory=list)  # that made the step under way
     refused: bool = False  # the step under way was skipped
-    inputs_hooked: bool = False  # transformers' hook on the embeddings was taken off
     measuring: bool = False  # norms will be taken when the backward under way ends
     handles: list[Any] = field(default_factory=list)
 

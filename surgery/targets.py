@@ -92,7 +92,7 @@ def split(model: nn.Module, name: str, limit: int) -> list[Index | None]:
 
     Stacked experts: one block per expert. Fused projections (query, key and value; gate and up):
     one block per part, recognised by their sizes, which the model's config gives. What is still
-    larger than `limit` parameters: as few blocks of rows as fit.
+    larger than `limit` parameters: as few blocks of rows as fit, of one row at least.
     """
     weight = model.get_parameter(name)
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -112,9 +112,7 @@ def _rows(weight: Tensor, part: Index | None, limit: int) -> list[Index | None]:
     if count <= 1:
         return [part]
     rows = block.shape[0]
-    height = limit // (block.numel() // rows)
-    if height == 0:
-        return [part]  # a single row is over the limit: the caller refuses it by name
+    height = max(1, limit // (block.numel() // rows))
     count = -(-rows // height)
     edges = [rows * i // count for i in range(count + 1)]
     cuts = [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest-xdist has a worker on every core
 
 
 @pytest.fixture(autouse=True)

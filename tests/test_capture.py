@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
     ours = train_everything(copy.deepcopy(eager))
     assert_same_step(eager, ours, inputs_of(family))
     first = captures(ours)
-    assert first == (2 if family == "gpt2" else 1)  # Dynamo splits GPT-2 at the loss
+    assert first == 1
     for options in ({"rows": 3, "length": 17}, {"rows": 4, "length": 9}, {}):
         assert_same_step(eager, ours, inputs_of(family, **options))
     assert captures(ours) == first
@@ -84,16 +84,19 @@ def test_padding_masks(family):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "t5"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
 def test_gradient_checkpointing(family, reentrant):
     eager = make(family)
     eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     ours = train_everything(copy.deepcopy(eager))
+    if family == "t5":
+        # Eager's reentrant kind sums the gradient of the shared embedding in another order.
+        eager.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_step(eager, ours, inputs_of(family))
-    first = captures(ours)
+    assert captures(ours) == 1
     assert_same_step(eager, ours, inputs_of(family, rows=3, length=17))
-    assert captures(ours) == first
+    assert captures(ours) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "plain"])
@@ -103,17 +106,6 @@ def test_autocast(family):
     assert_same_step(
         eager, ours, inputs_of(family), context=lambda: torch.autocast("cpu", torch.bfloat16)
     )
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_checkpointed_t5_is_refused_by_name():
-    # T5 sets requires_grad on its position bias inside the checkpointed block, which Dynamo cannot
-    # follow; torch then runs that block eagerly.
-    model = make("t5")
-    model.gradient_checkpointing_enable()
-    train_everything(model)
-    with pytest.raises(surgery.CaptureError, match=r"decoder\.block\.0"):
-        loss_of(model, inputs_of("t5"))
 
 
 def test_checkpointed_graph_saves_less():

@@ -1,0 +1,85 @@
+"""What the laws are made of: the rows, one for each pass, and what a law looks at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from models import inputs_of, loss_of
+from torch import nn
+
+import passes
+from surgery.coordinates import TABLE
+from surgery.state import surgery_of
+
+# name -> options for a round of `period` steps; every row goes through every law
+PASSES = {
+    "misa": lambda period=2, seed=0: passes.Misa(budget=0.2, period=period, seed=seed),
+    "misa_span": lambda period=2, seed=0: passes.Misa(budget=0.2, span=1, period=period, seed=seed),
+    "misa_flush": lambda period=2, seed=0: passes.Misa(
+        budget=0.2, flush=True, period=period, seed=seed
+    ),
+    "misa_always": lambda period=2, seed=0: passes.Misa(
+        budget=0.15, always=".*norm.*|.*ln_.*", explore=0.2, period=period, seed=seed
+    ),
+    "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
+    "badam": lambda period=2, seed=0: passes.BAdam(period=period, seed=seed),
+}
+rows = pytest.mark.parametrize("row", PASSES)
+# Options of a pass change what it draws, not how it meets a model: a second family suffices there.
+rows_and_families = pytest.mark.parametrize(
+    ("row", "family"),
+    [(row, family) for row in ("misa", "lisa", "badam") for family in ("plain", "llama", "gpt2")]
+    + [(row, "plain") for row in PASSES if "_" in row]
+    + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")],
+)
+# Few examples, since each captures a model; the fixture only resets Dynamo between tests.
+laws = settings(
+    max_examples=4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def state_of(model: nn.Module):
+    state = surgery_of(model)
+    assert state is not None
+    return state
+
+
+def anatomy(model: nn.Module) -> dict:
+    """Everything about a module that apply and remove must keep."""
+    return {
+        "class": type(model),
+        "modules": {n: (id(m), type(m), sorted(m.__dict__)) for n, m in model.named_modules()},
+        "parameters": {
+            n: (id(p), p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
+        },
+        "buffers": {n: id(b) for n, b in model.named_buffers()},
+        "keys": list(model.state_dict()),
+        "hooks": {
+            n: [len(v) for k, v in sorted(m.__dict__.items()) if k.endswith("_hooks")]
+            for n, m in model.named_modules()
+        },
+    }
+
+
+def own(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in own(model).items()}
+
+
+def adamw(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+
+
+def train(model: nn.Module, family: str, steps: int, optimizer=None) -> torch.optim.Optimizer:
+    optimizer = optimizer or adamw(model)
+    for seed in range(steps):
+        loss_of(model, inputs_of(family, seed=seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
