@@ -17,6 +17,8 @@ from surgery.capture import Dispatch, unreached
 from surgery.coordinates import SITES, Piece, Site
 from surgery.errors import OptimizerError, SurgeryError, listed
 
+_LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
+
 LIVE: weakref.WeakSet[Surgery] = weakref.WeakSet()  # what the clock's global hooks serve
 
 
@@ -151,7 +153,7 @@ class Surgery:
             piece.norm, piece.version = norm, grad._version
 
     def _finite(self, held: dict[int, Tensor]) -> bool:
-        """Whether all gradients that are about to be stepped have a norm that float32 can hold."""
+        """Whether all gradients that are about to be stepped are finite."""
         norms: list[Tensor] = []
         changed: list[Tensor] = []
         for piece in self.pieces:
@@ -162,7 +164,9 @@ class Surgery:
                 norms.append(piece.norm)
             else:
                 changed.append(grad)
-        norms += _norms(changed)
+        # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
+        norms += [grad.sum(dtype=torch.float32) for grad in changed if grad.numel() > _LARGE]
+        norms += _norms([grad for grad in changed if grad.numel() <= _LARGE])
         devices = {norm.device for norm in norms}
         groups = [torch.stack([n for n in norms if n.device == d]) for d in devices]
         return all(bool(group.isfinite().all()) for group in groups)
