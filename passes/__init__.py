@@ -3,3 +3,4 @@
 from passes.badam import BAdam as BAdam
 from passes.lisa import Lisa as Lisa
 from passes.misa import Misa as Misa
+from passes.recompute import Recompute as Recompute

@@ -28,6 +28,7 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
     """
     chosen = resolve(spec, options)
     _check_model(model)
+    _check_twice(chosen)
     methods = tuple(options.start(model) for options in chosen)
     sites = _sites(model, methods)
     surgery = Surgery(
@@ -67,10 +68,18 @@ def remove(model: nn.Module) -> nn.Module:
 def coordinates(model: nn.Module) -> list[Coordinates]:
     """Return every coordinate of the model with its map into a weight; see `Coordinates`.
 
-    One entry for each weight, or for each block of a weight that is trained in blocks. Raises
+    One entry for each weight, or for each block of a weight that is trained in blocks. If no pass
+    says what is trained, every weight that requires gradients is its own coordinate. Raises
     ModelError if nothing was applied.
     """
-    return describe(_demand(model).sites)
+    surgery = _demand(model)
+    if surgery.sites:
+        return describe(surgery.sites)
+    return [
+        Coordinates(weight=name, parameter=p, expand=lambda delta: delta, active=True)
+        for name, p in surgery.model.named_parameters()
+        if p.requires_grad
+    ]
 
 
 def report(model: nn.Module, batch: dict[str, Any] | None = None) -> memory.Report:
@@ -140,6 +149,12 @@ def _check_model(model: nn.Module) -> None:
             f"{len(meta)} parameters are on the meta device, {meta[0]} first: load the weights "
             "before surgery.apply. To see what a pass would do, use surgery.plan(model, ...)."
         )
+
+
+def _check_twice(chosen: tuple[Any, ...]) -> None:
+    for options in chosen:
+        if chosen.count(options) > 1:
+            raise ConflictError(f"{options.name} is given twice: {options!r}. Leave one out.")
 
 
 def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:

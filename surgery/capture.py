@@ -150,6 +150,8 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         _restore_checkpoints(body)
         simplify(body)
         body.recompile()
+    for method in surgery.methods:
+        method.rewrite(graph, inputs)
 
 
 def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:

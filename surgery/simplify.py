@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def simplify(graph: GraphModule) -> None:
     """Remove casts to the same dtype, concatenations with nothing, and repeated unsqueezes."""
-    if any(_writes(node) for node in graph.graph.nodes):
+    if any(writes(node) for node in graph.graph.nodes):
         return  # a value may be written in place: aliases would matter
     seen: dict[Any, Node] = {}
     for node in graph.graph.nodes:
@@ -45,7 +46,8 @@ def _same_value(node: Node) -> Node | None:
         parts = node.args[0]
         if isinstance(parts, list | tuple):
             full = [part for part in parts if isinstance(part, Node) and not _is_empty(part)]
-            if len(full) == 1 < len(parts) and _dtype(full[0]) == value.dtype:
+            only = len(full) == 1 < len(parts) and _dtype(full[0]) == value.dtype
+            if only and _fills(full[0]):
                 return full[0]
     return None
 
@@ -54,12 +56,19 @@ def _is_empty(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.tensor and node.args == ([],)
 
 
+def _fills(node: Node) -> bool:
+    """Whether a value fills its storage; a part of a fused projection keeps all of it alive."""
+    value = node.meta["example_value"]
+    size = value.numel() * value.element_size()
+    return statically_known_true(value.untyped_storage().nbytes() == size)
+
+
 def _dtype(node: Node) -> torch.dtype | None:
     value = node.meta.get("example_value")
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def _writes(node: Node) -> bool:
+def writes(node: Node) -> bool:
     """Whether a node may write into an input: `add_`, `operator.iadd`, `x[i] = y`, `out=`."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")

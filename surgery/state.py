@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from surgery.capture import Dispatch, unreached
@@ -27,6 +28,9 @@ class Method(Protocol):
 
     name: str
     pieces: Sequence[Piece]  # every coordinate that may ever be trained; empty for exact rewrites
+
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
+        """Rewrite one captured graph in place; its weights are read through gates already."""
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""

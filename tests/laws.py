@@ -12,8 +12,8 @@ import passes
 from surgery.coordinates import TABLE
 from surgery.state import surgery_of
 
-# name -> options for a round of `period` steps; every row goes through every law
-PASSES = {
+# name -> options for a round of `period` steps
+SAMPLING = {
     "misa": lambda period=2, seed=0: passes.Misa(budget=0.2, period=period, seed=seed),
     "misa_span": lambda period=2, seed=0: passes.Misa(budget=0.2, span=1, period=period, seed=seed),
     "misa_flush": lambda period=2, seed=0: passes.Misa(
@@ -25,13 +25,23 @@ PASSES = {
     "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
     "badam": lambda period=2, seed=0: passes.BAdam(period=period, seed=seed),
 }
+# Every row goes through every law, except that only the first ones draw.
+PASSES = SAMPLING | {
+    "recompute": lambda period=2, seed=0: passes.Recompute(),
+    "misa_recompute": lambda period=2, seed=0: [
+        SAMPLING["misa"](period=period, seed=seed),
+        passes.Recompute(),
+    ],
+}
 rows = pytest.mark.parametrize("row", PASSES)
+sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: a second family suffices there.
 rows_and_families = pytest.mark.parametrize(
     ("row", "family"),
-    [(row, family) for row in ("misa", "lisa", "badam") for family in ("plain", "llama", "gpt2")]
+    [(row, family) for row in PASSES if "_" not in row for family in ("plain", "llama", "gpt2")]
     + [(row, "plain") for row in PASSES if "_" in row]
-    + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")],
+    + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")]
+    + [("misa_recompute", "llama"), ("misa_recompute", "gpt2")],
 )
 # Few examples, since each captures a model; the fixture only resets Dynamo between tests.
 laws = settings(

@@ -20,6 +20,7 @@ from laws import (
     own,
     rows,
     rows_and_families,
+    sampling_rows,
     state_of,
     train,
     weights,
@@ -54,7 +55,7 @@ def test_2_first_forward_is_bit_identical(row, family):
     assert torch.equal(loss_of(model, inputs), expected)
 
 
-@rows
+@sampling_rows
 def test_3_apply_is_all_or_nothing(row):
     model = make("plain")
     before = anatomy(model)
@@ -73,6 +74,16 @@ def test_3_apply_is_all_or_nothing(row):
     with pytest.raises(surgery.ModelError, match="already"):
         surgery.apply(model, PASSES[row]())
     assert anatomy(model) == applied
+
+
+@rows
+def test_3_the_same_pass_twice(row):
+    model = make("plain")
+    before = anatomy(model)
+    spec = PASSES[row]()
+    with pytest.raises(surgery.ConflictError, match="twice"):
+        surgery.apply(model, [*spec, spec[1]] if isinstance(spec, list) else [spec, spec])
+    assert anatomy(model) == before
 
 
 def test_3_two_passes_on_one_weight_are_both_named():
@@ -170,7 +181,7 @@ def test_8_one_capture_however_often_it_resamples(row, family):
     assert state_of(model).captures == first
 
 
-@rows
+@sampling_rows
 @laws
 @given(seed=st.integers(0, 2**31), noise=st.integers(0, 2**31))
 def test_10_draws_depend_on_seed_name_and_period_only(row, seed, noise):
@@ -195,6 +206,20 @@ def test_10_draws_depend_on_seed_name_and_period_only(row, seed, noise):
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
     assert schedule(True) == expected
+
+
+@rows
+def test_10_the_global_generators_are_not_touched(row):
+    def drawn(applied: bool) -> torch.Tensor:
+        torch._dynamo.reset()
+        model = make("gpt2")
+        if applied:
+            surgery.apply(model, PASSES[row]())
+        torch.manual_seed(3)
+        loss_of(model, inputs_of("gpt2")).backward()  # draws dropout masks
+        return torch.rand(4)
+
+    assert torch.equal(drawn(True), drawn(False))
 
 
 @rows
@@ -341,14 +366,17 @@ def test_15_adjoint(row, family):
         direction = torch.randn(c.parameter.shape, generator=generator)
         left = (full[c.weight].double() * c.expand(direction).double()).sum()
         right = (c.parameter.grad.double() * direction.double()).sum()
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+        scale = full[c.weight].norm() * direction.norm()
+        # Recomputed gradients are eager's up to the order of their sums, in float32.
+        tolerance = 1e-6 * scale if "recompute" in row else 1e-12 * scale
+        assert abs(left - right) <= tolerance, c.weight
     assert active
     listed = {id(p) for p in model.parameters()}
     assert all(id(c.parameter) in listed for c in surgery.coordinates(model))
     assert list(model.state_dict()) == list(dense.state_dict())
 
 
-@rows
+@sampling_rows
 def test_16_preconditions_are_told_before_anything_changes(row):
     model = make("plain")
     for parameter in model.parameters():

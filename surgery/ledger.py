@@ -1,0 +1,100 @@
+"""Who keeps what for backward: autograd's own account of a captured graph, node by node.
+
+The graph is run once on fake tensors (shapes, strides and storages without memory), under hooks
+that see every tensor that autograd saves. Storages are counted, not tensors: a view costs nothing,
+and neither does what several nodes save together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from surgery import nodes
+
+
+class Ledger(Interpreter):
+    """The account of one graph.
+
+    saves: node -> storages that autograd keeps for it. outputs: node -> storages of its result.
+    size: storage -> bytes. free: storages that live anyway, of weights and of the graph's inputs.
+    bodies: checkpointed node -> the inputs of its body, which has an account of its own.
+    """
+
+    def __init__(
+        self, graph: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None = None
+    ) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.saves: dict[Node, set[int]] = {}
+        self.outputs: dict[Node, set[int]] = {}
+        self.size: dict[int, int] = {}
+        self.free: set[int] = set()
+        self.bodies: dict[Node, tuple[Any, ...]] = {}
+        self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self._kept: list[Any] = []  # an address must not be used again
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it would hand out fakes later
+        try:
+            with self.mode, torch.enable_grad():
+                fakes = [_fake(self.mode, value) for value in inputs]
+                self.free |= set(self._seen(fakes))
+                self.run(*fakes)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def run_node(self, n: Node) -> Any:
+        saved = self.saves.setdefault(n, set())
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.update(self._seen([tensor]))
+            return tensor
+
+        if n.target is nodes.checkpointed:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.bodies[n] = tuple(_detached(value) for value in args[1:])
+            saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = super().run_node(n)
+        self.outputs[n] = set(self._seen(tree_leaves(result)))
+        if n.op == "get_attr":
+            self.free |= self.outputs[n]
+        return result
+
+    def bytes(self, storages: Iterable[int]) -> int:
+        """Return the bytes of storages, those that live anyway left out."""
+        return sum(self.size[storage] for storage in set(storages) - self.free)
+
+    @property
+    def total(self) -> int:
+        """Bytes that are alive after forward for the sake of backward, outside of checkpoints."""
+        return self.bytes(storage for saved in self.saves.values() for storage in saved)
+
+    def _seen(self, values: Iterable[Any]) -> Iterable[int]:
+        for value in values:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self._kept.append(storage)
+                self.size[storage._cdata] = storage.nbytes()
+                yield storage._cdata
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, SymInt):
+        return value.node.hint  # int(value) would make Dynamo guard on it
+    if isinstance(value, Tensor) and not mode.is_our_fake(value):
+        fake = mode.from_tensor(value.detach(), static_shapes=True)
+        return fake.requires_grad_(value.requires_grad)
+    return value
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    return value

@@ -1,0 +1,160 @@
+"""The node that a region becomes: cheap operations run again in backward, Linears by hand.
+
+Forward runs the region without autograd and keeps its inputs only. Backward runs the cheap part
+again, takes the gradients of each Linear y = x W^T + b as dW = g^T x, dx = g W, db = sum g, with no
+second matrix product of the forward, and sends dx through the cheap part with autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import functional
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+class Reader(NamedTuple):
+    """A Linear: which result of the body it reads, whether W is (in, out), whether b is given."""
+
+    source: int
+    transposed: bool
+    bias: bool
+
+
+def recomputed(
+    body: GraphModule,
+    readers: tuple[Reader, ...],
+    escaping: int,
+    random: bool,
+    count: int,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    """Run a region: `count` inputs of its body, then weight (and bias) of each reader.
+
+    Returns the first `escaping` results of the body, then the readers' results.
+    """
+    readers = tuple(Reader(*reader) for reader in readers)
+    return _Recomputed.apply(body, readers, escaping, random, count, *inputs)  # type: ignore[return-value]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        body: GraphModule,
+        readers: tuple[Reader, ...],
+        escaping: int,
+        random: bool,
+        count: int,
+        *inputs: Any,
+    ) -> tuple[Tensor, ...]:
+        ctx.body, ctx.readers, ctx.escaping, ctx.count = body, readers, escaping, count
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.devices, states = _random_state(inputs) if random else (None, [])
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        ctx.save_for_backward(*states, *tensors)
+        ctx.autocast = _autocast_state(inputs)
+        results = body(*inputs[:count])
+        weights = iter(inputs[count:])
+        outputs = [_linear(r, results[r.source], weights) for r in readers]
+        return (*results[:escaping], *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        random = None
+        if ctx.devices is not None:
+            random = next(tensors), ctx.devices, [next(tensors) for _ in ctx.devices]
+        inputs = [next(tensors) if value is None else value for value in ctx.plain]
+        needed = ctx.needs_input_grad[5:]
+        given = [
+            value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
+            for value, need in zip(inputs[: ctx.count], needed, strict=False)
+        ]
+        wanted = [v for v in given if isinstance(v, Tensor) and v.requires_grad]
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(bool(wanted)))
+            _reenter(stack, ctx.autocast, random)
+            results = ctx.body(*given)
+        back: list[Tensor | None] = [*grads[: ctx.escaping]]
+        back += [None] * (len(results) - ctx.escaping)
+        found: list[Tensor | None] = []
+        position = ctx.count
+        for reader, grad in zip(ctx.readers, grads[ctx.escaping :], strict=True):
+            width = 2 if reader.bias else 1
+            result = results[reader.source]
+            need = (result.requires_grad, *needed[position : position + width])
+            if grad is None:
+                found += [None] * width
+            else:
+                dx, *own = _gradients(reader, grad, result.detach(), inputs[position], need)
+                found += own[:width]
+                held = back[reader.source]
+                back[reader.source] = dx if held is None else held if dx is None else held + dx
+            position += width
+        pairs = [(r, g) for r, g in zip(results, back, strict=True) if r.requires_grad]
+        roots = [(r, g) for r, g in pairs if g is not None]
+        through: Sequence[Tensor | None] = [None] * len(wanted)
+        if wanted and roots:
+            ends, ends_grads = zip(*roots, strict=True)
+            through = torch.autograd.grad(ends, wanted, ends_grads, allow_unused=True)
+        flow = iter(through)
+        first = [next(flow) if isinstance(v, Tensor) and v.requires_grad else None for v in given]
+        return None, None, None, None, None, *first, *found
+
+
+def _linear(reader: Reader, x: Tensor, weights: Any) -> Tensor:
+    weight = next(weights)
+    if not reader.bias:
+        return functional.linear(x, weight)
+    bias = next(weights)
+    return torch.addmm(bias, x, weight) if reader.transposed else functional.linear(x, weight, bias)
+
+
+def _gradients(
+    reader: Reader, grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return dx, dW, db of one Linear in the dtype that it computed in, cast back to their own."""
+    rows = grad.flatten(0, -2)
+    dx = dw = db = None
+    if need[0]:
+        matrix = weight.to(grad.dtype)
+        dx = (rows @ (matrix.t() if reader.transposed else matrix)).view(x.shape).to(x.dtype)
+    if need[1]:
+        features = x.to(grad.dtype).flatten(0, -2)
+        dw = features.t() @ rows if reader.transposed else rows.t() @ features
+        dw = dw.to(weight.dtype)
+    if reader.bias and need[2]:
+        db = rows.sum(0).to(weight.dtype)
+    return dx, dw, db
+
+
+def _random_state(inputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
+    """Return the devices of the inputs besides the CPU, and the states of the generators."""
+    devices, states = get_device_states(*inputs)
+    return list(devices), [torch.get_rng_state(), *states]
+
+
+def _autocast_state(inputs: Sequence[Any]) -> tuple[str, torch.dtype, bool]:
+    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def _reenter(
+    stack: ExitStack,
+    autocast: tuple[str, torch.dtype, bool],
+    random: tuple[Tensor, list[int], list[Tensor]] | None,
+) -> None:
+    device, dtype, enabled = autocast
+    if enabled != torch.is_autocast_enabled(device) or enabled:
+        stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+    if random is not None:
+        cpu, devices, states = random
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)

@@ -1,0 +1,261 @@
+"""Regions: cheap operations, and the Linears that read their results, run as one node.
+
+A region keeps its inputs for backward instead of everything that its operations would keep. It is
+grown backwards from an operation whose result or inputs are kept, and cut where that saves most:
+what something else keeps anyway costs nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import functional
+
+from surgery.ledger import Ledger
+from surgery.recomputation import Reader, recomputed
+from surgery.simplify import writes
+
+LARGEST = 48  # operations in a region; a norm has 6, NewGELU 9, a norm under LoRA about 20
+GENERATOR = 5056  # bytes of the CPU generator's state, kept to draw the same masks again
+
+Cheap = Callable[[Node], bool]
+
+_SCOPES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+_RANDOM = ("dropout", "rrelu", "bernoulli", "rand", "multinomial", "normal", "scaled_dot_product")
+
+
+@dataclass(eq=False, kw_only=True)
+class Region:
+    """members: recomputed in backward. readers: Linears whose input is a member's result."""
+
+    members: set[Node]
+    readers: set[Node] = field(default_factory=set)
+    gain: int = 0  # bytes
+
+    @property
+    def nodes(self) -> set[Node]:
+        return self.members | self.readers
+
+
+class Finder:
+    """Finds the regions of one graph, given who saves what in it."""
+
+    def __init__(self, graph: GraphModule, ledger: Ledger, cheap: Cheap) -> None:
+        self.ledger = ledger
+        self.order = list(graph.graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.order)}
+        self.before: dict[Node, int] = {}  # bit set of all that a node depends on
+        self.scope: dict[Node, int] = {}
+        scope = 0
+        for node in self.order:
+            mask = 1 << self.place[node]
+            for source in node.all_input_nodes:
+                mask |= self.before[source]
+            self.before[node] = mask
+            scope += name_of(node) in _SCOPES
+            self.scope[node] = scope
+        self.taken: set[Node] = set()
+        self.savers: dict[int, set[object]] = {}
+        for node, storages in ledger.saves.items():
+            for storage in storages:
+                self.savers.setdefault(storage, set()).add(node)
+        self.written = {
+            s for n in self.order if writes(n) for m in n.all_input_nodes for s in ledger.outputs[m]
+        }
+        values = {n: n.meta.get("example_value") for n in self.order}
+        self.cheap = {n for n in self.order if cheap(n) and isinstance(values[n], Tensor)}
+
+    def find(self) -> list[Region]:
+        """Return the regions worth cutting out, none overlapping, the last one first."""
+        found = []
+        for seed in reversed(self.order):
+            if seed in self.cheap and seed not in self.taken and self._keeps(seed):
+                region = self._grow(seed)
+                if region is not None:
+                    found.append(region)
+                    self._settle(region)
+        return found
+
+    def _keeps(self, node: Node) -> bool:
+        reads = any(
+            self.ledger.saves[u] & self.ledger.outputs[node] for u in node.users if is_linear(u)
+        )
+        return bool(self.ledger.saves[node]) or reads
+
+    def _settle(self, region: Region) -> None:
+        for storage, savers in self.savers.items():
+            savers -= region.nodes
+            if storage in self._needs(region):
+                savers.add(region)
+        self.taken |= region.nodes
+
+    def _grow(self, seed: Node) -> Region | None:
+        region, best = Region(members=set()), None
+        fresh = seed
+        while len(region.members) < LARGEST:
+            grown = self._with(region, fresh)
+            if grown is None:
+                break
+            region = grown
+            if region.gain > (best.gain if best else 0) and self._fits(region):
+                best = region
+            sources = {
+                n
+                for member in region.members
+                for n in member.all_input_nodes
+                if n in self.cheap - self.taken - region.members
+                and self.scope[n] == self.scope[seed]
+            }
+            if not sources:
+                break
+            fresh = max(sources, key=lambda n: self.place[n])
+        return best
+
+    def _with(self, region: Region, node: Node) -> Region | None:
+        """Return the region with one more member, and with all that then belongs to it."""
+        grown = Region(members=region.members | {node}, readers=set(region.readers))
+        if not self._convex(grown):
+            return None
+        pending = [node]
+        while pending:
+            end = pending.pop()
+            for user in end.users:
+                if user in self.taken | grown.nodes or not self._leads_to_linear(end, user):
+                    continue
+                into = grown.readers if is_linear(user) else grown.members
+                into.add(user)
+                if self.scope[user] != self.scope[node] or not self._convex(grown):
+                    into.discard(user)
+                elif user in grown.members:
+                    pending.append(user)
+        grown.gain = self._gain(grown)
+        return grown
+
+    def _leads_to_linear(self, value: Node, user: Node, depth: int = 4) -> bool:
+        """Whether a Linear reads `value`, as its x and nothing else, through cheap operations."""
+        if is_linear(user):
+            return _operands(user)[0] is value and value not in _operands(user)[1:]
+        further = depth > 0 and user in self.cheap
+        return further and any(self._leads_to_linear(user, u, depth - 1) for u in user.users)
+
+    def _convex(self, region: Region) -> bool:
+        """Whether all inputs are there before any result is, and stay what they are."""
+        mask = sum(1 << self.place[n] for n in region.nodes)
+        return not any(
+            self.before[n] & mask or self.ledger.outputs[n] & self.written for n in inputs(region)
+        )
+
+    def _needs(self, region: Region) -> set[int]:
+        sources = {n for m in region.members for n in m.all_input_nodes} - region.nodes
+        return {s for n in sources for s in self.ledger.outputs[n]} - self.ledger.free
+
+    def _gain(self, region: Region) -> int:
+        own = region.nodes
+        kept = {s for s, savers in self.savers.items() if savers & own}
+        elsewhere = {s for s in kept | self._needs(region) if self.savers.get(s, set()) - own}
+        bytes_of = self.ledger.bytes
+        drawing = any(is_random(n) for n in region.members)
+        before, after = kept - elsewhere, self._needs(region) - elsewhere
+        return bytes_of(before) - bytes_of(after) - drawing * GENERATOR
+
+    def _fits(self, region: Region) -> bool:
+        """Whether the region can run in one place, with random numbers drawn in the same order."""
+        start = self.start(region)
+        users = {u for n in region.nodes for u in n.users} - region.nodes
+        if any(self.place[user] < start for user in users):
+            return False
+        drawing = [self.place[n] for n in region.members if is_random(n)]
+        if not drawing:
+            return True
+        between = self.order[start : max(drawing)]
+        return not any(is_random(n) and n not in region.members for n in between)
+
+    def start(self, region: Region) -> int:
+        """Return the place from which on all inputs are there, in the scope of the members."""
+        scope = self.scope[next(iter(region.members))]
+        first = next(i for i, n in enumerate(self.order) if self.scope[n] == scope)
+        return max([first, *(self.place[n] for n in inputs(region))]) + 1
+
+
+def is_linear(node: Node) -> bool:
+    """Whether a node is x W^T + b or, as in GPT-2, addmm(b, x, W)."""
+    if node.op != "call_function" or node.kwargs:
+        return False
+    return node.target in (functional.linear, torch.addmm)
+
+
+def is_random(node: Node) -> bool:
+    name = name_of(node)
+    if not any(word in name for word in _RANDOM):
+        return False
+    off = node.kwargs.get("training") is False or node.kwargs.get("p") == 0.0
+    return not off
+
+
+def name_of(node: Node) -> str:
+    """Return the name of the function or method that a node calls, or an empty string."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def inputs(region: Region) -> list[Node]:
+    """Return what the region reads, in a fixed order: first for its members, then the weights."""
+    members = dict.fromkeys(n for m in _sorted(region.members) for n in m.all_input_nodes)
+    weights = dict.fromkeys(n for r in _sorted(region.readers) for n in r.all_input_nodes)
+    return [n for n in members | weights if n not in region.nodes]
+
+
+def _sorted(nodes: Iterable[Node]) -> list[Node]:
+    return sorted(nodes)  # fx orders the nodes of a graph by their place
+
+
+def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
+    """Put one `recomputed` node in the place of a region."""
+    members, readers = _sorted(region.members), _sorted(region.readers)
+    sources = [n for n in inputs(region) if any(n in m.all_input_nodes for m in members)]
+    body, copies = Graph(), {}
+    for source in sources:
+        copies[source] = body.placeholder(source.name)
+    for member in members:
+        copies[member] = body.node_copy(member, lambda n: copies[n])
+    escaping = [m for m in members if any(user not in region.nodes for user in m.users)]
+    results = list(dict.fromkeys([*escaping, *(_operands(reader)[0] for reader in readers)]))
+    body.output(tuple(copies[result] for result in results))
+    graph.add_submodule(name, GraphModule(torch.nn.Module(), body))
+    specs, weights = [], []
+    for reader in readers:
+        end, *own = _operands(reader)
+        specs.append(Reader(results.index(end), reader.target is torch.addmm, len(own) > 1))
+        weights += own
+    random = any(is_random(m) for m in members)
+    with graph.graph.inserting_after(after):
+        module = graph.graph.get_attr(name)
+    with graph.graph.inserting_after(module):
+        node = graph.graph.call_function(
+            recomputed,
+            (module, tuple(map(tuple, specs)), len(escaping), random, len(sources)),
+        )
+    node.args = (*node.args, *sources, *weights)
+    point = node
+    for i, old in enumerate([*escaping, *readers]):
+        with graph.graph.inserting_after(point):
+            point = graph.graph.call_function(operator.getitem, (node, i))
+        point.meta = dict(old.meta)
+        old.replace_all_uses_with(point, delete_user_cb=lambda u: u not in region.nodes)
+    for old in reversed(_sorted(region.nodes)):
+        graph.graph.erase_node(old)
+
+
+def _operands(reader: Node) -> list[Node]:
+    """Return the input, the weight, and the bias if there is one."""
+    given = [arg for arg in reader.args if isinstance(arg, Node)]
+    if reader.target is torch.addmm:
+        bias, *rest = given
+        return [*rest, bias]
+    return given
