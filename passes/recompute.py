@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from surgery.coordinates import Piece
 from surgery.ledger import Ledger
 from surgery.regions import Finder, cut_out, name_of
 from surgery.registry import register
+from surgery.simplify import copied, writes
 
 # By name, as functions and as methods: pointwise operations, norms, casts, and changes of shape.
 CHEAP = frozenset(
@@ -47,22 +49,25 @@ class Recomputation:
     name: str = "recompute"
     pieces: Sequence[Piece] = ()
     regions: int = 0  # of all captured graphs
-    saved: int = 0  # bytes, at the shapes of the first capture
+    saved: int = 0  # bytes that forward no longer keeps, at the shapes of each capture
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         """Cut the regions out of one captured graph, checkpointed bodies included, in place."""
-        self._rewrite(graph, Ledger(graph, inputs))
+        before = Ledger(graph, inputs)
+        self._rewrite(graph, before)
+        self.saved += before.total - Ledger(graph, before.inputs, before.mode).total
 
     def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
         for node, given in ledger.bodies.items():
             body = graph.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
             assert isinstance(body, GraphModule)
             self._rewrite(body, Ledger(body, given, ledger.mode))
+        if _drop_copies(graph, ledger):
+            ledger = Ledger(graph, ledger.inputs, ledger.mode)
         finder = Finder(graph, ledger, lambda node: name_of(node) in CHEAP)
         for i, region in enumerate(finder.find()):
             cut_out(graph, region, f"region_{i}", after=finder.order[finder.start(region) - 1])
             self.regions += 1
-            self.saved += region.gain
         graph.recompile()
 
     def check(self, optimizer: Optimizer) -> None:
@@ -73,3 +78,18 @@ class Recomputation:
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield "recomputed regions", f"{self.regions}, {self.saved / 1e6:,.1f} MB not kept"
+
+
+def _drop_copies(graph: GraphModule, ledger: Ledger) -> bool:
+    """Read keys and values from a fused projection that is kept anyway, not from copies of them."""
+    if any(writes(node) for node in graph.graph.nodes):
+        return False
+    kept = {storage for storages in ledger.saves.values() for storage in storages}
+    dropped = False
+    for node in graph.graph.find_nodes(op="call_function", target=torch.cat):
+        source = copied(node)
+        if source is not None and ledger.outputs[source] <= kept:
+            node.replace_all_uses_with(source)
+            graph.graph.erase_node(node)
+            dropped = True
+    return dropped

@@ -43,9 +43,9 @@ class Ledger(Interpreter):
         torch.set_autocast_cache_enabled(False)  # it would hand out fakes later
         try:
             with self.mode, torch.enable_grad():
-                fakes = [_fake(self.mode, value) for value in inputs]
-                self.free |= set(self._seen(fakes))
-                self.run(*fakes)
+                self.inputs = [_fake(self.mode, value) for value in inputs]
+                self.free |= set(self._seen(self.inputs))
+                self.run(*self.inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
 

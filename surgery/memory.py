@@ -192,6 +192,9 @@ def table(columns: dict[str, Bytes], title: str) -> Table:
 def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     """Build the report of a surgery; see `surgery.report`."""
     model = surgery.model
+    before, after = _predicted(surgery)
+    if batch is not None:
+        before, after = _with_activations(surgery, batch, before, after)
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
@@ -200,9 +203,6 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         ("skipped steps", f"{surgery.skipped:,} (NaN or infinite gradients)"),
         ("captured graphs", f"{surgery.captures}"),
     ]
-    before, after = _predicted(surgery)
-    if batch is not None:
-        before, after = _with_activations(surgery, batch, before, after)
     return Report(
         title=f"surgery on {type(model).__name__}",
         lines=tuple(lines),

@@ -42,14 +42,18 @@ def _same_value(node: Node) -> Node | None:
         only_dtype = rest == [value.dtype] and not node.kwargs
         if only_dtype and isinstance(source, Node) and _dtype(source) == value.dtype:
             return source
-    if node.target is torch.cat:
-        parts = node.args[0]
-        if isinstance(parts, list | tuple):
-            full = [part for part in parts if isinstance(part, Node) and not _is_empty(part)]
-            only = len(full) == 1 < len(parts) and _dtype(full[0]) == value.dtype
-            if only and _fills(full[0]):
-                return full[0]
-    return None
+    source = copied(node)
+    return source if source is not None and _fills(source) else None
+
+
+def copied(node: Node) -> Node | None:
+    """Return the node that this one copies by joining it with an empty tensor, if it does that."""
+    parts = node.args[0] if node.target is torch.cat else None
+    if not isinstance(parts, list | tuple):
+        return None
+    full = [part for part in parts if isinstance(part, Node) and not _is_empty(part)]
+    only = len(full) == 1 < len(parts) and _dtype(full[0]) == _dtype(node)
+    return full[0] if only else None
 
 
 def _is_empty(node: Node) -> bool:
