@@ -1,6 +1,7 @@
 """The passes: one method, one file, each opening with its paper and its equations."""
 
 from passes.badam import BAdam as BAdam
+from passes.chunked_loss import ChunkedLoss as ChunkedLoss
 from passes.lisa import Lisa as Lisa
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.optim import Optimizer
 
-from surgery.coordinates import Piece
 from surgery.ledger import Ledger
 from surgery.regions import Finder, cut_out, name_of
 from surgery.registry import register
 from surgery.simplify import copied, writes
+from surgery.state import Method
 
 # By name, as functions and as methods: pointwise operations, norms, casts, and changes of shape.
 CHEAP = frozenset(
@@ -45,9 +44,9 @@ class Recompute:
 
 
 @dataclass(eq=False, kw_only=True)
-class Recomputation:
+class Recomputation(Method):
     name: str = "recompute"
-    pieces: Sequence[Piece] = ()
+    last: bool = True
     regions: int = 0  # of all captured graphs
     saved: int = 0  # bytes that forward no longer keeps, at the shapes of each capture
 
@@ -69,12 +68,6 @@ class Recomputation:
             cut_out(graph, region, f"region_{i}", after=finder.order[finder.start(region) - 1])
             self.regions += 1
         graph.recompile()
-
-    def check(self, optimizer: Optimizer) -> None:
-        """Any optimizer will do."""
-
-    def after_step(self, surgery: Any) -> None:
-        """Nothing changes from step to step."""
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield "recomputed regions", f"{self.regions}, {self.saved / 1e6:,.1f} MB not kept"

@@ -150,8 +150,9 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         _restore_checkpoints(body)
         simplify(body)
         body.recompile()
-    for method in surgery.methods:
+    for method in sorted(surgery.methods, key=lambda method: method.last):
         method.rewrite(graph, inputs)
+        graph.recompile()
 
 
 def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:

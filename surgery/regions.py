@@ -139,7 +139,7 @@ class Finder:
     def _leads_to_linear(self, value: Node, user: Node, depth: int = 4) -> bool:
         """Whether a Linear reads `value`, as its x and nothing else, through cheap operations."""
         if is_linear(user):
-            return _operands(user)[0] is value and value not in _operands(user)[1:]
+            return operands(user)[0] is value and value not in operands(user)[1:]
         further = depth > 0 and user in self.cheap
         return further and any(self._leads_to_linear(user, u, depth - 1) for u in user.users)
 
@@ -225,12 +225,12 @@ def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
     for member in members:
         copies[member] = body.node_copy(member, lambda n: copies[n])
     escaping = [m for m in members if any(user not in region.nodes for user in m.users)]
-    results = list(dict.fromkeys([*escaping, *(_operands(reader)[0] for reader in readers)]))
+    results = list(dict.fromkeys([*escaping, *(operands(reader)[0] for reader in readers)]))
     body.output(tuple(copies[result] for result in results))
     graph.add_submodule(name, GraphModule(torch.nn.Module(), body))
     specs, weights = [], []
     for reader in readers:
-        end, *own = _operands(reader)
+        end, *own = operands(reader)
         specs.append(Reader(results.index(end), reader.target is torch.addmm, len(own) > 1))
         weights += own
     random = any(is_random(m) for m in members)
@@ -252,7 +252,7 @@ def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
         graph.graph.erase_node(old)
 
 
-def _operands(reader: Node) -> list[Node]:
+def operands(reader: Node) -> list[Node]:
     """Return the input, the weight, and the bias if there is one."""
     given = [arg for arg in reader.args if isinstance(arg, Node)]
     if reader.target is torch.addmm:

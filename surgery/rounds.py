@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from surgery.coordinates import Piece, piece_of
 from surgery.errors import OptimizerError, TargetError
+from surgery.state import Method, Surgery
 from surgery.targets import Targets, blocks, select
-
-if TYPE_CHECKING:
-    from surgery.state import Surgery
 
 
 class Scores(Protocol):
@@ -30,7 +27,7 @@ class Scores(Protocol):
 
 
 @dataclass(eq=False, kw_only=True)
-class Rounds:
+class Rounds(Method):
     """The state of a sampling pass: which units are trained, and when that changes.
 
     units: what is drawn, by name, each a set of coordinates. draw: round -> names of the units to
@@ -62,9 +59,6 @@ class Rounds:
     @property
     def pieces(self) -> Sequence[Piece]:
         return [*(piece for unit in self.units.values() for piece in unit), *self.always]
-
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
-        """The gates suffice."""
 
     def check(self, optimizer: Optimizer) -> None:
         if self.flush and not all("betas" in group for group in optimizer.param_groups):

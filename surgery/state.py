@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,22 @@ _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs no
 LIVE: weakref.WeakSet[Surgery] = weakref.WeakSet()  # what the clock's global hooks serve
 
 
-class Method(Protocol):
-    """The run-time state of one pass on one model, made by the pass's `start(model)`."""
+class Method:
+    """The run-time state of one pass on one model, made by the pass's `start(model)`.
+
+    pieces: every coordinate that may ever be trained; empty for exact rewrites. last: whether its
+    rewrite works on what the other passes leave.
+    """
 
     name: str
-    pieces: Sequence[Piece]  # every coordinate that may ever be trained; empty for exact rewrites
+    pieces: Sequence[Piece] = ()
+    last: bool = False
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         """Rewrite one captured graph in place; its weights are read through gates already."""
+
+    def check_reached(self) -> None:
+        """After the first training forward: raise CaptureError if the rewrite did not happen."""
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""
@@ -40,7 +48,7 @@ class Method(Protocol):
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """Return what `report` says of the pass, as (label, value)."""
-        ...
+        return ()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -108,6 +116,8 @@ class Surgery:
         missing = [site.name for site in self.sites if not site.reached]
         if missing:
             raise unreached(missing)
+        for method in self.methods:
+            method.check_reached()
         self.reached = True
 
     # -- the clock -------------------------------------------------------------------------------

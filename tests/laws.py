@@ -28,9 +28,11 @@ SAMPLING = {
 # Every row goes through every law, except that only the first ones draw.
 PASSES = SAMPLING | {
     "recompute": lambda period=2, seed=0: passes.Recompute(),
-    "misa_recompute": lambda period=2, seed=0: [
+    "chunked_loss": lambda period=2, seed=0: passes.ChunkedLoss(),
+    "misa_and_both": lambda period=2, seed=0: [
         SAMPLING["misa"](period=period, seed=seed),
         passes.Recompute(),
+        passes.ChunkedLoss(),
     ],
 }
 rows = pytest.mark.parametrize("row", PASSES)
@@ -38,10 +40,11 @@ sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: a second family suffices there.
 rows_and_families = pytest.mark.parametrize(
     ("row", "family"),
-    [(row, family) for row in PASSES if "_" not in row for family in ("plain", "llama", "gpt2")]
-    + [(row, "plain") for row in PASSES if "_" in row]
+    [(row, "plain") for row in PASSES]
+    + [(row, family) for row in ("misa", "lisa", "badam") for family in ("llama", "gpt2")]
+    + [(row, family) for row in ("recompute", "chunked_loss") for family in ("llama", "gpt2")]
     + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")]
-    + [("misa_recompute", "llama"), ("misa_recompute", "gpt2")],
+    + [("misa_and_both", "llama"), ("misa_and_both", "gpt2")],
 )
 # Few examples, since each captures a model; the fixture only resets Dynamo between tests.
 laws = settings(
