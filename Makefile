@@ -41,6 +41,7 @@ types: $(VENV)/.base
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.activation_memory
 	$(BIN)/python -m benchmarks.sampling
 
 docs: $(VENV)/.base

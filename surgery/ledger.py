@@ -18,18 +18,24 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from surgery import nodes
+from surgery.coordinates import site_of
 
 
 class Ledger(Interpreter):
     """The account of one graph.
 
-    saves: node -> storages that autograd keeps for it. outputs: node -> storages of its result.
+    now: leave out what is kept for weights that are not being trained at the moment. saves: node ->
+    storages that autograd keeps for it. outputs: node -> storages of its result.
     size: storage -> bytes. free: storages that live anyway, of weights and of the graph's inputs.
     bodies: checkpointed node -> the inputs of its body, which has an account of its own.
     """
 
     def __init__(
-        self, graph: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None = None
+        self,
+        graph: GraphModule,
+        inputs: Sequence[Any],
+        mode: FakeTensorMode | None = None,
+        now: bool = False,
     ) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.saves: dict[Node, set[int]] = {}
@@ -43,7 +49,7 @@ class Ledger(Interpreter):
         torch.set_autocast_cache_enabled(False)  # it would hand out fakes later
         try:
             with self.mode, torch.enable_grad():
-                self.inputs = [_fake(self.mode, value) for value in inputs]
+                self.inputs = [_fake(self.mode, value, now) for value in inputs]
                 self.free |= set(self._seen(self.inputs))
                 self.run(*self.inputs)
         finally:
@@ -85,13 +91,21 @@ class Ledger(Interpreter):
                 yield storage._cdata
 
 
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
+def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
     if isinstance(value, SymInt):
         return value.node.hint  # int(value) would make Dynamo guard on it
     if isinstance(value, Tensor) and not mode.is_our_fake(value):
         fake = mode.from_tensor(value.detach(), static_shapes=True)
-        return fake.requires_grad_(value.requires_grad)
+        return fake.requires_grad_(_trained(value, now))
     return value
+
+
+def _trained(value: Tensor, now: bool) -> bool:
+    """Whether a tensor gets a gradient; a weight trained in blocks has no flag of its own."""
+    site = site_of(value)
+    if site is None:
+        return value.requires_grad
+    return not now or any(piece.active for piece in site.pieces)
 
 
 def _detached(value: Any) -> Any:

@@ -17,11 +17,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from surgery.account import Kept, account
+
 if TYPE_CHECKING:
     from surgery.state import Surgery
 
 
 T = TypeVar("T")
+LARGEST_KINDS = 12  # rows of a printed report; all are in `Report.kept`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,9 @@ def measure_training(
 class Report:
     """What was done to a model, as text lines, and the bytes before and after; print it.
 
-    before: training all that could be trained before `apply`, with Adam. after: as it is now.
+    before: training all that could be trained before `apply`, with Adam. after: as it is now. kept:
+    what forward keeps for backward, by operation, if a batch was given (checkpointed blocks count
+    by their inputs).
     """
 
     title: str
@@ -144,6 +149,7 @@ class Report:
     before: Bytes
     after: Bytes
     measured: bool
+    kept: tuple[Kept, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table(title=self.title, show_header=False)
@@ -152,6 +158,11 @@ class Report:
         table.add_section()
         for label, value in comparison({"before": self.before, "now": self.after}):
             table.add_row(label, value)
+        if self.kept:
+            table.add_section()
+        for one in self.kept[:LARGEST_KINDS]:
+            what = f"{one.count} x {one.made_by} in {one.where or 'the model'}"
+            table.add_row(f"kept, {megabytes(one.bytes)}", f"{what}, for {one.kept_by}")
         return table
 
     def __str__(self) -> str:
@@ -193,8 +204,9 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     """Build the report of a surgery; see `surgery.report`."""
     model = surgery.model
     before, after = _predicted(surgery)
+    kept: tuple[Kept, ...] = ()
     if batch is not None:
-        before, after = _with_activations(surgery, batch, before, after)
+        before, after, kept = _with_activations(surgery, batch, before, after)
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
@@ -209,6 +221,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         before=before,
         after=after,
         measured=batch is not None,
+        kept=kept,
     )
 
 
@@ -231,11 +244,16 @@ def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:
 
 def _with_activations(
     surgery: Surgery, batch: dict[str, Any], before: Bytes, after: Bytes
-) -> tuple[Bytes, Bytes]:
+) -> tuple[Bytes, Bytes, tuple[Kept, ...]]:
     model, device = surgery.model, device_of(surgery.model)
     plain = model.__dict__["forward"].plain
     with torch.random.fork_rng(), torch.enable_grad():
-        model(**batch)  # captures
+        surgery.calls = []
+        try:
+            model(**batch)  # captures
+            kept = account(surgery.calls)
+        finally:
+            surgery.calls = None
         now = measure(lambda: loss_of(model(**batch)), device).live
         with _as_before(surgery):
             plain(**batch)
@@ -243,6 +261,7 @@ def _with_activations(
     return (
         Bytes(**vars(before) | {"activations": then}),
         Bytes(**vars(after) | {"activations": now}),
+        kept,
     )
 
 

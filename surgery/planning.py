@@ -15,6 +15,7 @@ from surgery.coordinates import Piece
 from surgery.errors import ModelError
 from surgery.memory import Bytes, Report, loss_of
 from surgery.registry import resolve
+from surgery.state import Method
 
 
 def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options: Any) -> Report:
@@ -23,7 +24,8 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
     model: may be on the meta device. batch: keyword arguments of its forward, with labels, on any
     device, or None to leave the activations out. Parameters, gradients and Adam's state are exact;
     activations are the distinct storages that eager autograd would save, with the first round's
-    weights trained. Raises OptionError, TargetError, ModelError as `apply` does.
+    weights trained. Of passes that rewrite the graph they are not predicted: nothing is captured.
+    Raises OptionError, TargetError, ModelError as `apply` does.
     """
     chosen = resolve(spec, options)
     if not list(model.parameters()):
@@ -39,9 +41,13 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
     live = sum(p.numel * p.parameter.element_size() for p in pieces if p.active)
     live = live if pieces else dense
     saved = (None, None)
-    if batch is not None:
-        saved = (_saved(model, batch, flags), _saved(model, batch, now))
     lines = [("plan", "nothing was changed")]
+    rewriting = [method.name for method in methods if type(method).rewrite is not Method.rewrite]
+    if rewriting:
+        unknown = f"not predicted for {', '.join(rewriting)}; surgery.report measures them"
+        lines.append(("activations", unknown))
+    elif batch is not None:
+        saved = (_saved(model, batch, flags), _saved(model, batch, now))
     for entry, method in zip(chosen, methods, strict=True):
         lines += [("pass", repr(entry)), *method.lines()]
     return Report(

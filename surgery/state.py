@@ -70,6 +70,7 @@ class Surgery:
     driving: list[Optimizer] = field(default_factory=list)  # that made the step under way
     refused: bool = False  # the step under way was skipped
     measuring: bool = False  # norms will be taken when the backward under way ends
+    calls: list[tuple[GraphModule, Sequence[Any]]] | None = None  # graphs run, while one listens
     handles: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from laws import PASSES
 from models import build, inputs_of, loss_of, make
 
 import surgery
@@ -128,3 +129,26 @@ def test_a_round_on_the_gpu_trains_within_its_budget():
     found = measure_training(model, inputs, optimizer)
     assert found.gradients <= 0.1 * found.parameters
     assert measure(lambda: torch.empty(1024, device="cuda"), torch.device("cuda")).live == 4096
+
+
+def test_plan_says_what_it_cannot_predict():
+    inputs = inputs_of("llama")
+    found = surgery.plan(make("llama"), inputs, ["misa", "recompute"])
+    assert found.after.activations is None
+    assert "not predicted for recompute; surgery.report measures them" in str(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("row", ["badam", "recompute", "chunked_loss", "misa_and_both"])
+def test_report_names_what_is_kept_to_the_byte(family, row):
+    options = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if family == "gpt2" else {}
+    model = make(family, **options)
+    surgery.apply(model, PASSES[row]())
+    found = surgery.report(model, inputs_of(family, rows=4, length=32))
+    assert abs(sum(k.bytes for k in found.kept) - found.after.activations) < 0.005 * (
+        found.after.activations
+    )
+    widest = found.kept[0]
+    assert ".*" in widest.where and widest.count >= 1
+    text = str(found)
+    assert f"{widest.count} x {widest.made_by} in {widest.where}" in text.replace("\n", " ")

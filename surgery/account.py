@@ -1,0 +1,62 @@
+"""What a forward keeps for backward, named: which operation made it, and for whom it is kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from surgery.ledger import Ledger
+from surgery.regions import name_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Storages of one kind. where: module, with * for the number of a block. made_by: operation.
+
+    kept_by: the operations whose backward needs it. count: of storages. bytes: of all of them.
+    """
+
+    where: str
+    made_by: str
+    kept_by: str
+    count: int
+    bytes: int
+
+
+def account(calls: Iterable[tuple[GraphModule, Sequence[Any]]]) -> tuple[Kept, ...]:
+    """Return what captured graphs keep for these inputs, the largest kind first."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for graph, inputs in calls:
+        ledger = Ledger(graph, inputs, now=True)
+        makers = {s: node for node in reversed(ledger.outputs) for s in ledger.outputs[node]}
+        keepers: dict[int, list[Node]] = {}
+        for node, storages in ledger.saves.items():
+            for storage in storages - ledger.free:
+                keepers.setdefault(storage, []).append(node)
+        for storage, nodes in keepers.items():
+            maker = makers.get(storage, nodes[0])
+            by = ", ".join(dict.fromkeys(name_of(node) for node in nodes))
+            kind = kinds.setdefault((_where(maker), name_of(maker), by), [0, 0])
+            kind[0] += 1
+            kind[1] += ledger.size[storage]
+    found = [
+        Kept(where=where, made_by=made, kept_by=by, count=count, bytes=size)
+        for (where, made, by), (count, size) in kinds.items()
+    ]
+    return tuple(sorted(found, key=lambda kept: -kept.bytes))
+
+
+def _where(node: Node) -> str:
+    """Return the path of the module that a node comes from, blocks numbered *."""
+    for near in (node, *node.users):
+        stack = near.meta.get("nn_module_stack")
+        if stack:
+            path = list(stack.values())[-1][0]
+            path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", r".\1\2\3", path)
+            parts = [part for part in path.split(".") if part not in ("L", "self", "")]
+            return ".".join("*" if part.isdigit() else part for part in parts)
+    return ""
