@@ -2,6 +2,7 @@
 
     python -m examples.finetune                                   # SmolLM2-135M on the KJV, MISA
     python -m examples.finetune --model Qwen/Qwen3-0.6B --text notes.txt --pass lisa --steps 500
+    python -m examples.finetune --pass misa,recompute,chunked_loss --length 512
 
 What surgery needs of your own loop is the line that calls surgery.apply; the rest is what any loop
 has, plus tables.
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import passes
 import surgery
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
@@ -29,7 +31,7 @@ console = Console()
 
 def finetune(
     model: Annotated[str, typer.Option(help="Hub id or folder.")] = "SmolLM2-135M-Instruct",
-    method: Annotated[str, typer.Option("--pass", help="Name of a pass.")] = "misa",
+    method: Annotated[str, typer.Option("--pass", help="Names, as misa,recompute.")] = "misa",
     text: Annotated[Path | None, typer.Option(help="A text file (default: the KJV).")] = None,
     steps: int = 60,
     batch: int = 2,
@@ -66,10 +68,12 @@ def finetune(
             columns["full AdamW"] = memory.measure_training(lm, example, still)
             del still
 
-    options: dict[str, Any] = {"period": period, "seed": seed}
-    if method == "misa":
-        options["budget"] = budget
-    surgery.apply(lm, method, **options)  # the one line
+    configured = {
+        "misa": passes.Misa(budget=budget, period=period, seed=seed),
+        "lisa": passes.Lisa(period=period, seed=seed),
+        "badam": passes.BAdam(period=period, seed=seed),
+    }
+    surgery.apply(lm, [configured.get(name, name) for name in method.split(",")])  # the one line
 
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.0)
     before = evaluate(lm, test)
