@@ -1,6 +1,6 @@
 """MISA: module-wise importance sampling. arXiv 2511.00056 (NeurIPS 2025).
 
-In round n train a set of modules (matrices) S_n with |S_n| <= budget * |all parameters| for T
+In round n train a set of modules (matrices) S_n with numel(S_n) <= budget * numel(all) for T
 steps, everything else frozen. After the round, for each b in S_n, with g the gradient of module b:
 
     G_b <- beta G_b + (1 - beta) mean_t ||g_t||^2 / numel(b)         (the score, a moving average)
