@@ -187,7 +187,7 @@ def chunked_cross_entropy(
     """
     rows = tokens or max(1, CHUNK // (4 * weight.shape[0]))
     how = (body, ignore_index, reduction, smoothing, rows, keep_logits)
-    return _Chunked.apply(how, hidden, weight, bias, target)  # type: ignore[return-value]
+    return _Chunked.apply(how, hidden, weight, bias, target)
 
 
 class _Chunked(torch.autograd.Function):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from surgery.ledger import Ledger
 from surgery.regions import Finder, cut_out, name_of
@@ -58,16 +58,18 @@ class Recomputation(Method):
 
     def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
         for node, given in ledger.bodies.items():
-            body = graph.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+            where = node.args[0]
+            assert isinstance(where, Node)
+            body = graph.get_submodule(str(where.target))
             assert isinstance(body, GraphModule)
             self._rewrite(body, Ledger(body, given, ledger.mode))
+            body.recompile()
         if _drop_copies(graph, ledger):
             ledger = Ledger(graph, ledger.inputs, ledger.mode)
         finder = Finder(graph, ledger, lambda node: name_of(node) in CHEAP)
         for i, region in enumerate(finder.find()):
             cut_out(graph, region, f"region_{i}", after=finder.order[finder.start(region) - 1])
             self.regions += 1
-        graph.recompile()
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield "recomputed regions", f"{self.regions}, {self.saved / 1e6:,.1f} MB not kept"

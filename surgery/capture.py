@@ -159,7 +159,7 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         body.recompile()
     for method in sorted(surgery.methods, key=lambda method: method.last):
         method.rewrite(graph, inputs)
-        graph.recompile()
+    graph.recompile()
 
 
 def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:

@@ -26,66 +26,61 @@ class Reader(NamedTuple):
     bias: bool
 
 
-def recomputed(
-    body: GraphModule,
-    readers: tuple[Reader, ...],
-    escaping: int,
-    random: bool,
-    count: int,
-    *inputs: Any,
-) -> tuple[Tensor, ...]:
-    """Run a region: `count` inputs of its body, then weight (and bias) of each reader.
+class Spec(NamedTuple):
+    """A region: its Linears, how many results of its body are used outside, whether the body draws
+    random numbers, and how many inputs the body has."""
 
-    Returns the first `escaping` results of the body, then the readers' results.
+    readers: tuple[Reader, ...]
+    escaping: int
+    random: bool
+    count: int
+
+
+def recomputed(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
+    """Run a region, `body.meta["spec"]`: inputs of its body, then weight (and bias) of each reader.
+
+    Returns the first `spec.escaping` results of the body, then the readers' results.
     """
-    readers = tuple(Reader(*reader) for reader in readers)
-    return _Recomputed.apply(body, readers, escaping, random, count, *inputs)  # type: ignore[return-value]
+    return _Recomputed.apply(body, body.meta["spec"], *inputs)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        body: GraphModule,
-        readers: tuple[Reader, ...],
-        escaping: int,
-        random: bool,
-        count: int,
-        *inputs: Any,
-    ) -> tuple[Tensor, ...]:
-        ctx.body, ctx.readers, ctx.escaping, ctx.count = body, readers, escaping, count
+    def forward(ctx: Any, body: GraphModule, spec: Spec, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.body, ctx.spec = body, spec
         ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.devices, states = _random_state(inputs) if random else (None, [])
+        ctx.devices, states = _random_state(inputs) if spec.random else (None, [])
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         ctx.save_for_backward(*states, *tensors)
         ctx.autocast = _autocast_state(inputs)
-        results = body(*inputs[:count])
-        weights = iter(inputs[count:])
-        outputs = [_linear(r, results[r.source], weights) for r in readers]
-        return (*results[:escaping], *outputs)
+        results = body(*inputs[: spec.count])
+        weights = iter(inputs[spec.count :])
+        outputs = [_linear(r, results[r.source], weights) for r in spec.readers]
+        return (*results[: spec.escaping], *outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        spec: Spec = ctx.spec
         tensors = iter(ctx.saved_tensors)
         random = None
         if ctx.devices is not None:
             random = next(tensors), ctx.devices, [next(tensors) for _ in ctx.devices]
         inputs = [next(tensors) if value is None else value for value in ctx.plain]
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[2:]
         given = [
             value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
-            for value, need in zip(inputs[: ctx.count], needed, strict=False)
+            for value, need in zip(inputs[: spec.count], needed, strict=False)
         ]
         wanted = [v for v in given if isinstance(v, Tensor) and v.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(wanted)))
             _reenter(stack, ctx.autocast, random)
             results = ctx.body(*given)
-        back: list[Tensor | None] = [*grads[: ctx.escaping]]
-        back += [None] * (len(results) - ctx.escaping)
+        back: list[Tensor | None] = [*grads[: spec.escaping]]
+        back += [None] * (len(results) - spec.escaping)
         found: list[Tensor | None] = []
-        position = ctx.count
-        for reader, grad in zip(ctx.readers, grads[ctx.escaping :], strict=True):
+        position = spec.count
+        for reader, grad in zip(spec.readers, grads[spec.escaping :], strict=True):
             width = 2 if reader.bias else 1
             result = results[reader.source]
             need = (result.requires_grad, *needed[position : position + width])
@@ -105,7 +100,7 @@ class _Recomputed(torch.autograd.Function):
             through = torch.autograd.grad(ends, wanted, ends_grads, allow_unused=True)
         flow = iter(through)
         first = [next(flow) if isinstance(v, Tensor) and v.requires_grad else None for v in given]
-        return None, None, None, None, None, *first, *found
+        return None, None, *first, *found
 
 
 def _linear(reader: Reader, x: Tensor, weights: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
 from surgery.ledger import Ledger
-from surgery.recomputation import Reader, recomputed
+from surgery.recomputation import Reader, Spec, recomputed
 from surgery.simplify import writes
 
 LARGEST = 48  # operations in a region; a norm has 6, NewGELU 9, a norm under LoRA about 20
@@ -40,6 +40,10 @@ class Region:
     @property
     def nodes(self) -> set[Node]:
         return self.members | self.readers
+
+    @property
+    def random(self) -> bool:
+        return any(is_random(member) for member in self.members)
 
 
 class Finder:
@@ -104,16 +108,16 @@ class Finder:
             region = grown
             if region.gain > (best.gain if best else 0) and self._fits(region):
                 best = region
-            sources = {
+            producers = {
                 n
                 for member in region.members
                 for n in member.all_input_nodes
                 if n in self.cheap - self.taken - region.members
                 and self.scope[n] == self.scope[seed]
             }
-            if not sources:
+            if not producers:
                 break
-            fresh = max(sources, key=lambda n: self.place[n])
+            fresh = max(producers, key=lambda n: self.place[n])
         return best
 
     def _with(self, region: Region, node: Node) -> Region | None:
@@ -151,17 +155,15 @@ class Finder:
         )
 
     def _needs(self, region: Region) -> set[int]:
-        sources = {n for m in region.members for n in m.all_input_nodes} - region.nodes
-        return {s for n in sources for s in self.ledger.outputs[n]} - self.ledger.free
+        return {s for n in sources(region) for s in self.ledger.outputs[n]} - self.ledger.free
 
     def _gain(self, region: Region) -> int:
         own = region.nodes
         kept = {s for s, savers in self.savers.items() if savers & own}
         elsewhere = {s for s in kept | self._needs(region) if self.savers.get(s, set()) - own}
         bytes_of = self.ledger.bytes
-        drawing = any(is_random(n) for n in region.members)
         before, after = kept - elsewhere, self._needs(region) - elsewhere
-        return bytes_of(before) - bytes_of(after) - drawing * GENERATOR
+        return bytes_of(before) - bytes_of(after) - region.random * GENERATOR
 
     def _fits(self, region: Region) -> bool:
         """Whether the region can run in one place, with random numbers drawn in the same order."""
@@ -205,50 +207,52 @@ def name_of(node: Node) -> str:
 
 
 def inputs(region: Region) -> list[Node]:
-    """Return what the region reads, in a fixed order: first for its members, then the weights."""
-    members = dict.fromkeys(n for m in _sorted(region.members) for n in m.all_input_nodes)
-    weights = dict.fromkeys(n for r in _sorted(region.readers) for n in r.all_input_nodes)
-    return [n for n in members | weights if n not in region.nodes]
+    """Return what the region reads: for its members, and the weights of its readers."""
+    return _read(region, region.nodes)
 
 
-def _sorted(nodes: Iterable[Node]) -> list[Node]:
-    return sorted(nodes)  # fx orders the nodes of a graph by their place
+def sources(region: Region) -> list[Node]:
+    """Return what the members of a region read, in a fixed order."""
+    return _read(region, region.members)
+
+
+def _read(region: Region, readers: Iterable[Node]) -> list[Node]:
+    # fx orders the nodes of a graph by their place
+    read = dict.fromkeys(n for reader in sorted(readers) for n in reader.all_input_nodes)
+    return [n for n in read if n not in region.nodes]
 
 
 def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
     """Put one `recomputed` node in the place of a region."""
-    members, readers = _sorted(region.members), _sorted(region.readers)
-    sources = [n for n in inputs(region) if any(n in m.all_input_nodes for m in members)]
+    members, readers = sorted(region.members), sorted(region.readers)
+    read = sources(region)
     body, copies = Graph(), {}
-    for source in sources:
+    for source in read:
         copies[source] = body.placeholder(source.name)
     for member in members:
         copies[member] = body.node_copy(member, lambda n: copies[n])
     escaping = [m for m in members if any(user not in region.nodes for user in m.users)]
     results = list(dict.fromkeys([*escaping, *(operands(reader)[0] for reader in readers)]))
     body.output(tuple(copies[result] for result in results))
-    graph.add_submodule(name, GraphModule(torch.nn.Module(), body))
     specs, weights = [], []
     for reader in readers:
         end, *own = operands(reader)
         specs.append(Reader(results.index(end), reader.target is torch.addmm, len(own) > 1))
         weights += own
-    random = any(is_random(m) for m in members)
+    run = GraphModule(torch.nn.Module(), body)
+    run.meta["spec"] = Spec(tuple(specs), len(escaping), region.random, len(read))
+    graph.add_submodule(name, run)
     with graph.graph.inserting_after(after):
         module = graph.graph.get_attr(name)
     with graph.graph.inserting_after(module):
-        node = graph.graph.call_function(
-            recomputed,
-            (module, tuple(map(tuple, specs)), len(escaping), random, len(sources)),
-        )
-    node.args = (*node.args, *sources, *weights)
+        node = graph.graph.call_function(recomputed, (module, *read, *weights))
     point = node
     for i, old in enumerate([*escaping, *readers]):
         with graph.graph.inserting_after(point):
             point = graph.graph.call_function(operator.getitem, (node, i))
         point.meta = dict(old.meta)
         old.replace_all_uses_with(point, delete_user_cb=lambda u: u not in region.nodes)
-    for old in reversed(_sorted(region.nodes)):
+    for old in sorted(region.nodes, reverse=True):
         graph.graph.erase_node(old)
 
 
