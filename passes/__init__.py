@@ -5,3 +5,4 @@ from passes.chunked_loss import ChunkedLoss as ChunkedLoss
 from passes.lisa import Lisa as Lisa
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute
+from passes.velora import Velora as Velora

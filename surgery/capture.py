@@ -97,6 +97,7 @@ class Dispatch:
             return self.plain(*args, **kwargs)
         self.workarounds.take_off()
         self.surgery.bind()
+        self.surgery.before_forward(self.plain, args, kwargs)
         captured = self._captured or self._capture()
         try:
             with torch._dynamo.config.patch(_DYNAMO | {"ignore_logging_functions": _once()}):

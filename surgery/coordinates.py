@@ -1,7 +1,8 @@
 """What the optimizer sees: coordinates, each a parameter with a linear map into a weight.
 
 A coordinate of the sampling passes is a weight itself, or a *block*: a parameter that views a part
-of the weight's own storage, so that the optimizer writes straight into the weight.
+of the weight's own storage, so that the optimizer writes straight into the weight. Others are
+*mapped*: small parameters of their own, each step of which is carried into the weight.
 """
 
 from __future__ import annotations
@@ -10,15 +11,31 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from surgery import noise
+
 Index: TypeAlias = tuple[int | slice, ...]
 
 TABLE = "surgery_coordinates"  # name of the child module that lists blocks in model.parameters()
+CHUNK = 1 << 18  # entries of a weight that a step is carried into at a time: they stay in the cache
+
+
+class Map(Protocol):
+    """A linear map from a mapped coordinate (out, k) to changes of a weight (out, in), by rows.
+
+    transposed: whether the weight is stored as (in, out), as in GPT-2.
+    """
+
+    transposed: bool
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Map (n, k) to (n, in), each row by itself."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +55,17 @@ class Coordinates:
 
 @dataclass(eq=False, kw_only=True)
 class Piece:
-    """A coordinate and what is known of it at run time; `index` is None for a whole weight."""
+    """A coordinate and what is known of it at run time.
+
+    index: of a block; None for a whole weight and for a mapped coordinate. map: of a mapped one.
+    note: what the nodes of the pass find here.
+    """
 
     weight: str
     index: Index | None
     parameter: nn.Parameter
+    map: Map | None = None
+    note: Any = None
     active: bool = False
     watched: bool = False  # whether a pass wants the norm of its gradient
     norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
@@ -50,7 +73,8 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return self.weight if self.index is None else self.weight + _subscript(self.index)
+        mapped = "" if self.map is None else " (mapped)"
+        return self.weight + (_subscript(self.index) if self.index is not None else mapped)
 
     @property
     def numel(self) -> int:
@@ -87,7 +111,9 @@ class Site:
 
     def __post_init__(self) -> None:
         self.key = self.name.rpartition(".")[2]
-        self.whole = self.pieces[0].index is None
+        first = self.pieces[0]
+        self.map = first.map
+        self.whole = first.index is None and self.map is None
 
     def current(self) -> nn.Parameter:
         """Return the parameter that the model holds under this name now."""
@@ -102,6 +128,8 @@ class Site:
         weight = self.owner._parameters[self.key]
         if self.weight() is not weight:
             return False
+        if self.map is not None:
+            return True
         return self.whole or all(_views(piece, weight) for piece in self.pieces)
 
     def bind(self) -> None:
@@ -110,7 +138,9 @@ class Site:
         self.weight = weakref.ref(weight)
         SITES[weight] = weakref.ref(self)
         for piece in self.pieces:
-            if piece.index is None:
+            if piece.map is not None:
+                piece.parameter.data = piece.parameter.detach().to(weight.device, wide(weight))
+            elif piece.index is None:
                 piece.parameter = weight
             else:
                 piece.parameter.data = weight.detach()[piece.index]
@@ -127,6 +157,35 @@ def site_of(weight: Tensor) -> Site | None:
     return None if reference is None else reference()
 
 
+def wide(weight: Tensor) -> torch.dtype:
+    """Return the dtype that steps of a weight are computed in: at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.no_grad()
+def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int) -> None:
+    """Add map(delta) to a weight, in float32; rounded at random into bfloat16 and float16.
+
+    step: the number of the optimizer step, which keys the rounding together with the name.
+    """
+    assert piece.map is not None
+    matrix = weight.detach().t() if piece.map.transposed else weight.detach()
+    out, width = matrix.shape
+    low = wide(weight) != weight.dtype
+    rows = columns = torch.empty(0)
+    if low:
+        both = noise.words(out + width, 0, "carry", piece.weight, step, device=weight.device)
+        rows, columns = both[:out], both[out:]
+    height = max(1, CHUNK // width)
+    for start in range(0, out, height):
+        part = slice(start, start + height)
+        change = piece.map.expand(delta[part])
+        if low:
+            noise.round_into(matrix[part], matrix[part].float() + change, rows[part], columns)
+        else:
+            matrix[part] += change
+
+
 def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
     if weight is None:
         return False
@@ -135,9 +194,9 @@ def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
 
 
 class CoordinateTable(nn.Module):
-    """Lists the blocks in `model.parameters()`, so that any optimizer finds them.
+    """Lists blocks and mapped coordinates in `model.parameters()`, so that any optimizer finds them.
 
-    Checkpoints do not see it: the blocks are parts of weights that are saved anyway.
+    Checkpoints do not see it: what they stand for is in weights that are saved anyway.
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
@@ -157,7 +216,7 @@ def describe(sites: Iterable[Site]) -> list[Coordinates]:
         Coordinates(
             weight=piece.weight,
             parameter=piece.parameter,
-            expand=partial(_expand, piece.index, site.current().shape),
+            expand=partial(_expand, piece, site.current().shape),
             active=piece.active,
         )
         for site in sites
@@ -165,9 +224,12 @@ def describe(sites: Iterable[Site]) -> list[Coordinates]:
     ]
 
 
-def _expand(index: Index | None, shape: torch.Size, delta: Tensor) -> Tensor:
-    if index is None:
+def _expand(piece: Piece, shape: torch.Size, delta: Tensor) -> Tensor:
+    if piece.map is not None:
+        change = piece.map.expand(delta)
+        return change.t() if piece.map.transposed else change
+    if piece.index is None:
         return delta
     change = delta.new_zeros(shape)
-    change[index] = delta
+    change[piece.index] = delta
     return change

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from surgery import nodes
-from surgery.coordinates import site_of
+from surgery.coordinates import SITES, site_of
 
 
 class Ledger(Interpreter):
@@ -96,19 +96,26 @@ def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
         return value.node.hint  # int(value) would make Dynamo guard on it
     if isinstance(value, Tensor) and not mode.is_our_fake(value):
         fake = mode.from_tensor(value.detach(), static_shapes=True)
-        return fake.requires_grad_(_trained(value, now))
+        return _same_site(value, fake.requires_grad_(_trained(value, now)))
     return value
+
+
+def _same_site(value: Tensor, fake: Tensor) -> Tensor:
+    """Let a node that knows a weight by identity know what stands for it here."""
+    if value in SITES:
+        SITES[fake] = SITES[value]
+    return fake
 
 
 def _trained(value: Tensor, now: bool) -> bool:
     """Whether a tensor gets a gradient; a weight trained in blocks has no flag of its own."""
     site = site_of(value)
-    if site is None:
+    if site is None or site.map is not None:
         return value.requires_grad
     return not now or any(piece.active for piece in site.pieces)
 
 
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.requires_grad)
+        return _same_site(value, value.detach().requires_grad_(value.requires_grad))
     return value

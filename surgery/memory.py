@@ -248,13 +248,14 @@ def _with_activations(
     model, device = surgery.model, device_of(surgery.model)
     plain = model.__dict__["forward"].plain
     with torch.random.fork_rng(), torch.enable_grad():
-        surgery.calls = []
+        surgery.calls, surgery.rehearsal = [], True
         try:
             model(**batch)  # captures
             kept = account(surgery.calls)
-        finally:
             surgery.calls = None
-        now = measure(lambda: loss_of(model(**batch)), device).live
+            now = measure(lambda: loss_of(model(**batch)), device).live
+        finally:
+            surgery.calls, surgery.rehearsal = None, False
         with _as_before(surgery):
             plain(**batch)
             then = measure(lambda: loss_of(plain(**batch)), device).live

@@ -21,10 +21,11 @@ def gate(weight: Tensor) -> Tensor:
     """Return the weight as the graph shall read it now.
 
     A weight that is trained whole: itself. One that is not being trained: detached, so that
-    autograd saves nothing for it. One trained in blocks: attached to its active blocks.
+    autograd saves nothing for it. One trained in blocks: attached to its active blocks. One with a
+    mapped coordinate: itself, since the pass's own node, which reads it next, knows it by identity.
     """
     site = site_of(weight)
-    if site is None:
+    if site is None or site.map is not None:
         return weight
     site.reached = True
     active = [piece for piece in site.pieces if piece.active]

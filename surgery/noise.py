@@ -10,6 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
 
 
 def bits(seed: int, *labels: str | int) -> int:
@@ -35,3 +41,38 @@ def gumbel(seed: int, *labels: str | int) -> float:
 def shuffled(names: Iterable[str], seed: int, *labels: str | int) -> list[str]:
     """Return the names in an order that depends on (seed, labels) and on the set of names only."""
     return sorted(names, key=lambda name: (bits(seed, *labels, name), name))
+
+
+def words(count: int, seed: int, *labels: str | int, device: Any = "cpu") -> Tensor:
+    """Return `count` random 32-bit words as int64, the i-th a function of (seed, labels, i) only.
+
+    Two rounds of the integer hash "lowbias32" (C. Wellons, hash-prospector) over a Weyl sequence,
+    each keyed by half of the labels' 64 bits; the same on every device.
+    """
+    key = bits(seed, *labels)
+    x = torch.arange(count, dtype=torch.int64, device=device).mul_(0x9E3779B9)
+    for half in (key & _WORD, key >> 32):
+        x = x.add_(half).bitwise_and_(_WORD)
+        x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_WORD)
+        x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_WORD)
+        x = x ^ (x >> 16)
+    return x
+
+
+@torch.no_grad()
+def round_into(target: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Write the matrix `exact` (float32) into `target` (bfloat16 or float16), rounded at random.
+
+    Each entry goes to one of its two neighbours, with probabilities that make it right on average.
+    Entry (i, j) is rounded by u = (rows[i] + columns[j]) mod 2^16: uniform, and independent of any
+    other entry's, for the price of one word per row and column.
+    """
+    u = (rows[:, None] + columns[None, :]).bitwise_and_(0xFFFF)
+    if target.dtype == torch.bfloat16:  # the upper half of float32: add below the cut, cut
+        pattern = exact.contiguous().view(torch.int32) + u.to(torch.int32)
+        target.copy_(pattern.bitwise_and_(-0x10000).view(torch.float32))
+        return
+    info = torch.finfo(target.dtype)
+    exponent = torch.frexp(exact)[1].clamp_(min=math.frexp(info.tiny)[1])
+    quantum = torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
+    target.copy_((exact / quantum + u * 2.0**-16).floor_().mul_(quantum))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from surgery.capture import Dispatch, unreached
-from surgery.coordinates import SITES, Piece, Site
+from surgery.coordinates import SITES, Piece, Site, carry, wide
 from surgery.errors import OptimizerError, SurgeryError, listed
 
 _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
@@ -36,6 +37,9 @@ class Method:
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         """Rewrite one captured graph in place; its weights are read through gates already."""
+
+    def before_forward(self, arguments: Mapping[str, Any], rehearsal: bool) -> None:
+        """Take the arguments of a training forward; a rehearsal (of `report`) leaves no trace."""
 
     def check_reached(self) -> None:
         """After the first training forward: raise CaptureError if the rewrite did not happen."""
@@ -69,12 +73,15 @@ class Surgery:
     stepped: set[int] = field(default_factory=set)
     driving: list[Optimizer] = field(default_factory=list)  # that made the step under way
     refused: bool = False  # the step under way was skipped
+    rehearsal: bool = False  # a forward of `report`, which must leave no trace
+    before: dict[int, Tensor] = field(default_factory=dict)  # mapped coordinates before the step
     measuring: bool = False  # norms will be taken when the backward under way ends
     calls: list[tuple[GraphModule, Sequence[Any]]] | None = None  # graphs run, while one listens
     handles: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"stepped": set(), "driving": [], "handles": [], "reached": False, "captures": 0}
+        fresh["before"] = {}
         return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,6 +105,14 @@ class Surgery:
             hook = partial(_after_accumulate, weakref.ref(piece), weakref.ref(self))
             self.handles.append(piece.parameter.register_post_accumulate_grad_hook(hook))
         LIVE.add(self)
+
+    def before_forward(self, plain: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Tell the passes that want to know with what the model is called."""
+        wanting = [m for m in self.methods if type(m).before_forward is not Method.before_forward]
+        if wanting:
+            arguments = inspect.signature(plain).bind_partial(*args, **kwargs).arguments
+            for method in wanting:
+                method.before_forward(arguments, self.rehearsal)
 
     def release(self) -> None:
         """Take the hooks off and forget the sites."""
@@ -139,11 +154,18 @@ class Surgery:
             self.skipped += 1
             for parameter in held.values():
                 parameter.grad = None
+            return
+        self.before = {
+            id(piece.parameter): piece.parameter.detach().clone()
+            for piece in self.pieces
+            if piece.map is not None and piece.active and id(piece.parameter) in held
+        }
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Count the step once every coordinate has been stepped by the optimizer that holds it."""
+        """Carry the step into the weights; count it once all coordinates have been stepped."""
         if optimizer not in self.optimizers or self.refused:
             return
+        self._carry()
         wanted = {id(piece.parameter) for piece in self.pieces}
         self.driving.append(optimizer)
         self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -154,6 +176,14 @@ class Surgery:
         for method in self.methods:
             method.after_step(self)
         self.driving.clear()
+
+    def _carry(self) -> None:
+        for site in self.sites if self.before else ():
+            for piece in site.pieces:
+                before = self.before.pop(id(piece.parameter), None)
+                if before is not None:
+                    delta = torch.sub(piece.parameter.detach(), before, out=before)
+                    carry(piece, site.current(), delta, self.step)
 
     def measure_norms(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
@@ -180,7 +210,7 @@ class Surgery:
             else:
                 changed.append(grad)
         # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
-        norms += [grad.sum(dtype=torch.float32) for grad in changed if grad.numel() > _LARGE]
+        norms += [grad.sum(dtype=wide(grad)) for grad in changed if grad.numel() > _LARGE]
         norms += _norms([grad for grad in changed if grad.numel() <= _LARGE])
         devices = {norm.device for norm in norms}
         groups = [torch.stack([n for n in norms if n.device == d]) for d in devices]
@@ -234,7 +264,9 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
     # One kernel a device for all of them; torch's public get_total_norm keeps only their norm.
     if not grads:
         return []
-    return torch._foreach_norm(grads, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    dtype = torch.float64 if double else torch.float32
+    return torch._foreach_norm(grads, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:

@@ -102,7 +102,7 @@ def split(model: nn.Module, name: str, limit: int) -> list[Index | None]:
     elif weight.ndim == 2 and (sizes := _fused(model, owner, name, weight)):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         spans = [slice(a, a + size) for a, size in zip(starts, sizes, strict=True)]
-        parts = [(slice(0, weight.shape[0]), s) if _transposed(owner) else (s,) for s in spans]
+        parts = [(slice(0, weight.shape[0]), s) if is_transposed(owner) else (s,) for s in spans]
     return [piece for part in parts for piece in _rows(weight, part, limit)]
 
 
@@ -128,12 +128,13 @@ def _within(part: Index | None, cut: slice) -> Index:
     return (slice(first.start + cut.start, first.start + cut.stop), *rest)
 
 
-def _transposed(owner: nn.Module) -> bool:
+def is_transposed(owner: nn.Module) -> bool:
+    """Whether a Linear stores its weight as (in, out)."""
     return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")  # GPT-2: (in, out)
 
 
 def _fused(model: nn.Module, owner: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
-    out = weight.shape[1] if _transposed(owner) else weight.shape[0]
+    out = weight.shape[1] if is_transposed(owner) else weight.shape[0]
     if isinstance(owner, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
         return (out // 3,) * 3
     config = getattr(model, "config", None)
@@ -153,12 +154,12 @@ def _fused(model: nn.Module, owner: nn.Module, name: str, weight: Tensor) -> tup
 
 def _siblings(model: nn.Module, name: str) -> list[nn.Module]:
     parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-    return [child for child in parent.children() if _linear(child)]
+    return [child for child in parent.children() if is_linear_module(child)]
 
 
 def _in_features(module: nn.Module) -> int:
     weight = module.get_parameter("weight")
-    return weight.shape[0] if _transposed(module) else weight.shape[1]
+    return weight.shape[0] if is_transposed(module) else weight.shape[1]
 
 
 # -- targets=, always= -----------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
     parameters = [name for name, _ in model.named_parameters()]
     if targets == "all-linear":
         head = output_head(model)
-        hit = {n for n, m in modules.items() if _linear(m) and m is not head}
+        hit = {n for n, m in modules.items() if is_linear_module(m) and m is not head}
     else:
         patterns = [targets] if isinstance(targets, str) else list(targets)
         hit = set()
@@ -213,8 +214,9 @@ class _Rule:
         self.target_modules = target_modules
 
 
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transposed(module)
+def is_linear_module(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def _nothing(pattern: str, what: str, names: list[str]) -> TargetError:

@@ -25,12 +25,25 @@ SAMPLING = {
     "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
     "badam": lambda period=2, seed=0: passes.BAdam(period=period, seed=seed),
 }
+# name -> options; v random, except in the second row: the mean depends on how a batch is cut
+PROJECTING = {
+    "velora": lambda period=2, seed=0: passes.Velora(groups=4, init="random", seed=seed),
+    "velora_redrawn": lambda period=2, seed=0: passes.Velora(groups=4, period=period, seed=seed),
+    "velora_dense": lambda period=2, seed=0: passes.Velora(
+        groups=5, init="random", dense=True, always=".*norm.*|.*ln_.*", seed=seed
+    ),
+}
 # Every row goes through every law, except that only the first ones draw.
-PASSES = SAMPLING | {
+PASSES = SAMPLING | PROJECTING | {
     "recompute": lambda period=2, seed=0: passes.Recompute(),
     "chunked_loss": lambda period=2, seed=0: passes.ChunkedLoss(),
     "misa_and_both": lambda period=2, seed=0: [
         SAMPLING["misa"](period=period, seed=seed),
+        passes.Recompute(),
+        passes.ChunkedLoss(),
+    ],
+    "velora_and_both": lambda period=2, seed=0: [
+        PROJECTING["velora"](period=period, seed=seed),
         passes.Recompute(),
         passes.ChunkedLoss(),
     ],
@@ -44,7 +57,9 @@ rows_and_families = pytest.mark.parametrize(
     + [(row, family) for row in ("misa", "lisa", "badam") for family in ("llama", "gpt2")]
     + [(row, family) for row in ("recompute", "chunked_loss") for family in ("llama", "gpt2")]
     + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")]
-    + [("misa_and_both", "llama"), ("misa_and_both", "gpt2")],
+    + [("misa_and_both", "llama"), ("misa_and_both", "gpt2")]
+    + [(row, family) for row in PROJECTING for family in ("llama", "gpt2")]
+    + [("velora_and_both", "llama"), ("velora_and_both", "gpt2")],
 )
 # Few examples, since each captures a model; the fixture only resets Dynamo between tests.
 laws = settings(

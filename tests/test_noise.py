@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,3 +45,40 @@ def test_gumbel_has_mean_gamma_and_its_variance():
 def test_shuffled_does_not_depend_on_the_order_it_is_given(names, seed):
     assert noise.shuffled(names, seed) == noise.shuffled(names[::-1], seed)
     assert sorted(noise.shuffled(names, seed)) == sorted(names)
+
+
+def test_words_are_functions_of_their_place():
+    words = noise.words(100_000, 7, "w")
+    assert torch.equal(words[:500], noise.words(500, 7, "w"))
+    assert not torch.equal(words, noise.words(100_000, 8, "w"))
+    assert 0 <= int(words.min()) and int(words.max()) < 2**32
+    for bit in range(32):  # every bit a fair coin, and so is its change from one word to the next
+        coins = ((words >> bit) & 1).double()
+        for share in (coins.mean(), (coins[1:] != coins[:-1]).double().mean()):
+            assert abs(float(share) - 0.5) < 5 * 0.5 / math.sqrt(len(words))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_rounding_takes_a_neighbour_and_is_right_on_average(dtype, scale):
+    exact = torch.randn(64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = (exact * scale).float()
+    total = torch.zeros(exact.shape, dtype=torch.float64)
+    target = torch.empty(exact.shape, dtype=dtype)
+    draws = 600
+    for step in range(draws):
+        words = noise.words(112, 0, "round", step)
+        noise.round_into(target, exact, words[:64], words[64:])
+        total += target
+        gap = (target.double() - exact).abs()
+        spacing = _spacing(exact, dtype)
+        assert bool((gap < spacing).all())  # one of the two neighbours, itself if it is one
+    error = total / draws - exact
+    # the error of the mean has at most spacing / (2 sqrt(draws)) as its deviation
+    assert bool((error.abs() < 5.5 * spacing / (2 * math.sqrt(draws))).all())
+
+
+def _spacing(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(exact.abs().double()))
+    return 2.0 ** exponent.clamp(min=math.log2(info.tiny)) * info.eps

@@ -1,0 +1,212 @@
+"""Linears that keep a projection of their input for the gradient, instead of the input.
+
+With y = x W^T + b and a linear map C, forward keeps z = C(x) (rows, k). The coordinate S (out, k) of
+W gets dS = g^T z, in full precision and without ever forming x again; dx = g W is exact. Weights
+that read the same x keep one z between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from surgery import nodes
+from surgery.coordinates import Map, site_of
+from surgery.ledger import Ledger
+from surgery.regions import is_linear, name_of, operands
+
+
+class Projection(Map, Protocol):
+    """C and its adjoint, beside one weight as `Piece.note`; `expand` is from `Map`.
+
+    dense: the gradient is expanded at once and goes to the weight itself. scale: of the gradient.
+    """
+
+    dense: bool
+
+    @property
+    def scale(self) -> float: ...
+
+    def compress(self, rows: Tensor) -> Tensor:
+        """Map x (rows, in) to z (rows, k); without gradients."""
+        ...
+
+    def share(self, other: Any) -> None:
+        """Use the C of the projection of another weight, which reads the same x."""
+        ...
+
+
+def project(x: Tensor, *weights: Tensor) -> Tensor | None:
+    """Return z of x (..., in) for weights that read it; None if none of them has a projection."""
+    found = [p for weight in weights if (p := _projection(weight)) is not None]
+    for other in found[1:]:
+        other.share(found[0])
+    with torch.no_grad():
+        return found[0].compress(x.detach().reshape(-1, x.shape[-1])) if found else None
+
+
+def projected(
+    x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """Return x W^T + b (or x W + b if transposed), keeping z (rows, k) for the gradient."""
+    projection = _projection(weight)
+    if z is None or projection is None:
+        return _linear(x, weight, bias, transposed)
+    site = site_of(weight)
+    assert site is not None
+    site.reached = True
+    coordinate = site.pieces[0].parameter
+    return _Projected.apply(x, z, weight.detach(), bias, coordinate, projection)
+
+
+def _projection(weight: Tensor) -> Projection | None:
+    site = site_of(weight)
+    return None if site is None else site.pieces[0].note
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return functional.linear(x, weight, bias)
+    assert bias is not None
+    return torch.addmm(bias, x, weight)
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        coordinate: Tensor,
+        projection: Projection,
+    ) -> Tensor:
+        ctx.projection, ctx.given = projection, (x.shape, x.dtype, coordinate.dtype)
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.save_for_backward(z, weight)
+        return _linear(x, weight, bias, projection.transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = ctx.saved_tensors
+        shape, dtype, wanted = ctx.given
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = db = ds = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.to(rows.dtype)
+            dx = rows @ (matrix.t() if ctx.projection.transposed else matrix)
+            dx = dx.view(shape).to(dtype)
+        if ctx.needs_input_grad[3]:
+            db = rows.sum(0).to(ctx.bias)
+        if ctx.needs_input_grad[4]:
+            ds = (rows.t() @ z.to(rows.dtype)).to(wanted)
+            if ctx.projection.scale != 1.0:
+                ds *= ctx.projection.scale
+            if ctx.projection.dense:
+                ds = ctx.projection.expand(ds)
+                ds = ds.t() if ctx.projection.transposed else ds
+        return dx, None, None, db, ds, None
+
+
+# -- putting the nodes in --------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class Rewritten:
+    """Weights whose Linears were rewritten, and those of them whose x something else keeps, by what
+    operation."""
+
+    names: set[str] = field(default_factory=set)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def project_linears(
+    graph: GraphModule, inputs: Sequence[Any], wanted: Container[str], found: Rewritten
+) -> None:
+    """Let the Linears of the wanted weights keep projections, in one captured graph, in place."""
+    names: dict[Node, str] = {}
+    for node, value in zip(_placeholders(graph), inputs, strict=True):
+        site = site_of(value) if isinstance(value, Tensor) else None
+        if site is not None and site.name in wanted:
+            names[node] = site.name
+    if names:
+        _rewrite(graph, names)
+        _look(graph, Ledger(graph, inputs), names, found)
+
+
+def _placeholders(graph: GraphModule) -> Iterable[Node]:
+    return graph.graph.find_nodes(op="placeholder")
+
+
+def _rewrite(graph: GraphModule, names: dict[Node, str]) -> None:
+    for gate in graph.graph.find_nodes(op="call_function", target=nodes.gate):
+        if gate.args[0] in names:
+            names[gate] = names[gate.args[0]]
+    groups: dict[Node, list[Node]] = {}
+    for node in graph.graph.nodes:
+        if is_linear(node) and operands(node)[1] in names:
+            groups.setdefault(_root(operands(node)[0]), []).append(node)
+    for x, readers in groups.items():
+        with graph.graph.inserting_before(min(readers)):
+            weights = [operands(reader)[1] for reader in readers]
+            z = graph.graph.call_function(project, (x, *weights))
+        for reader in readers:
+            own, weight, *bias = operands(reader)
+            args = (own, z, weight, bias[0] if bias else None, reader.target is torch.addmm)
+            with graph.graph.inserting_before(reader):
+                new = graph.graph.call_function(projected, args)
+            new.meta = dict(reader.meta)
+            reader.replace_all_uses_with(new)
+            graph.graph.erase_node(reader)
+    for node, body in _bodies(graph):
+        inner = zip(_placeholders(body), node.args[1:], strict=True)
+        _rewrite(body, {p: names[a] for p, a in inner if a in names})
+        body.recompile()
+
+
+def _bodies(graph: GraphModule) -> Iterable[tuple[Node, GraphModule]]:
+    for node in graph.graph.find_nodes(op="call_function", target=nodes.checkpointed):
+        where = node.args[0]
+        assert isinstance(where, Node)
+        body = graph.get_submodule(str(where.target))
+        assert isinstance(body, GraphModule)
+        yield node, body
+
+
+def _root(node: Node) -> Node:
+    """Return the tensor that a node only casts: fp32 adapters each cast the same x for themselves."""
+    while name_of(node) in ("to", "float") and len(node.all_input_nodes) == 1:
+        source, value = node.all_input_nodes[0], node.meta.get("example_value")
+        known = source.meta.get("example_value")
+        if not isinstance(value, Tensor) or not isinstance(known, Tensor):
+            break
+        if value.device != known.device:
+            break
+        node = source
+    return node
+
+
+def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rewritten) -> None:
+    """Note which weights were reached, and where x is kept in spite of its projection."""
+    for node in graph.graph.find_nodes(op="call_function", target=projected):
+        x, _, weight, *_ = node.args
+        if weight not in names:
+            continue
+        found.names.add(names[weight])
+        mine = ledger.outputs[_root(x)] - ledger.free
+        others = [n for n, saved in ledger.saves.items() if saved & mine and n is not node]
+        if others:
+            found.kept[names[weight]] = name_of(others[0])
+    for node, body in _bodies(graph):
+        inner = zip(_placeholders(body), node.args[1:], strict=True)
+        known = {p: names[a] for p, a in inner if a in names}
+        _look(body, Ledger(body, ledger.bodies[node], ledger.mode), known, found)
