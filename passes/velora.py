@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgery import noise
 from surgery.coordinates import Piece, piece_of, wide
@@ -100,10 +101,8 @@ class Velora:
         else:
             names = select(model, self.targets, "targets")
             names = [name for name in names if not name.endswith("bias")]
-        names = [name for name in names if model.get_parameter(name).requires_grad]
-        if self.targets is not None:
             _check(model, names)
-        return names
+        return [name for name in names if model.get_parameter(name).requires_grad]
 
     def _piece(self, model: nn.Module, name: str, method: SubTokens) -> Piece:
         weight = model.get_parameter(name)
@@ -151,6 +150,12 @@ def _check(model: nn.Module, names: list[str]) -> None:
             raise TargetError(
                 f"velora: {name} is tied to another weight, whose gradient would be lost. Leave it "
                 "out of targets=, or train it densely with always=[...]."
+            )
+        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+            raise TargetError(
+                f"velora: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
+                "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and apply "
+                "velora to these: it projects the inputs of lora_A."
             )
         if not _is_linear_weight(model, name):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -118,7 +119,7 @@ def _gradients(
     rows = grad.flatten(0, -2)
     dx = dw = db = None
     if need[0]:
-        matrix = weight.to(grad.dtype)
+        matrix = dequantised(weight).to(grad.dtype)
         dx = (rows @ (matrix.t() if reader.transposed else matrix)).view(x.shape).to(x.dtype)
     if need[1]:
         features = x.to(grad.dtype).flatten(0, -2)
@@ -127,6 +128,11 @@ def _gradients(
     if reader.bias and need[2]:
         db = rows.sum(0).to(weight.dtype)
     return dx, dw, db
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """Return a weight as plain numbers; torchao's tensors multiply x, but not a gradient."""
+    return weight.dequantize() if is_traceable_wrapper_subclass(weight) else weight
 
 
 def _random_state(inputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:

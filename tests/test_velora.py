@@ -425,9 +425,49 @@ def test_two_velora_passes_on_one_input_project_it_twice():
     assert shapes == {"q_proj": (32, 4), "k_proj": (16, 8)}
 
 
-def test_quantised_bases():
-    bnb = pytest.importorskip("bitsandbytes")
-    assert bnb
+def quantised(kind: str, folder) -> nn.Module:
+    import transformers
+
+    if kind == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        model = make("llama", hidden_size=64)
+        quantize_(model.model.layers, Int8WeightOnlyConfig())
+        return model
+    make("llama", hidden_size=64).save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=kind == "bitsandbytes 4-bit", load_in_8bit=kind == "bitsandbytes 8-bit"
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu"
+    ).train()
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes and torchao announce their renamings
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"])
+def test_under_quantised_bases_adapters_are_projected(kind, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = quantised(kind, tmp_path)
+    with pytest.raises(surgery.TargetError, match=r"q_proj\.weight is quantised"):
+        surgery.apply(model, passes.Velora(groups=8, targets=["q_proj"]))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    inputs = inputs_of("llama")
+    expected = loss_of(model, inputs)
+    expected.backward()
+    full = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    surgery.apply(model, [passes.Velora(groups=8), passes.Recompute(), passes.ChunkedLoss()])
+    loss = loss_of(model, inputs)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    exact = [c for c in surgery.coordinates(model) if "lora_B" in c.weight]
+    assert len(exact) == 7 * 3
+    for c in exact:
+        torch.testing.assert_close(c.parameter.grad, full[c.weight], rtol=1e-4, atol=1e-6)
 
 
 RANK = """
