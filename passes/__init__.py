@@ -2,6 +2,7 @@
 
 from passes.badam import BAdam as BAdam
 from passes.chunked_loss import ChunkedLoss as ChunkedLoss
+from passes.compress import Compress as Compress
 from passes.lisa import Lisa as Lisa
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from surgery.ledger import Ledger
+from surgery.ledger import Ledger, bodies
 from surgery.regions import Finder, cut_out, name_of
 from surgery.registry import register
 from surgery.simplify import copied, writes
@@ -46,23 +46,16 @@ class Recompute:
 @dataclass(eq=False, kw_only=True)
 class Recomputation(Method):
     name: str = "recompute"
-    last: bool = True
+    order: int = 1
     regions: int = 0  # of all captured graphs
-    saved: int = 0  # bytes that forward no longer keeps, at the shapes of each capture
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         """Cut the regions out of one captured graph, checkpointed bodies included, in place."""
-        before = Ledger(graph, inputs)
-        self._rewrite(graph, before)
-        self.saved += before.total - Ledger(graph, before.inputs, before.mode).total
+        self._rewrite(graph, Ledger(graph, inputs))
 
     def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
-        for node, given in ledger.bodies.items():
-            where = node.args[0]
-            assert isinstance(where, Node)
-            body = graph.get_submodule(str(where.target))
-            assert isinstance(body, GraphModule)
-            self._rewrite(body, Ledger(body, given, ledger.mode))
+        for node, body in bodies(graph):
+            self._rewrite(body, Ledger(body, ledger.bodies[node], ledger.mode))
             body.recompile()
         if _drop_copies(graph, ledger):
             ledger = Ledger(graph, ledger.inputs, ledger.mode)
@@ -72,7 +65,7 @@ class Recomputation(Method):
             self.regions += 1
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        yield "recomputed regions", f"{self.regions}, {self.saved / 1e6:,.1f} MB not kept"
+        yield "recomputed regions", f"{self.regions}"
 
 
 def _drop_copies(graph: GraphModule, ledger: Ledger) -> bool:

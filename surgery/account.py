@@ -39,8 +39,8 @@ def account(calls: Iterable[tuple[GraphModule, Sequence[Any]]]) -> tuple[Kept, .
                 keepers.setdefault(storage, []).append(node)
         for storage, nodes in keepers.items():
             maker = makers.get(storage, nodes[0])
-            by = ", ".join(dict.fromkeys(name_of(node) for node in nodes))
-            kind = kinds.setdefault((_where(maker), name_of(maker), by), [0, 0])
+            by = ", ".join(dict.fromkeys(_called(node) for node in nodes))
+            kind = kinds.setdefault((_where(maker), _called(maker), by), [0, 0])
             kind[0] += 1
             kind[1] += ledger.size[storage]
     found = [
@@ -50,13 +50,22 @@ def account(calls: Iterable[tuple[GraphModule, Sequence[Any]]]) -> tuple[Kept, .
     return tuple(sorted(found, key=lambda kept: -kept.bytes))
 
 
+def _called(node: Node) -> str:
+    return node.meta.get("called") or name_of(node)
+
+
 def _where(node: Node) -> str:
     """Return the path of the module that a node comes from, blocks numbered *."""
+    return ".".join("*" if part.isdigit() else part for part in module_of(node).split("."))
+
+
+def module_of(node: Node) -> str:
+    """Return the path of the module that a node comes from, or an empty string."""
     for near in (node, *node.users):
         stack = near.meta.get("nn_module_stack")
         if stack:
             path = list(stack.values())[-1][0]
             path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", r".\1\2\3", path)
             parts = [part for part in path.split(".") if part not in ("L", "self", "")]
-            return ".".join("*" if part.isdigit() else part for part in parts)
+            return ".".join(parts)
     return ""

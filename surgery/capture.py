@@ -24,6 +24,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 from surgery import nodes
 from surgery.coordinates import TABLE
 from surgery.errors import CaptureError, listed
+from surgery.ledger import Ledger
 from surgery.reentrant import Workarounds
 from surgery.simplify import simplify
 
@@ -158,8 +159,16 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         _restore_checkpoints(body)
         simplify(body)
         body.recompile()
-    for method in sorted(surgery.methods, key=lambda method: method.last):
+    rewriting = [m for m in surgery.methods if m.rewrites]
+    ledger = Ledger(graph, inputs) if rewriting else None
+    for method in sorted(rewriting, key=lambda method: method.order):
+        assert ledger is not None
+        before, ledger = ledger, None
         method.rewrite(graph, inputs)
+        graph.recompile()
+        ledger = Ledger(graph, before.inputs, before.mode)
+        taken = surgery.taken.get(method.name, 0)
+        surgery.taken[method.name] = taken + before.total - ledger.total
     graph.recompile()
 
 

@@ -91,6 +91,16 @@ class Ledger(Interpreter):
                 yield storage._cdata
 
 
+def bodies(graph: GraphModule) -> Iterable[tuple[Node, GraphModule]]:
+    """Return the checkpointed regions of a graph: the node that runs one, and what it runs."""
+    for node in graph.graph.find_nodes(op="call_function", target=nodes.checkpointed):
+        where = node.args[0]
+        assert isinstance(where, Node)
+        body = graph.get_submodule(str(where.target))
+        assert isinstance(body, GraphModule)
+        yield node, body
+
+
 def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
     if isinstance(value, SymInt):
         return value.node.hint  # int(value) would make Dynamo guard on it

@@ -210,6 +210,8 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
+        if method.name in surgery.taken:
+            lines.append((f"{method.name} takes away", _taken(surgery.taken[method.name])))
     lines += [
         ("optimizer steps", f"{surgery.step:,}"),
         ("skipped steps", f"{surgery.skipped:,} (NaN or infinite gradients)"),
@@ -223,6 +225,10 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         measured=batch is not None,
         kept=kept,
     )
+
+
+def _taken(count: int) -> str:
+    return f"{megabytes(count)} kept for backward, at the shapes that were captured"
 
 
 def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:

@@ -15,7 +15,6 @@ from surgery.coordinates import Piece
 from surgery.errors import ModelError
 from surgery.memory import Bytes, Report, loss_of
 from surgery.registry import resolve
-from surgery.state import Method
 
 
 def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options: Any) -> Report:
@@ -42,7 +41,7 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
     live = live if pieces else dense
     saved = (None, None)
     lines = [("plan", "nothing was changed")]
-    rewriting = [method.name for method in methods if type(method).rewrite is not Method.rewrite]
+    rewriting = [method.name for method in methods if method.rewrites]
     if rewriting:
         unknown = f"not predicted for {', '.join(rewriting)}; surgery.report measures them"
         lines.append(("activations", unknown))

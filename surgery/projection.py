@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from surgery import nodes
 from surgery.coordinates import Map, site_of
-from surgery.ledger import Ledger
+from surgery.ledger import Ledger, bodies
 from surgery.regions import is_linear, name_of, operands
 
 
@@ -167,19 +167,10 @@ def _rewrite(graph: GraphModule, names: dict[Node, str]) -> None:
             new.meta = dict(reader.meta)
             reader.replace_all_uses_with(new)
             graph.graph.erase_node(reader)
-    for node, body in _bodies(graph):
+    for node, body in bodies(graph):
         inner = zip(_placeholders(body), node.args[1:], strict=True)
         _rewrite(body, {p: names[a] for p, a in inner if a in names})
         body.recompile()
-
-
-def _bodies(graph: GraphModule) -> Iterable[tuple[Node, GraphModule]]:
-    for node in graph.graph.find_nodes(op="call_function", target=nodes.checkpointed):
-        where = node.args[0]
-        assert isinstance(where, Node)
-        body = graph.get_submodule(str(where.target))
-        assert isinstance(body, GraphModule)
-        yield node, body
 
 
 def _root(node: Node) -> Node:
@@ -206,7 +197,7 @@ def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rew
         others = [n for n, saved in ledger.saves.items() if saved & mine and n is not node]
         if others:
             found.kept[names[weight]] = name_of(others[0])
-    for node, body in _bodies(graph):
+    for node, body in bodies(graph):
         inner = zip(_placeholders(body), node.args[1:], strict=True)
         known = {p: names[a] for p, a in inner if a in names}
         _look(body, Ledger(body, ledger.bodies[node], ledger.mode), known, found)

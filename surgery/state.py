@@ -27,16 +27,20 @@ LIVE: weakref.WeakSet[Surgery] = weakref.WeakSet()  # what the clock's global ho
 class Method:
     """The run-time state of one pass on one model, made by the pass's `start(model)`.
 
-    pieces: every coordinate that may ever be trained; empty for exact rewrites. last: whether its
-    rewrite works on what the other passes leave.
+    pieces: every coordinate that may ever be trained; empty for exact rewrites. order: rewrites of
+    a lower number come first; 1 works on what autograd would keep, 2 on how that is kept.
     """
 
     name: str
     pieces: Sequence[Piece] = ()
-    last: bool = False
+    order: int = 0
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         """Rewrite one captured graph in place; its weights are read through gates already."""
+
+    @property
+    def rewrites(self) -> bool:
+        return type(self).rewrite is not Method.rewrite
 
     def before_forward(self, arguments: Mapping[str, Any], rehearsal: bool) -> None:
         """Take the arguments of a training forward; a rehearsal (of `report`) leaves no trace."""
@@ -76,12 +80,13 @@ class Surgery:
     rehearsal: bool = False  # a forward of `report`, which must leave no trace
     before: dict[int, Tensor] = field(default_factory=dict)  # mapped coordinates before the step
     measuring: bool = False  # norms will be taken when the backward under way ends
+    taken: dict[str, int] = field(default_factory=dict)  # pass -> bytes its rewrites take away
     calls: list[tuple[GraphModule, Sequence[Any]]] | None = None  # graphs run, while one listens
     handles: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"stepped": set(), "driving": [], "handles": [], "reached": False, "captures": 0}
-        fresh["before"] = {}
+        fresh |= {"before": {}, "taken": {}}
         return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -174,20 +174,8 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
 
     Raises TargetError if some entry matches nothing, with the nearest names.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
     parameters = [name for name, _ in model.named_parameters()]
-    if targets == "all-linear":
-        head = output_head(model)
-        hit = {n for n, m in modules.items() if is_linear_module(m) and m is not head}
-    else:
-        patterns = [targets] if isinstance(targets, str) else list(targets)
-        hit = set()
-        for pattern in patterns:
-            rule = pattern if isinstance(targets, str) else [pattern]
-            found = {name for name in [*modules, *parameters] if _match(rule, name)}
-            if not found:
-                raise _nothing(pattern, what, [*modules, *parameters])
-            hit |= found
+    hit = matched(model, targets, what)
     chosen = [n for n in parameters if n in hit or n.rpartition(".")[0] in hit]
     if not chosen:
         raise TargetError(
@@ -195,6 +183,23 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
             f"{listed(sorted(hit), 3)}. Name the projections inside of them."
         )
     return chosen
+
+
+def matched(model: nn.Module, targets: str | Sequence[str], what: str) -> set[str]:
+    """Return the names of the modules and parameters that `targets` names; see `select`."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = [*modules, *(name for name, _ in model.named_parameters())]
+    if targets == "all-linear":
+        head = output_head(model)
+        return {n for n, m in modules.items() if is_linear_module(m) and m is not head}
+    hit: set[str] = set()
+    for pattern in [targets] if isinstance(targets, str) else list(targets):
+        rule = pattern if isinstance(targets, str) else [pattern]
+        found = {name for name in names if _match(rule, name)}
+        if not found:
+            raise _nothing(pattern, what, names)
+        hit |= found
+    return hit
 
 
 def _match(rule: str | list[str], name: str) -> bool:

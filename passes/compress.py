@@ -1,0 +1,246 @@
+"""Saved activations in 8 or 4 bits. ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357.
+
+What an operation keeps for backward is stored, per group of channels with the range [l, l + L s],
+L = 2^bits - 1, as
+
+    q = floor((x - l) / s + u),    x' = l + s q,    u uniform in [0, 1):    E[x'] = x
+
+so a Linear's weight gradient g^T x' is right on average, and its dx = g W does not change at all.
+Gradients through products, activations, norms and attention read x' where they read x and become
+approximate. Masks (dropout, and the sign that ReLU needs) take one bit and stay exact. The forward
+does not change.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from surgery import noise, nodes
+from surgery.account import module_of
+from surgery.errors import CaptureError
+from surgery.holding import held, share
+from surgery.ledger import Ledger, bodies
+from surgery.packing import Packed, fills, mask, quantise
+from surgery.projection import projected
+from surgery.regions import name_of
+from surgery.registry import check_types, register
+from surgery.simplify import writes
+from surgery.state import Method, Surgery
+from surgery.targets import Targets, matched
+
+SMALLEST = 1024  # bytes of an activation: below, codes and ranges would save next to nothing
+TABLE = 1 << 16  # random numbers, drawn once a step
+# Nodes that find their coordinates by the identity of a weight, or keep nothing themselves.
+OPAQUE = (projected, nodes.checkpointed, nodes.gate)
+SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
+
+
+@register("compress")
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    """Options of compress.
+
+    bits: of an entry, 8 or 4. targets: modules whose operations keep packed activations, by PEFT's
+    matching rules (default: all). An activation that anything else keeps as well stays as it is.
+    """
+
+    bits: Literal[4, 8] = 8
+    targets: Targets = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def start(self, model: nn.Module) -> Compression:
+        """Return the state of the pass on a model; changes nothing. Raises TargetError."""
+        modules = None if self.targets is None else matched(model, self.targets, "targets")
+        return Compression(options=self, modules=modules)
+
+
+@dataclass(eq=False, kw_only=True)
+class Compression(Method):
+    options: Compress
+    modules: set[str] | None  # whose operations are targeted
+    name: str = "compress"
+    order: int = 2
+    step: int = 0  # optimizer steps made: keys the rounding
+    packed: int = 0  # activations, of all captured graphs
+    masks: int = 0
+    tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"tables": {}}
+
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
+        self._rewrite(graph, Ledger(graph, inputs))
+
+    def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
+        for node, body in bodies(graph):
+            self._rewrite(body, Ledger(body, ledger.bodies[node], ledger.mode))
+            body.recompile()
+        chosen = self._chosen(graph, ledger)
+        self.packed += len(chosen)
+        _Rewriter(graph, ledger, chosen, self).run()
+
+    def _chosen(self, graph: GraphModule, ledger: Ledger) -> set[int]:
+        """Return the storages of activations that only operations of ours keep."""
+        made = {
+            storage
+            for node, storages in ledger.outputs.items()
+            for storage in storages
+            if _is_activation(ledger.env.get(node))
+        }
+        written = {
+            s for n in ledger.outputs if writes(n) for m in n.all_input_nodes for s in ledger.outputs[m]
+        }
+        kept = {s for saved in ledger.saves.values() for s in saved} - ledger.free
+        spared = {
+            s for node, saved in ledger.saves.items() if not self.takes(node) for s in saved
+        }
+        only_signs = {
+            s
+            for s in kept
+            if all(name_of(n) in SIGNS for n, saved in ledger.saves.items() if s in saved)
+        }
+        large = {s for s in kept if ledger.size[s] >= SMALLEST}
+        return (large & made) - written - spared - only_signs
+
+    def takes(self, node: Node) -> bool:
+        """Whether an operation is one of those that keep packed activations."""
+        if not name_of(node) or node.target in OPAQUE or writes(node):
+            return False
+        parts = module_of(node).split(".")
+        inside = {".".join(parts[: i + 1]) for i in range(len(parts))}
+        return self.modules is None or bool(self.modules & inside)
+
+    def random(self, device: torch.device, key: str, side: str) -> Tensor:
+        """Return at least 2^15 uniform numbers in [0, 1) for this step."""
+        table = self.tables.get((self.step, device))
+        if table is None:
+            words = noise.words(TABLE, self.options.seed, "compress", self.step, device=device)
+            table = (words >> 8) * 2.0**-24
+            self.tables = {(self.step, device): table}
+        start = noise.bits(self.options.seed, key, side) % (TABLE // 2)
+        return table[start:]
+
+    def check_reached(self) -> None:
+        if not self.packed and not self.masks:
+            raise CaptureError(
+                "compress found no activation to pack: none is kept by the targeted operations "
+                "alone. Leave targets= out, or leave compress out."
+            )
+
+    def after_step(self, surgery: Surgery) -> None:
+        self.step = surgery.step
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        bits = self.options.bits
+        yield "packed", f"{self.packed} activations in {bits} bits, {self.masks} masks in 1"
+        yield "exact", "the forward, dx of Linears, masks; all other gradients are approximate"
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@dataclass(eq=False, kw_only=True)
+class NodePacker:
+    """How one operation's saved tensors are packed: a `surgery.holding.Packer`."""
+
+    method: Compression
+    key: str
+    called: str
+
+    @property
+    def own(self) -> Callable[[Tensor], Packed] | None:
+        return mask if self.called in SIGNS else None
+
+    def shared(self, x: Tensor) -> Packed:
+        if isinstance(x, FakeTensor):
+            rows = columns = x.new_zeros(1, dtype=torch.float32)
+        else:
+            rows, columns = (self.method.random(x.device, self.key, s) for s in ("rows", "columns"))
+        return quantise(x, self.method.options.bits, rows, columns)
+
+    def inner(self, x: Tensor) -> Packed | None:
+        is_mask = x.dtype == torch.bool or self.called in MASKS
+        return mask(x) if is_mask and x.numel() >= SMALLEST // 4 else None
+
+
+class _Rewriter:
+    """Wraps the operations of one graph that keep chosen storages, or masks."""
+
+    def __init__(
+        self, graph: GraphModule, ledger: Ledger, chosen: set[int], method: Compression
+    ) -> None:
+        self.graph, self.ledger, self.chosen, self.method = graph, ledger, chosen, method
+        self.whole: dict[int, Node] = {}  # storage -> what stands for it where it is kept
+        self.part: dict[Node, Node] = {}
+        self.latest: dict[Node, Node] = {}  # node -> what has taken its place
+        self.filling: dict[int, Node] = {}  # storage -> the first node whose result covers it
+        for node in ledger.outputs:
+            value = ledger.env.get(node)
+            if isinstance(value, Tensor) and fills(value):
+                self.filling.setdefault(next(iter(ledger.outputs[node])), node)
+
+    def run(self) -> None:
+        for node in list(self.graph.graph.nodes):
+            saved = self.ledger.saves.get(node, set())
+            kept = saved & self.chosen
+            masks = bool(saved) and name_of(node) in SIGNS | MASKS and self.method.takes(node)
+            if kept or masks:
+                self.method.masks += masks
+                self._wrap(node, kept)
+
+    def _wrap(self, node: Node, kept: set[int]) -> None:
+        sources = {n: s for n in node.all_input_nodes for s in self.ledger.outputs[n] & kept}
+        shares = list(dict.fromkeys(self._share(n, s) for n, s in sources.items()))
+        body, copies = Graph(), {}
+        for source in node.all_input_nodes:
+            copies[source] = body.placeholder(source.name)
+        body.output(body.node_copy(node, lambda n: copies[n]))
+        run = GraphModule(nn.Module(), body)
+        called = name_of(node)
+        run.meta["packer"] = NodePacker(method=self.method, key=node.name, called=called)
+        name = f"held_{node.name}"
+        self.graph.add_submodule(name, run)
+        with self.graph.graph.inserting_before(node):
+            module = self.graph.graph.get_attr(name)
+            args = (module, len(shares), *shares, *node.all_input_nodes)
+            both = self.graph.graph.call_function(held, args)
+            result = self.graph.graph.call_function(operator.getitem, (both, 0))
+            own = self.graph.graph.call_function(operator.getitem, (both, 1))
+        both.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        both.meta["called"] = called
+        result.meta = dict(node.meta)
+        for storage, first in self.filling.items():
+            if first is node:
+                self.whole[storage] = own
+        self.latest[node] = result
+        self.ledger.outputs[result] = self.ledger.outputs[node]
+        node.replace_all_uses_with(result)
+        self.graph.graph.erase_node(node)
+
+    def _share(self, node: Node, storage: int) -> Node:
+        """Return the node that stands for a value where it is kept; one for each storage."""
+        first = self.filling.get(storage)
+        if first is not None and storage in self.whole:
+            return self.whole[storage]
+        if first is None and node in self.part:
+            return self.part[node]
+        value = node if first is None else self.latest.get(first, first)
+        with self.graph.graph.inserting_after(value):
+            made = self.graph.graph.call_function(share, (value,))
+        if first is None:
+            self.part[node] = made
+        else:
+            self.whole[storage] = made
+        return made
