@@ -13,7 +13,6 @@ does not change.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,20 +20,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from surgery import noise, nodes
+from surgery import nodes, noise
 from surgery.account import module_of
 from surgery.errors import CaptureError
-from surgery.holding import held, share
 from surgery.ledger import Ledger, bodies
-from surgery.packing import Packed, fills, mask, quantise
+from surgery.packing import Packed, mask, quantise
 from surgery.projection import projected
 from surgery.regions import name_of
 from surgery.registry import check_types, register
 from surgery.simplify import writes
 from surgery.state import Method, Surgery
 from surgery.targets import Targets, matched
+from surgery.wrapping import Wrapper
 
 SMALLEST = 1024  # bytes of an activation: below, codes and ranges would save next to nothing
 TABLE = 1 << 16  # random numbers, drawn once a step
@@ -88,7 +87,13 @@ class Compression(Method):
             body.recompile()
         chosen = self._chosen(graph, ledger)
         self.packed += len(chosen)
-        _Rewriter(graph, ledger, chosen, self).run()
+        wrapper = Wrapper(graph, ledger, chosen)
+        for node in list(graph.graph.nodes):
+            saved, called = ledger.saves.get(node, set()), name_of(node)
+            is_mask = bool(saved) and called in SIGNS | MASKS and self.takes(node)
+            if is_mask or saved & chosen:
+                self.masks += is_mask
+                wrapper.wrap(node, NodePacker(method=self, key=node.name, called=called))
 
     def _chosen(self, graph: GraphModule, ledger: Ledger) -> set[int]:
         """Return the storages of activations that only operations of ours keep."""
@@ -99,12 +104,14 @@ class Compression(Method):
             if _is_activation(ledger.env.get(node))
         }
         written = {
-            s for n in ledger.outputs if writes(n) for m in n.all_input_nodes for s in ledger.outputs[m]
+            s
+            for n in ledger.outputs
+            if writes(n)
+            for m in n.all_input_nodes
+            for s in ledger.outputs[m]
         }
         kept = {s for saved in ledger.saves.values() for s in saved} - ledger.free
-        spared = {
-            s for node, saved in ledger.saves.items() if not self.takes(node) for s in saved
-        }
+        spared = {s for node, saved in ledger.saves.items() if not self.takes(node) for s in saved}
         only_signs = {
             s
             for s in kept
@@ -173,74 +180,3 @@ class NodePacker:
     def inner(self, x: Tensor) -> Packed | None:
         is_mask = x.dtype == torch.bool or self.called in MASKS
         return mask(x) if is_mask and x.numel() >= SMALLEST // 4 else None
-
-
-class _Rewriter:
-    """Wraps the operations of one graph that keep chosen storages, or masks."""
-
-    def __init__(
-        self, graph: GraphModule, ledger: Ledger, chosen: set[int], method: Compression
-    ) -> None:
-        self.graph, self.ledger, self.chosen, self.method = graph, ledger, chosen, method
-        self.whole: dict[int, Node] = {}  # storage -> what stands for it where it is kept
-        self.part: dict[Node, Node] = {}
-        self.latest: dict[Node, Node] = {}  # node -> what has taken its place
-        self.filling: dict[int, Node] = {}  # storage -> the first node whose result covers it
-        for node in ledger.outputs:
-            value = ledger.env.get(node)
-            if isinstance(value, Tensor) and fills(value):
-                self.filling.setdefault(next(iter(ledger.outputs[node])), node)
-
-    def run(self) -> None:
-        for node in list(self.graph.graph.nodes):
-            saved = self.ledger.saves.get(node, set())
-            kept = saved & self.chosen
-            masks = bool(saved) and name_of(node) in SIGNS | MASKS and self.method.takes(node)
-            if kept or masks:
-                self.method.masks += masks
-                self._wrap(node, kept)
-
-    def _wrap(self, node: Node, kept: set[int]) -> None:
-        sources = {n: s for n in node.all_input_nodes for s in self.ledger.outputs[n] & kept}
-        shares = list(dict.fromkeys(self._share(n, s) for n, s in sources.items()))
-        body, copies = Graph(), {}
-        for source in node.all_input_nodes:
-            copies[source] = body.placeholder(source.name)
-        body.output(body.node_copy(node, lambda n: copies[n]))
-        run = GraphModule(nn.Module(), body)
-        called = name_of(node)
-        run.meta["packer"] = NodePacker(method=self.method, key=node.name, called=called)
-        name = f"held_{node.name}"
-        self.graph.add_submodule(name, run)
-        with self.graph.graph.inserting_before(node):
-            module = self.graph.graph.get_attr(name)
-            args = (module, len(shares), *shares, *node.all_input_nodes)
-            both = self.graph.graph.call_function(held, args)
-            result = self.graph.graph.call_function(operator.getitem, (both, 0))
-            own = self.graph.graph.call_function(operator.getitem, (both, 1))
-        both.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-        both.meta["called"] = called
-        result.meta = dict(node.meta)
-        for storage, first in self.filling.items():
-            if first is node:
-                self.whole[storage] = own
-        self.latest[node] = result
-        self.ledger.outputs[result] = self.ledger.outputs[node]
-        node.replace_all_uses_with(result)
-        self.graph.graph.erase_node(node)
-
-    def _share(self, node: Node, storage: int) -> Node:
-        """Return the node that stands for a value where it is kept; one for each storage."""
-        first = self.filling.get(storage)
-        if first is not None and storage in self.whole:
-            return self.whole[storage]
-        if first is None and node in self.part:
-            return self.part[node]
-        value = node if first is None else self.latest.get(first, first)
-        with self.graph.graph.inserting_after(value):
-            made = self.graph.graph.call_function(share, (value,))
-        if first is None:
-            self.part[node] = made
-        else:
-            self.whole[storage] = made
-        return made

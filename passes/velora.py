@@ -4,7 +4,7 @@ A Linear's input x (rows, in) is cut into G sub-tokens of m = in / G channels, a
 onto one unit vector v (m), the same for all sub-tokens:
 
     z = x (I_G ⊗ v)    (rows, G)        kept for backward instead of x
-    dS = scale g^T z   (out, G)         the gradient of the coordinates S, with W = W_0 + S (I_G ⊗ v^T)
+    dS = scale g^T z   (out, G)         the gradient of S, with W = W_0 + S (I_G ⊗ v^T)
     dW = dS (I_G ⊗ v^T)                 the paper's gradient, of rank G: `dense=True`
 
 The forward, dx and db are exact. Adam on S keeps G / in of dense Adam's state; the product for the
@@ -25,15 +25,15 @@ from torch import Tensor, distributed, nn
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 from torch.nn import functional
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgery import noise
 from surgery.coordinates import Piece, piece_of, wide
 from surgery.errors import CaptureError, SurgeryError, TargetError, listed
+from surgery.linears import inputs_of, linears
 from surgery.projection import Rewritten, project_linears
 from surgery.registry import check_types, demand, register
 from surgery.state import Method, Surgery
-from surgery.targets import Targets, blocks, is_linear_module, is_transposed, select
+from surgery.targets import Targets, is_transposed, select
 
 
 @register("velora")
@@ -69,11 +69,11 @@ class Velora:
     def start(self, model: nn.Module) -> SubTokens:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
         always = select(model, self.always, "always") if self.always else []
-        names = [name for name in self._linears(model) if name not in always]
-        small = [name for name in names if _inputs(model, name) <= self.groups]
+        names = [name for name in linears(model, self.targets, "velora") if name not in always]
+        small = [name for name in names if inputs_of(model, name) <= self.groups]
         if small and self.targets is not None:
             raise TargetError(
-                f"velora: {listed(small)} has {_inputs(model, small[0])} inputs, no more than "
+                f"velora: {listed(small)} has {inputs_of(model, small[0])} inputs, no more than "
                 f"groups={self.groups}: nothing to compress. Use fewer groups, leave it out of "
                 "targets=, or train it densely with always=[...]."
             )
@@ -92,22 +92,10 @@ class Velora:
             piece.active = True
         return method
 
-    def _linears(self, model: nn.Module) -> list[str]:
-        """Return the trainable weights of Linears among the targets."""
-        if self.targets is None:
-            inside = {name for own in blocks(model).values() for name in own}
-            names = [name for name, _ in model.named_parameters() if name in inside]
-            names = [name for name in names if _is_linear_weight(model, name)]
-        else:
-            names = select(model, self.targets, "targets")
-            names = [name for name in names if not name.endswith("bias")]
-            _check(model, names)
-        return [name for name in names if model.get_parameter(name).requires_grad]
-
     def _piece(self, model: nn.Module, name: str, method: SubTokens) -> Piece:
         weight = model.get_parameter(name)
         owner = model.get_submodule(name.rpartition(".")[0])
-        inputs = _inputs(model, name)
+        inputs = inputs_of(model, name)
         width = math.ceil(inputs / self.groups)
         note = SubTokenMap(
             direction=Direction(name=name, width=width, method=method),
@@ -127,42 +115,6 @@ class Velora:
             map=note,
             note=note,
         )
-
-
-def _is_linear_weight(model: nn.Module, name: str) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return is_linear_module(owner) and name.endswith("weight")
-
-
-def _inputs(model: nn.Module, name: str) -> int:
-    weight = model.get_parameter(name)
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return weight.shape[0] if is_transposed(owner) else weight.shape[1]
-
-
-def _check(model: nn.Module, names: list[str]) -> None:
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for name in names:
-        weight = model.get_parameter(name)
-        if owners[id(weight)] > 1:
-            raise TargetError(
-                f"velora: {name} is tied to another weight, whose gradient would be lost. Leave it "
-                "out of targets=, or train it densely with always=[...]."
-            )
-        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
-            raise TargetError(
-                f"velora: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
-                "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and apply "
-                "velora to these: it projects the inputs of lora_A."
-            )
-        if not _is_linear_weight(model, name):
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            raise TargetError(
-                f"velora: {name} belongs to {owner}, and only inputs of Linears can be projected. "
-                "Leave it out of targets=, or train it densely with always=[...]."
-            )
 
 
 @dataclass(eq=False, kw_only=True)

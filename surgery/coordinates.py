@@ -194,7 +194,7 @@ def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
 
 
 class CoordinateTable(nn.Module):
-    """Lists blocks and mapped coordinates in `model.parameters()`, so that any optimizer finds them.
+    """Lists blocks and mapped coordinates in `model.parameters()`, where optimizers find them.
 
     Checkpoints do not see it: what they stand for is in weights that are saved anyway.
     """

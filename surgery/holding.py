@@ -32,7 +32,10 @@ class Packer(Protocol):
         """Pack a tensor that the operation made for itself; None keeps it as it is."""
         ...
 
-    own: Callable[[Tensor], Packed] | None
+    @property
+    def own(self) -> Callable[[Tensor], Packed] | None:
+        """How to pack the operation's result where only its own backward reads it so."""
+        ...
 
 
 @dataclass(eq=False)
@@ -53,7 +56,11 @@ class Shared:
         x = self.x
         if x is None or t.untyped_storage()._cdata != x.untyped_storage()._cdata:
             return False
-        same = (t.shape, t.stride(), t.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+        same = (t.shape, t.stride(), t.storage_offset()) == (
+            x.shape,
+            x.stride(),
+            x.storage_offset(),
+        )
         return same or (fills(x) and fills(t))
 
 
@@ -132,11 +139,14 @@ class _Held(torch.autograd.Function):
             if start == len(kept):
                 kept += tensors
             store.forms.append((form, start, len(tensors)))
-        del saved
+        saved.clear()
         ctx.store = store
-        ctx.inputs = [get_gradient_edge(x) if n else None for x, n in zip(opened, needed, strict=True)]
+        ctx.inputs = [
+            get_gradient_edge(x) if n else None for x, n in zip(opened, needed, strict=True)
+        ]
         ctx.outputs = [
-            get_gradient_edge(t) if isinstance(t, Tensor) and t.requires_grad else None for t in flat
+            get_gradient_edge(t) if isinstance(t, Tensor) and t.requires_grad else None
+            for t in flat
         ]
         ctx.save_for_backward(*kept)
         outputs = [t.detach() if isinstance(t, Tensor) else t for t in flat]

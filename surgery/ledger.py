@@ -111,8 +111,12 @@ def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
 
 
 def _same_site(value: Tensor, fake: Tensor) -> Tensor:
-    """Let a node that knows a weight by identity know what stands for it here."""
-    if value in SITES:
+    """Let a pass's own node, which knows a weight by identity, know what stands for it here.
+
+    Not the gates: they would detach what is not trained at the moment.
+    """
+    site = site_of(value)
+    if site is not None and site.pieces[0].note is not None:
         SITES[fake] = SITES[value]
     return fake
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+CHUNK = 1 << 18  # entries packed at a time: temporaries that stay in the cache, and in the heap
 GROUP = 128  # channels that share a range, at most: 8 bytes of range on 512 of float32
 
 
@@ -41,24 +42,27 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
     """
     flat = flat_of(x)
     width = x.shape[max(_dims(x), key=lambda d: (-x.stride(d), d), default=0)] if x.ndim else 1
-    matrix = flat.view(-1, width)
+    height = flat.numel() // max(1, width)
     count = -(-width // GROUP)
-    while width % count:
+    while count and width % count:
         count += 1
-    grouped = matrix.view(len(matrix), count, -1).to(torch.float32)
-    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
+    grouped = flat.view(height, count, width // max(1, count))
+    low = grouped.amin(-1, keepdim=True)
     levels = (1 << bits) - 1
-    step = (high - low) / levels
+    step = (grouped.amax(-1, keepdim=True).float() - low) / levels
     if x.dtype != torch.float32:
-        step = (step * 1.01).to(x.dtype).float()  # not below: the highest value must be reached
-    scaled = (grouped - low).mul_(torch.where(step > 0, 1 / step, 0.0))
-    u = _repeated(rows, len(matrix))[:, None] + _repeated(columns, width)
-    scaled += u.frac_().view_as(scaled)
-    codes = scaled.clamp_(max=levels).to(torch.uint8).flatten()
+        step = (step * 1.01).to(x.dtype)  # rounded, but not below: the highest must be reached
+    inverse = torch.where(step > 0, 1 / step.float(), 0.0)
+    codes = torch.empty(grouped.shape, dtype=torch.uint8, device=x.device)
+    for part in _parts(grouped):
+        scaled = (grouped[part].float() - low[part]).mul_(inverse[part])
+        u = _repeated(rows, part.start, part.stop)[:, None] + _repeated(columns, 0, width)
+        codes[part] = scaled.add_(u.frac_().view_as(scaled)).clamp_(max=levels)
+    codes = codes.flatten()
     if bits == 4:
         pairs = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
         codes = pairs[:, 0] | (pairs[:, 1] << 4)
-    return Packed(_form(bits, x), (codes, low.to(x.dtype), step.to(x.dtype)))
+    return Packed(_form(bits, x), (codes, low, step))
 
 
 def mask(x: Tensor) -> Packed:
@@ -82,8 +86,11 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
         codes, low, step = tensors
         if form.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], 1).flatten()[:count]
-        grouped = codes.view(*low.shape[:-1], -1)
-        flat = torch.addcmul(low.float(), grouped, step.float()).to(form.dtype).flatten()
+        flat = torch.empty(count, dtype=form.dtype, device=codes.device)
+        size = count // max(1, low.numel())
+        into, grouped = (t.view(*low.shape[:-1], size) for t in (flat, codes))
+        for part in _parts(into):
+            into[part] = grouped[part].float().mul_(step[part]).add_(low[part])
     return flat.as_strided(form.shape, form.stride)
 
 
@@ -117,6 +124,14 @@ def _form(bits: int, x: Tensor) -> Form:
     return Form(bits, tuple(x.shape), stride, x.dtype)
 
 
-def _repeated(u: Tensor, count: int) -> Tensor:
-    times = -(-count // len(u)) if len(u) else 1
-    return (u.repeat(times) if times > 1 else u)[:count]
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Cut x into rows of at most CHUNK entries."""
+    size = CHUNK if x.device.type == "cpu" else CHUNK << 6
+    height = max(1, size * len(x) // max(1, x.numel()))
+    return (slice(i, min(i + height, len(x))) for i in range(0, len(x), height))
+
+
+def _repeated(u: Tensor, start: int, stop: int) -> Tensor:
+    if stop <= len(u):
+        return u[start:stop]
+    return u[torch.arange(start, stop, device=u.device) % len(u)]

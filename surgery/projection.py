@@ -1,8 +1,8 @@
 """Linears that keep a projection of their input for the gradient, instead of the input.
 
-With y = x W^T + b and a linear map C, forward keeps z = C(x) (rows, k). The coordinate S (out, k) of
-W gets dS = g^T z, in full precision and without ever forming x again; dx = g W is exact. Weights
-that read the same x keep one z between them.
+With y = x W^T + b and a linear map C, forward keeps z = C(x) (rows, k). The coordinate S (out, k)
+of W gets dS = g^T z, without ever forming x again; dx = g W is exact. Weights that read the same x
+keep one z between them.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _rewrite(graph: GraphModule, names: dict[Node, str]) -> None:
 
 
 def _root(node: Node) -> Node:
-    """Return the tensor that a node only casts: fp32 adapters each cast the same x for themselves."""
+    """Return the tensor that a node only casts: fp32 adapters each cast x for themselves."""
     while name_of(node) in ("to", "float") and len(node.all_input_nodes) == 1:
         source, value = node.all_input_nodes[0], node.meta.get("example_value")
         known = source.meta.get("example_value")

@@ -34,20 +34,30 @@ PROJECTING = {
     ),
 }
 # Every row goes through every law, except that only the first ones draw.
-PASSES = SAMPLING | PROJECTING | {
-    "recompute": lambda period=2, seed=0: passes.Recompute(),
-    "chunked_loss": lambda period=2, seed=0: passes.ChunkedLoss(),
-    "misa_and_both": lambda period=2, seed=0: [
-        SAMPLING["misa"](period=period, seed=seed),
-        passes.Recompute(),
-        passes.ChunkedLoss(),
-    ],
-    "velora_and_both": lambda period=2, seed=0: [
-        PROJECTING["velora"](period=period, seed=seed),
-        passes.Recompute(),
-        passes.ChunkedLoss(),
-    ],
-}
+PASSES = (
+    SAMPLING
+    | PROJECTING
+    | {
+        "recompute": lambda period=2, seed=0: passes.Recompute(),
+        "chunked_loss": lambda period=2, seed=0: passes.ChunkedLoss(),
+        "misa_and_both": lambda period=2, seed=0: [
+            SAMPLING["misa"](period=period, seed=seed),
+            passes.Recompute(),
+            passes.ChunkedLoss(),
+        ],
+        "compress": lambda period=2, seed=0: passes.Compress(seed=seed),
+        "velora_and_both": lambda period=2, seed=0: [
+            PROJECTING["velora"](period=period, seed=seed),
+            passes.Recompute(),
+            passes.ChunkedLoss(),
+        ],
+        "misa_and_all": lambda period=2, seed=0: [
+            *PASSES["misa_and_both"](period=period, seed=seed),
+            passes.Compress(seed=seed),
+        ],
+    }
+)
+ROUNDED = ("compress", "misa_and_all")  # rows whose gradients are right on average only
 rows = pytest.mark.parametrize("row", PASSES)
 sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: a second family suffices there.
@@ -59,7 +69,8 @@ rows_and_families = pytest.mark.parametrize(
     + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")]
     + [("misa_and_both", "llama"), ("misa_and_both", "gpt2")]
     + [(row, family) for row in PROJECTING for family in ("llama", "gpt2")]
-    + [("velora_and_both", "llama"), ("velora_and_both", "gpt2")],
+    + [("velora_and_both", "llama"), ("velora_and_both", "gpt2")]
+    + [(row, family) for row in ("compress", "misa_and_all") for family in ("llama", "gpt2")],
 )
 # Few examples, since each captures a model; the fixture only resets Dynamo between tests.
 laws = settings(

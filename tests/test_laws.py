@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import (
     PASSES,
+    ROUNDED,
     SAMPLING,
     adamw,
     anatomy,
@@ -253,7 +254,9 @@ def test_11_accumulation_equals_one_large_batch(row, parts, norm):
             optimizer.step()
             optimizer.zero_grad()
     for (name, a), b in zip(own(whole).items(), own(split).values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-6)
+        loose = row in ROUNDED  # other entries are rounded by other numbers
+        close = dict(rtol=0.05, atol=5e-3) if loose else dict(rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, msg=name, **close)
 
 
 @rows
@@ -384,6 +387,7 @@ def test_15_adjoint(row, family):
         scale = full[c.weight].norm() * direction.norm()
         # Those of exact rewrites are eager's up to the order of their sums, in float32.
         tolerance = 1e-12 * scale if row in SAMPLING else 1e-6 * scale
+        tolerance = 0.02 * scale if row in ROUNDED else tolerance
         assert abs(left - right) <= tolerance, c.weight
     assert active
     listed = {id(p) for p in model.parameters()}

@@ -51,7 +51,7 @@ def test_words_are_functions_of_their_place():
     words = noise.words(100_000, 7, "w")
     assert torch.equal(words[:500], noise.words(500, 7, "w"))
     assert not torch.equal(words, noise.words(100_000, 8, "w"))
-    assert 0 <= int(words.min()) and int(words.max()) < 2**32
+    assert int(words.min()) >= 0 and int(words.max()) < 2**32
     for bit in range(32):  # every bit a fair coin, and so is its change from one word to the next
         coins = ((words >> bit) & 1).double()
         for share in (coins.mean(), (coins[1:] != coins[:-1]).double().mean()):

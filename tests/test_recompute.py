@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import state_of
 from models import FAMILIES, Plain, inputs_of, loss_of, make
 from torch import nn
 
@@ -76,7 +77,7 @@ def test_what_is_predicted_is_what_the_allocator_says(family):
     surgery.apply(model, "recompute")
     after = live(model, inputs)
     # GPT-2's eager forward keeps some positions besides, which a graph computes once: 72 bytes.
-    assert abs((before - after) - found(model).saved) <= 80
+    assert abs((before - after) - state_of(model).taken["recompute"]) <= 80
     assert after < 0.9 * before
 
 
@@ -236,4 +237,4 @@ def test_in_float64_gradients_agree_to_1e_14():
 def test_report_says_what_is_recomputed():
     model = surgery.apply(make("llama"), "recompute")
     text = str(surgery.report(model, inputs_of("llama", rows=4, length=32)))
-    assert "10, 0.5 MB not kept" in text
+    assert "recompute takes away" in text and "0.5 MB kept for backward" in text

@@ -138,9 +138,7 @@ def test_pefts_velora_where_they_coincide():
         velora_config=VeloraConfig(num_groups=8, scale=0.3, init_type="batch_average_once")
     )
     ours = adapted()
-    for (name, a), (_, b) in zip(
-        theirs.named_parameters(), ours.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         b.data.copy_(a.data)
         if "lora_B" in name:
             a.data.normal_(generator=torch.Generator().manual_seed(2))
@@ -152,9 +150,7 @@ def test_pefts_velora_where_they_coincide():
     for loss in losses:
         loss.backward()
     compared = 0
-    for (name, a), (_, b) in zip(
-        theirs.named_parameters(), ours.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         if a.grad is not None:
             compared += 1
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8, msg=name)
@@ -354,8 +350,9 @@ def test_it_says_where_it_saves_nothing():
     model = surgery.apply(make("llama"), "velora", groups=4)
     loss_of(model, inputs_of("llama"))  # by default in the report only
     lines = dict(surgery.report(model).lines)
-    assert "o_proj.weight (its input is kept for scaled_dot_product_attention)" in (
-        lines["no activations saved"]
+    assert (
+        "o_proj.weight (its input is kept for scaled_dot_product_attention)"
+        in (lines["no activations saved"])
     )
     assert "q_proj" not in lines["no activations saved"]
 

@@ -1,0 +1,63 @@
+"""Weights of Linears: the candidates of passes that keep a projection of the input."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from surgery.errors import TargetError
+from surgery.targets import Targets, blocks, is_linear_module, is_transposed, select
+
+
+def linears(model: nn.Module, targets: Targets, what: str) -> list[str]:
+    """Return the trainable weights of Linears among the targets (default: of all blocks).
+
+    Raises TargetError, naming the weight and the pass `what`, if a target is tied, quantised, or
+    does not belong to a Linear.
+    """
+    if targets is None:
+        inside = {name for own in blocks(model).values() for name in own}
+        names = [name for name, _ in model.named_parameters() if name in inside]
+        names = [name for name in names if _is_weight(model, name)]
+    else:
+        names = select(model, targets, "targets")
+        names = [name for name in names if not name.endswith("bias")]
+        _check(model, names, what)
+    return [name for name in names if model.get_parameter(name).requires_grad]
+
+
+def _is_weight(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return is_linear_module(owner) and name.endswith("weight")
+
+
+def inputs_of(model: nn.Module, name: str) -> int:
+    """Return the width of the input that a Linear's weight multiplies."""
+    weight = model.get_parameter(name)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return weight.shape[0] if is_transposed(owner) else weight.shape[1]
+
+
+def _check(model: nn.Module, names: list[str], what: str) -> None:
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name in names:
+        weight = model.get_parameter(name)
+        if owners[id(weight)] > 1:
+            raise TargetError(
+                f"{what}: {name} is tied to another weight, whose gradient would be lost. Leave it "
+                "out of targets=, or train it densely with always=[...]."
+            )
+        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+            raise TargetError(
+                f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
+                "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
+                "these."
+            )
+        if not _is_weight(model, name):
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise TargetError(
+                f"{what}: {name} belongs to {owner}, and only inputs of Linears can be projected. "
+                "Leave it out of targets=, or train it densely with always=[...]."
+            )
