@@ -27,9 +27,10 @@ from surgery.regions import name_of, operands
 from surgery.registry import check_types, demand, register
 from surgery.state import Method
 
-# Bytes of a chunk's logits, of which two copies exist. Smaller chunks read the head's weight too
+# Bytes of a chunk's logits. Smaller chunks read the head's weight too
 # often: at V = 49,152 on two cores, 128 tokens took 0.9x of eager's time and 64 tokens 1.2x.
 CHUNK = 24 << 20
+KEEPS_NOTHING = frozenset(["float", "to", "truediv", "div", "mul"])  # by a number, of a tensor
 POINTWISE = frozenset(["float", "to", "truediv", "div", "mul", "tanh", "contiguous"])
 
 
@@ -190,6 +191,12 @@ def chunked_cross_entropy(
     return _Chunked.apply(how, hidden, weight, bias, target)
 
 
+def _last_keeps_nothing(body: GraphModule) -> bool:
+    """Whether the operation that makes the logits does not keep them for its own backward."""
+    logits = body.graph.output_node().all_input_nodes[0]
+    return logits.op == "placeholder" or name_of(logits) in KEEPS_NOTHING
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -206,6 +213,7 @@ class _Chunked(torch.autograd.Function):
         divisor = used.sum().clamp(min=1) if reduction == "mean" else used.new_ones((), dtype=int)
         sums = _Sums(flat, weight, bias, ctx.needs_input_grad[1:4])
         picked, spread, shown = [], [], []
+        overwrites = not keep_logits and _last_keeps_nothing(body)
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)
             z = functional.linear(flat[part], weight, bias)
@@ -213,7 +221,10 @@ class _Chunked(torch.autograd.Function):
                 logits, seen = body(z.requires_grad_())
             if keep_logits:
                 shown.append(seen.detach())
-            log_p = functional.log_softmax(logits.detach(), -1)
+            plain = logits.detach()
+            # In place where nothing else reads the logits: they are a chunk's largest tensor.
+            into = plain if overwrites else torch.empty_like(plain)
+            log_p = torch.log_softmax(plain, -1, out=into)
             picked.append(log_p.gather(1, places[part]))
             if smoothing:
                 spread.append(log_p.sum(-1))
@@ -224,7 +235,14 @@ class _Chunked(torch.autograd.Function):
                     log_p -= smoothing / log_p.shape[-1]
                 log_p *= (used[part] / divisor)[:, None].to(log_p.dtype)
                 sums.add(part, torch.autograd.grad(logits, z, log_p.to(logits.dtype))[0])
-            del z, logits, seen, log_p  # or they would live on while the next chunk is computed
+            del (
+                z,
+                logits,
+                seen,
+                plain,
+                into,
+                log_p,
+            )  # or they would live on while the next chunk is computed
         # One column that holds the target's entry: torch's own sum, in torch's own order.
         column = torch.where(used, 0, ignore_index)
         loss = functional.nll_loss(

@@ -1,0 +1,51 @@
+"""Pictures of the results, for the docs: `python -m benchmarks.plots` draws them from the JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+
+
+def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Draw bytes alive after forward against time, both over eager; names of ours in bold."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": 7}
+    from matplotlib import pyplot
+
+    plain = {name: row for name, row in rows.items() if not name.endswith(", checkpointing")}
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, row in plain.items():
+        other = any(word in name for word in ("peft", "budget", "eager", "adapters in"))
+        other |= name == "checkpointing"
+        x, y = row["time_over_eager"], row["live_over_eager"]
+        axes.scatter(x, y, color="tab:gray" if other else "tab:blue", s=16)
+        axes.annotate(
+            name, (x, y), xytext=(4, 3), textcoords="offset points",
+            weight="normal" if other else "bold",
+        )  # fmt: skip
+    axes.set_xlabel("time of forward and backward over eager")
+    axes.set_ylabel("bytes alive after forward over eager")
+    axes.set_ylim(bottom=0)
+    axes.set_title(case)
+    PICTURES.mkdir(exist_ok=True)
+    name = case.split(",")[0].lower().replace("-", "_")
+    figure.savefig(PICTURES / f"activation_memory_{name}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    cases = json.loads((RESULTS / "activation_memory.json").read_text())["cases"]
+    for case, rows in cases.items():
+        if "time_over_eager" in rows["eager"]:
+            scatter(case, rows)
+
+
+if __name__ == "__main__":
+    main()
