@@ -1,6 +1,6 @@
 """Bytes alive after forward, peak bytes and time, ours beside what a user would pick instead.
 
-    python -m benchmarks.activation_memory
+    python -m benchmarks.activation_memory [words of the parts]
 
 SmolLM2 (8 blocks, rows of 512 tokens, float32 and bfloat16), ViT-base (2 images) and BERT-base
 (2 x 128 tokens), the latter two with random weights. Every row runs the same batch in one process,
@@ -13,7 +13,9 @@ weights left out; `live` is read while only the loss is held. Rows of ours are c
 from __future__ import annotations
 
 import copy
+import json
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +27,8 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import alternate, ratio, save
-from benchmarks.plots import scatter
+from benchmarks.common import RESULTS, alternate, ratio, save
+from benchmarks.plots import draw
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
 from surgery.state import surgery_of
@@ -95,6 +97,7 @@ ADAPTERS: dict[str, Build] = {
 LANGUAGE = ADAPTERS | {
     "velora on LoRA": ours(V, first=lora(float32=False)),
     "velora + recompute on LoRA": ours(V, R, first=lora(float32=False)),
+    "velora + recompute + chunked_loss on LoRA": ours(V, R, C, first=lora(float32=False)),
     "recompute": ours(R),
     "recompute + chunked_loss": ours(R, C),
     "recompute + chunked_loss + velora": ours(R, C, V),
@@ -108,6 +111,10 @@ CLASSIFIERS = ADAPTERS | {
     "recompute + compress 8": ours(R, EIGHT),
     "misa 3 % + recompute + compress 8": ours(MISA, R, EIGHT),
 }
+
+
+OURS = {name: build for name, build in LANGUAGE.items() if "LoRA" not in name}
+HALF = {"LoRA r=16, bfloat16 adapters": lora(float32=False)}
 
 
 def all_rows(rows: dict[str, Build]) -> dict[str, Build]:
@@ -148,9 +155,9 @@ def bert_case() -> tuple[Any, dict[str, Any]]:
 
 
 def compare(
-    start: Any, batch: dict[str, Any], builds: dict[str, Build], timed: bool
+    start: Any, batch: dict[str, Any], builds: dict[str, Build], timed: int
 ) -> dict[str, dict[str, Any]]:
-    """Measure every row; leaves no model behind."""
+    """Measure every row, `timed` rounds of them."""
     torch._dynamo.reset()
     bases = {name: copy.deepcopy(start) for name in builds}
     models = {name: build(bases[name]) for name, build in builds.items()}
@@ -167,7 +174,7 @@ def compare(
 
     steps = {name: stepper(name) for name in builds}
     losses = {name: step() for name, step in steps.items()}  # captures
-    seconds = alternate(steps, times=7, warm_up=0) if timed else {}
+    seconds = alternate(steps, times=timed, warm_up=0) if timed else {}
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         bases[name].zero_grad()
@@ -180,9 +187,8 @@ def compare(
         if timed:
             row["time_over_eager"] = round(ratio(seconds, name, EAGER), 3)
             row["milliseconds"] = round(1e3 * statistics.median(seconds[name]), 1)
-        applied = surgery_of(bases[name])
-        if applied is not None:
-            found = surgery.report(bases[name], batch)
+        if isinstance(model, torch.nn.Module) and surgery_of(model) is not None:
+            found = surgery.report(model, batch)
             kept = sum(one.bytes for one in found.kept)
             assert found.after.activations is not None
             row["report_over_live"] = round(found.after.activations / forward.live, 5)
@@ -210,6 +216,7 @@ def training_steps(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any
         "VeLoRA on LoRA (peft)": lora(velora_config=PEFT_VELORA),
         "velora on LoRA": ours(V, first=lora()),
         "velora + recompute on LoRA": ours(V, R, first=lora()),
+        "velora + recompute + chunked_loss on LoRA": ours(V, R, C, first=lora()),
     }
     torch._dynamo.reset()
     models = {name: build(copy.deepcopy(start)) for name, build in builds.items()}
@@ -316,38 +323,45 @@ def quality(steps: int = 100, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, A
     return {"steps": steps, "batch": [4, 64], "held_out_losses": losses, "held_out_mean": means}
 
 
-def main() -> None:
+def exact(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The exact passes alone, over more rounds: their bar is within the noise of this machine."""
+    builds = {EAGER: lambda model: model, "recompute": ours(R), "both": ours(R, C)}
+    return compare(start, batch, builds, timed=21)
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "head_and_loss": head_and_loss,
+    "training_steps": lambda: training_steps(*smollm2_case(torch.float32)),
+    "exact, SmolLM2, 8 blocks, 1 x 512, float32": lambda: exact(*smollm2_case(torch.float32)),
+    "exact, SmolLM2, 8 blocks, 4 x 512, float32": lambda: exact(*smollm2_case(torch.float32, 4)),
+    "SmolLM2, 8 blocks, 1 x 512, float32": lambda: compare(
+        *smollm2_case(torch.float32), all_rows(LANGUAGE), timed=7
+    ),
+    "ViT-base, 2 images, float32": lambda: compare(*vit_case(), all_rows(CLASSIFIERS), timed=7),
+    "BERT-base, 2 x 128, float32": lambda: compare(*bert_case(), all_rows(CLASSIFIERS), timed=7),
+    "SmolLM2, 8 blocks, 1 x 512, bfloat16": lambda: compare(
+        *smollm2_case(torch.bfloat16), all_rows(LANGUAGE | HALF), timed=0
+    ),
+    "SmolLM2, 8 blocks, 4 x 512, bfloat16": lambda: compare(
+        *smollm2_case(torch.bfloat16, rows=4), {EAGER: lambda model: model} | OURS, timed=0
+    ),
+    "quality": quality,
+}
+
+
+def main(parts: list[str]) -> None:
+    """Run the parts whose names contain one of the words given (default: all)."""
     logging.set_verbosity_error()
     torch._dynamo.config.cache_size_limit = 64
-    cases: dict[str, Any] = {}
-    result: dict[str, Any] = {"groups": GROUPS, "cases": cases}
-    result["head_and_loss"] = head_and_loss()
-    start, batch = smollm2_case(torch.float32)
-    result["training_steps"] = training_steps(copy.deepcopy(start), batch)
-    language, classifiers = all_rows(LANGUAGE), all_rows(CLASSIFIERS)
-    cases["SmolLM2, 8 blocks, 1 x 512, float32"] = compare(start, batch, language, True)
-    save("activation_memory", result)
-    cases["ViT-base, 2 images, float32"] = compare(*vit_case(), classifiers, True)
-    save("activation_memory", result)
-    cases["BERT-base, 2 x 128, float32"] = compare(*bert_case(), classifiers, True)
-    save("activation_memory", result)
-    half = {"LoRA r=16, bfloat16 adapters": lora(float32=False)}
-    cases["SmolLM2, 8 blocks, 1 x 512, bfloat16"] = compare(
-        *smollm2_case(torch.bfloat16), language | half, False
-    )
-    save("activation_memory", result)
-    largest = {name: build for name, build in language.items() if "checkpointing" not in name}
-    for name in [name for name in largest if "LoRA" in name or "budget" in name]:
-        del largest[name]
-    cases["SmolLM2, 8 blocks, 4 x 512, bfloat16"] = compare(
-        *smollm2_case(torch.bfloat16, rows=4), largest, False
-    )
-    save("activation_memory", result)
-    result["quality"] = quality()
-    save("activation_memory", result)
-    for name in list(cases)[:3]:
-        scatter(name, cases[name])
+    target = RESULTS / "activation_memory.json"
+    result = json.loads(target.read_text())["parts"] if target.exists() else {}
+    for name, run in PARTS.items():
+        if not parts or any(part in name for part in parts):
+            result[name] = run()
+            ordered = {part: result[part] for part in PARTS if part in result}
+            save("activation_memory", {"groups": GROUPS, "parts": ordered})
+    draw(result)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

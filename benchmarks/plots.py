@@ -40,12 +40,11 @@ def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    cases = json.loads((RESULTS / "activation_memory.json").read_text())["cases"]
-    for case, rows in cases.items():
-        if "time_over_eager" in rows["eager"]:
-            scatter(case, rows)
+def draw(parts: dict[str, Any]) -> None:
+    for name, rows in parts.items():
+        if len(rows) > 5 and "time_over_eager" in rows.get("eager", {}):
+            scatter(name, rows)
 
 
 if __name__ == "__main__":
-    main()
+    draw(json.loads((RESULTS / "activation_memory.json").read_text())["parts"])

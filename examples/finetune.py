@@ -72,6 +72,7 @@ def finetune(
         "misa": passes.Misa(budget=budget, period=period, seed=seed),
         "lisa": passes.Lisa(period=period, seed=seed),
         "badam": passes.BAdam(period=period, seed=seed),
+        "rso": passes.Rso(period=period, seed=seed),
     }
     surgery.apply(lm, [configured.get(name, name) for name in method.split(",")])  # the one line
 

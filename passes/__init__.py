@@ -6,4 +6,5 @@ from passes.compress import Compress as Compress
 from passes.lisa import Lisa as Lisa
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute
+from passes.rso import Rso as Rso
 from passes.velora import Velora as Velora

@@ -15,25 +15,23 @@ random. Differences from the published codes, all on purpose: docs/passes/velora
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule
 from torch.nn import functional
 
 from surgery import noise
-from surgery.coordinates import Piece, piece_of, wide
-from surgery.errors import CaptureError, SurgeryError, TargetError, listed
-from surgery.linears import inputs_of, linears
-from surgery.projection import Rewritten, project_linears
+from surgery.coordinates import Piece, wide
+from surgery.errors import SurgeryError, listed
+from surgery.linears import inputs_of
 from surgery.registry import check_types, demand, register
-from surgery.state import Method, Surgery
-from surgery.targets import Targets, is_transposed, select
+from surgery.state import Surgery
+from surgery.subspaces import Projecting, choose, densely, mapped
+from surgery.targets import Targets, is_transposed
 
 
 @register("velora")
@@ -68,131 +66,62 @@ class Velora:
 
     def start(self, model: nn.Module) -> SubTokens:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
-        always = select(model, self.always, "always") if self.always else []
-        names = [name for name in linears(model, self.targets, "velora") if name not in always]
-        small = [name for name in names if inputs_of(model, name) <= self.groups]
-        if small and self.targets is not None:
-            raise TargetError(
-                f"velora: {listed(small)} has {inputs_of(model, small[0])} inputs, no more than "
-                f"groups={self.groups}: nothing to compress. Use fewer groups, leave it out of "
-                "targets=, or train it densely with always=[...]."
-            )
-        names = [name for name in names if name not in small]
-        if not names:
-            raise TargetError(
-                f"velora: no trainable Linear with more than groups={self.groups} inputs among the "
-                "targets. Use fewer groups, name others with targets=[...], and check that "
-                "requires_grad was not switched off before surgery.apply."
-            )
-        method = SubTokens(options=self, total=sum(p.numel() for p in model.parameters()))
-        method.mapped = [self._piece(model, name, method) for name in names]
-        dense = [name for name, _ in model.named_parameters() if name in {*always, *small}]
-        method.always = [piece_of(name, model.get_parameter(name), None) for name in dense]
-        for piece in method.always:
-            piece.active = True
+        names, dense = choose(model, self.targets, self.always, "velora", "groups", self.groups)
+        method = SubTokens(
+            options=self,
+            total=sum(p.numel() for p in model.parameters()),
+            named=self.targets is not None,
+            period=self.period,
+        )
+        method.projected = [self._piece(model, name, method) for name in names]
+        method.always = densely(model, dense)
         return method
 
     def _piece(self, model: nn.Module, name: str, method: SubTokens) -> Piece:
-        weight = model.get_parameter(name)
-        owner = model.get_submodule(name.rpartition(".")[0])
         inputs = inputs_of(model, name)
         width = math.ceil(inputs / self.groups)
         note = SubTokenMap(
             direction=Direction(name=name, width=width, method=method),
             inputs=inputs,
-            transposed=is_transposed(owner),
+            transposed=is_transposed(model.get_submodule(name.rpartition(".")[0])),
             dense=self.dense,
         )
-        if self.dense:
-            return Piece(weight=name, index=None, parameter=weight, active=True, note=note)
-        out = weight.numel() // inputs
-        start = torch.zeros(out, note.groups, dtype=wide(weight), device=weight.device)
-        return Piece(
-            weight=name,
-            index=None,
-            parameter=nn.Parameter(start),
-            active=True,
-            map=note,
-            note=note,
-        )
+        if not self.dense:
+            return mapped(model, name, note.groups, note)
+        weight = model.get_parameter(name)
+        return Piece(weight=name, index=None, parameter=weight, active=True, note=note)
 
 
 @dataclass(eq=False, kw_only=True)
-class SubTokens(Method):
-    """The run-time state: which weights, since when, and the mask of the batch under way."""
+class SubTokens(Projecting):
+    """The run-time state, and the mask of the batch under way."""
 
     name: str = "velora"
     options: Velora
-    total: int  # parameters of the model
-    mapped: list[Piece] = field(default_factory=list)
-    always: list[Piece] = field(default_factory=list)
-    found: Rewritten = field(default_factory=Rewritten)
-    round: int = 0
-    steps: int = 0  # optimizer steps made since v was drawn
     mask: Tensor | None = None
     rehearsal: bool = False
-
-    @property
-    def pieces(self) -> Sequence[Piece]:
-        return [*self.mapped, *self.always]
 
     def before_forward(self, arguments: Mapping[str, Any], rehearsal: bool) -> None:
         mask = arguments.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.rehearsal = rehearsal
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
-        project_linears(graph, inputs, {piece.weight for piece in self.mapped}, self.found)
-
-    def check_reached(self) -> None:
-        missing = [p.weight for p in self.mapped if p.weight not in self.found.names]
-        if missing:
-            raise CaptureError(
-                f"velora: {listed(missing)} is not read by a Linear of its own in the captured "
-                "forward, so its input cannot be projected. Leave it out of targets=, or train it "
-                "densely with always=[...]."
-            )
-        if self.found.kept and self.options.targets is not None:
-            warnings.warn(
-                f"velora saves no activations at {self._kept()}. Its gradient and optimizer state "
-                "are small all the same. Add the other readers of the same input to targets=, or "
-                "leave it out.",
-                stacklevel=2,
-            )
-
-    def after_step(self, surgery: Surgery) -> None:
-        self.steps += 1
-        if self.steps != self.options.period:
-            return
-        self.round += 1
-        self.steps = 0
-        for piece in self.mapped:
+    def redraw(self, surgery: Surgery) -> None:
+        for piece in self.projected:
             piece.note.direction.vector = None
             if piece.map is not None:
                 piece.parameter.detach().zero_()
-        surgery.forget(self.mapped)
+        surgery.forget(self.projected)
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        rows = [piece.note for piece in self.mapped]
-        numel = sum(piece.numel for piece in self.mapped)
-        yield "projected", f"{len(rows)} weights, by {numel:,} coordinates"
+        yield from super().lines()
         if self.options.dense:
             yield "dense", "gradients and optimizer state have the size of the weights"
-        padded = [p.weight for p in self.mapped if p.note.inputs % p.note.width]
+        padded = [p.weight for p in self.projected if p.note.inputs % p.note.width]
         if padded:
             yield "padded", f"groups={self.options.groups} does not divide: {listed(padded, 3)}"
-        if self.found.kept:
-            yield "no activations saved", self._kept()
         if self.options.scale != 1.0:
             yield "scale", f"{self.options.scale}: without effect under Adam, except through eps"
-        always = sum(piece.numel for piece in self.always)
-        yield "trained densely", f"{always:,} parameters, {always / self.total:.2%}"
-        if self.options.period is not None:
-            yield "round", f"{self.round}, step {self.steps} of {self.options.period}"
-
-    def _kept(self) -> str:
-        by = self.found.kept
-        return listed([f"{n} (its input is kept for {op})" for n, op in sorted(by.items())], 3)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -213,7 +142,7 @@ class Direction:
             found = self._random() if options.init == "random" else self._mean(x)
             if found is None:  # no rows, or not finite: not to be kept
                 return x.new_full((self.width,), self.width**-0.5)
-            found = found.to(x.device, wide(x))
+            found = found.to(x.device, x.dtype).to(wide(x))  # the same v for z and for the steps
             if self.method.rehearsal:
                 return found.to(x.dtype)
             self.vector = found

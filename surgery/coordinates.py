@@ -65,6 +65,8 @@ class Piece:
     index: Index | None
     parameter: nn.Parameter
     map: Map | None = None
+    prox: float = 0.0  # decay of a mapped coordinate in each step, times its learning rate
+    weight_decay: float = 0.0  # of the weight that it stands for
     note: Any = None
     active: bool = False
     watched: bool = False  # whether a pass wants the norm of its gradient
@@ -163,10 +165,11 @@ def wide(weight: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int) -> None:
+def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int, decay: float = 0.0) -> None:
     """Add map(delta) to a weight, in float32; rounded at random into bfloat16 and float16.
 
-    step: the number of the optimizer step, which keys the rounding together with the name.
+    decay: the share of the weight that is taken off before. step: the number of the optimizer step,
+    which keys the rounding together with the name.
     """
     assert piece.map is not None
     matrix = weight.detach().t() if piece.map.transposed else weight.detach()
@@ -181,9 +184,12 @@ def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int) -> None:
         part = slice(start, start + height)
         change = piece.map.expand(delta[part])
         if low:
-            noise.round_into(matrix[part], matrix[part].float() + change, rows[part], columns)
-        else:
-            matrix[part] += change
+            exact = change.add_(matrix[part].float(), alpha=1.0 - decay)
+            noise.round_into(matrix[part], exact, rows[part], columns)
+            continue
+        if decay:
+            matrix[part] *= 1.0 - decay
+        matrix[part] += change
 
 
 def _views(piece: Piece, weight: nn.Parameter | None) -> bool:

@@ -65,9 +65,11 @@ class Ledger(Interpreter):
         if n.target is nodes.checkpointed:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self.bodies[n] = tuple(_detached(value) for value in args[1:])
-            saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = super().run_node(n)
+        if n in self.bodies and any(_needs_gradient(value) for value in tree_leaves(result)):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
         self.outputs[n] = set(self._seen(tree_leaves(result)))
         if n.op == "get_attr":
             self.free |= self.outputs[n]
@@ -108,6 +110,10 @@ def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
         fake = mode.from_tensor(value.detach(), static_shapes=True)
         return _same_site(value, fake.requires_grad_(_trained(value, now)))
     return value
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _same_site(value: Tensor, fake: Tensor) -> Tensor:

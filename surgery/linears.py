@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -54,6 +55,11 @@ def _check(model: nn.Module, names: list[str], what: str) -> None:
                 f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
                 "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
                 "these."
+            )
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TargetError(
+                f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
+                "or train adapters on top of it."
             )
         if not _is_weight(model, name):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__

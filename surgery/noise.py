@@ -43,20 +43,36 @@ def shuffled(names: Iterable[str], seed: int, *labels: str | int) -> list[str]:
     return sorted(names, key=lambda name: (bits(seed, *labels, name), name))
 
 
-def words(count: int, seed: int, *labels: str | int, device: Any = "cpu") -> Tensor:
-    """Return `count` random 32-bit words as int64, the i-th a function of (seed, labels, i) only.
+def words(count: int, seed: int, *labels: str | int, start: int = 0, device: Any = "cpu") -> Tensor:
+    """Return random 32-bit words as int64, numbers `start` to `start + count` of these labels.
+
+    The i-th is a function of (seed, labels, i) only.
 
     Two rounds of the integer hash "lowbias32" (C. Wellons, hash-prospector) over a Weyl sequence,
     each keyed by half of the labels' 64 bits; the same on every device.
     """
     key = bits(seed, *labels)
-    x = torch.arange(count, dtype=torch.int64, device=device).mul_(0x9E3779B9)
+    places = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    x = places.mul_(0x9E3779B9)
     for half in (key & _WORD, key >> 32):
         x = x.add_(half).bitwise_and_(_WORD)
         x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_WORD)
         x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_WORD)
         x = x ^ (x >> 16)
     return x
+
+
+def normal(shape: tuple[int, ...], seed: int, *labels: str | int) -> Tensor:
+    """Return standard normal numbers in float32, on the CPU, by inverting their distribution.
+
+    In pieces of a megaword, so that temporaries stay below 64 MiB; values do not depend on that.
+    """
+    found = torch.empty(math.prod(shape))
+    for start in range(0, len(found), 1 << 20):
+        count = min(1 << 20, len(found) - start)
+        u = (words(count, seed, *labels, start=start) + 0.5) * 2.0**-32
+        found[start : start + count] = torch.special.ndtri(u.double())
+    return found.view(shape)
 
 
 @torch.no_grad()

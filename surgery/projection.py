@@ -130,16 +130,23 @@ class Rewritten:
 
 
 def project_linears(
-    graph: GraphModule, inputs: Sequence[Any], wanted: Container[str], found: Rewritten
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    wanted: Container[str],
+    found: Rewritten,
+    shared: bool = True,
 ) -> None:
-    """Let the Linears of the wanted weights keep projections, in one captured graph, in place."""
+    """Let the Linears of the wanted weights keep projections, in one captured graph, in place.
+
+    shared: whether weights that read the same x keep one z between them.
+    """
     names: dict[Node, str] = {}
     for node, value in zip(_placeholders(graph), inputs, strict=True):
         site = site_of(value) if isinstance(value, Tensor) else None
         if site is not None and site.name in wanted:
             names[node] = site.name
     if names:
-        _rewrite(graph, names)
+        _rewrite(graph, names, shared)
         _look(graph, Ledger(graph, inputs), names, found)
 
 
@@ -147,15 +154,16 @@ def _placeholders(graph: GraphModule) -> Iterable[Node]:
     return graph.graph.find_nodes(op="placeholder")
 
 
-def _rewrite(graph: GraphModule, names: dict[Node, str]) -> None:
+def _rewrite(graph: GraphModule, names: dict[Node, str], shared: bool) -> None:
     for gate in graph.graph.find_nodes(op="call_function", target=nodes.gate):
         if gate.args[0] in names:
             names[gate] = names[gate.args[0]]
-    groups: dict[Node, list[Node]] = {}
+    groups: dict[tuple[Node, Node | None], list[Node]] = {}
     for node in graph.graph.nodes:
         if is_linear(node) and operands(node)[1] in names:
-            groups.setdefault(_root(operands(node)[0]), []).append(node)
-    for x, readers in groups.items():
+            key = _root(operands(node)[0]), None if shared else node
+            groups.setdefault(key, []).append(node)
+    for (x, _), readers in groups.items():
         with graph.graph.inserting_before(min(readers)):
             weights = [operands(reader)[1] for reader in readers]
             z = graph.graph.call_function(project, (x, *weights))
@@ -169,7 +177,7 @@ def _rewrite(graph: GraphModule, names: dict[Node, str]) -> None:
             graph.graph.erase_node(reader)
     for node, body in bodies(graph):
         inner = zip(_placeholders(body), node.args[1:], strict=True)
-        _rewrite(body, {p: names[a] for p, a in inner if a in names})
+        _rewrite(body, {p: names[a] for p, a in inner if a in names}, shared)
         body.recompile()
 
 

@@ -111,6 +111,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return any(_fits(value, one) for one in get_args(expected))
     if origin is Literal:
         return value in get_args(expected)
+    if origin is Callable:
+        return callable(value)
     if origin is not None:  # Sequence[str]
         entries = isinstance(value, list | tuple | set | frozenset)
         return entries and all(_fits(entry, get_args(expected)[0]) for entry in value)

@@ -170,7 +170,7 @@ class Surgery:
         """Carry the step into the weights; count it once all coordinates have been stepped."""
         if optimizer not in self.optimizers or self.refused:
             return
-        self._carry()
+        self._carry(optimizer)
         wanted = {id(piece.parameter) for piece in self.pieces}
         self.driving.append(optimizer)
         self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -182,13 +182,19 @@ class Surgery:
             method.after_step(self)
         self.driving.clear()
 
-    def _carry(self) -> None:
+    def _carry(self, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups if self.before else ()
+        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         for site in self.sites if self.before else ():
             for piece in site.pieces:
                 before = self.before.pop(id(piece.parameter), None)
-                if before is not None:
-                    delta = torch.sub(piece.parameter.detach(), before, out=before)
-                    carry(piece, site.current(), delta, self.step)
+                if before is None:
+                    continue
+                rate, now = rates[id(piece.parameter)], piece.parameter.detach()
+                if piece.prox:
+                    now *= 1.0 - rate * piece.prox
+                delta = torch.sub(now, before, out=before)
+                carry(piece, site.current(), delta, self.step, rate * piece.weight_decay)
 
     def measure_norms(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""

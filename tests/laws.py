@@ -33,6 +33,18 @@ PROJECTING = {
         groups=5, init="random", dense=True, always=".*norm.*|.*ln_.*", seed=seed
     ),
 }
+PROJECTING |= {
+    "rso": lambda period=2, seed=0: passes.Rso(rank=4, period=period, seed=seed),
+    "rso_width": lambda period=2, seed=0: passes.Rso(
+        rank=3,
+        period=period,
+        share="width",
+        projection="orthonormal",
+        state="transport",
+        always=".*norm.*|.*ln_.*",
+        seed=seed,
+    ),
+}
 # Every row goes through every law, except that only the first ones draw.
 PASSES = (
     SAMPLING

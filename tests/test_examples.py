@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("method", ["misa", "lisa", "badam", "misa,recompute,chunked_loss"])
+@pytest.mark.parametrize(
+    "method",
+    ["misa", "lisa,recompute", "badam,recompute,chunked_loss,compress", "velora,chunked_loss"],
+)
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
     command = [sys.executable, "-m", "examples.finetune", "--layers", "4", "--steps", "8"]
     command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
@@ -39,7 +42,7 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
 def test_the_command_line_lists_the_passes():
     found = CliRunner().invoke(app, ["list"])
     assert found.exit_code == 0
-    for name in ("misa", "lisa", "badam", "recompute", "chunked_loss"):
+    for name in ("misa", "lisa", "badam", "recompute", "chunked_loss", "velora", "compress", "rso"):
         assert name in found.output
 
 

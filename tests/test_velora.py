@@ -28,7 +28,7 @@ def method_of(model: nn.Module) -> SubTokens:
 
 
 def vectors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {p.weight: p.note.direction.of(torch.ones(1, 1)) for p in method_of(model).mapped}
+    return {p.weight: p.note.direction.of(torch.ones(1, 1)) for p in method_of(model).projected}
 
 
 def dense_inputs_and_grads(model: nn.Module, inputs) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -181,7 +181,7 @@ def test_one_z_for_all_weights_that_read_the_same_x():
 
 
 def vectors_of_report(model: nn.Module) -> list:
-    return [piece.note.direction.vector for piece in method_of(model).mapped]
+    return [piece.note.direction.vector for piece in method_of(model).projected]
 
 
 def test_bytes_are_the_allocators():
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_nothing():
             model.gradient_checkpointing_enable(options)
         surgery.apply(model, "velora", groups=4)
         loss_of(model, inputs_of("llama")).backward()
-        assert method_of(model).found.names == {p.weight for p in method_of(model).mapped}
+        assert method_of(model).found.names == {p.weight for p in method_of(model).projected}
         gradients.append({c.weight: c.parameter.grad for c in surgery.coordinates(model)})
     for other in gradients[1:]:
         for name, grad in gradients[0].items():

@@ -1,0 +1,198 @@
+"""RSO: training in random subspaces. arXiv 2502.07222 (ICML 2025).
+
+In round k the weight W (out, in) of each Linear moves in a random subspace only,
+
+    min over B (out, r) of f(W_k + B P_k) + prox / 2 ||B||^2,    W_{k+1} = W_k + B P_k,    B from 0
+
+with any optimizer on B. P (r, in) is Gaussian N(0, 1/r), or sqrt(in/r) times an orthonormal frame,
+uniformly random; both have E[P^T P] = I, so that Adam's usual learning rate transfers. Forward
+keeps x P^T (rows, r) instead of x, and dB = g^T (x P^T) = dW P^T. The steps of B are carried into W
+as they are made: W is always the trained weight, and a round ends by drawing P anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from surgery import noise
+from surgery.errors import SurgeryError
+from surgery.linears import inputs_of
+from surgery.registry import check_types, demand, register
+from surgery.state import Surgery
+from surgery.subspaces import Projecting, choose, densely, mapped
+from surgery.targets import Targets, is_transposed
+
+
+@register("rso")
+@dataclass(frozen=True, kw_only=True)
+class Rso:
+    """Options of RSO.
+
+    rank: r. period: optimizer steps in a round. projection: of P. share: one P for all weights that
+    read the same x (True), for each weight (False), or for each input width ("width"). state: what
+    becomes of B's optimizer state at the end of a round: dropped ("reset"), carried over
+    ("transport"), or changed in place by a function of (state, old P, new P). prox: decay of B, and
+    weight_decay: of W, both decoupled and times the learning rate of the group that holds B.
+    always: weights trained densely besides. targets: weights of Linears (default: all in the
+    repeated blocks; those with no more than `rank` inputs are trained densely). Everything else is
+    frozen.
+    """
+
+    rank: int = 64
+    period: int = 200
+    projection: Literal["gaussian", "orthonormal"] = "gaussian"
+    share: bool | Literal["width"] = True
+    state: str | Callable[..., None] = "reset"
+    prox: float = 0.0
+    weight_decay: float = 0.0
+    always: str | Sequence[str] = ()
+    targets: Targets = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        known = callable(self.state) or self.state in ("reset", "transport")
+        demand(known, self, f'state={self.state!r} must be "reset", "transport" or a function.')
+        for name in ("prox", "weight_decay"):
+            value = getattr(self, name)
+            demand(math.isfinite(value) and value >= 0, self, f"{name}={value} must be >= 0.")
+
+    def start(self, model: nn.Module) -> Subspaces:
+        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        names, dense = choose(model, self.targets, self.always, "rso", "rank", self.rank)
+        method = Subspaces(
+            options=self,
+            total=sum(p.numel() for p in model.parameters()),
+            named=self.targets is not None,
+            period=self.period,
+            shared=self.share is not False,
+        )
+        frames: dict[int, Frame] = {}
+        for name in names:
+            inputs = inputs_of(model, name)
+            frame = Frame(name=name, inputs=inputs, method=method)
+            if self.share == "width":
+                frame = frames.setdefault(inputs, frame)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            note = FrameMap(frame=frame, transposed=is_transposed(owner))
+            piece = mapped(model, name, self.rank, note)
+            piece.prox, piece.weight_decay = self.prox, self.weight_decay
+            method.projected.append(piece)
+        method.always = densely(model, dense)
+        return method
+
+
+@dataclass(eq=False, kw_only=True)
+class Subspaces(Projecting):
+    name: str = "rso"
+    options: Rso
+
+    def redraw(self, surgery: Surgery) -> None:
+        moves = {"reset": None, "transport": transport}
+        state = self.options.state
+        move = moves[state] if isinstance(state, str) else state
+        frames = {id(piece.note.frame): piece.note.frame for piece in self.projected}
+        old = {key: frame.matrix for key, frame in frames.items()}
+        for frame in frames.values():
+            frame.matrix = None
+        for piece in self.projected:
+            piece.parameter.detach().zero_()
+            frame, before = piece.note.frame, old[id(piece.note.frame)]
+            if move is None or before is None:
+                continue
+            frame.matrix = frame.draw().to(before) if frame.matrix is None else frame.matrix
+            piece.parameter.grad = None
+            for optimizer in surgery.optimizers:
+                held = optimizer.state.get(piece.parameter)
+                if held:
+                    move(held, before, frame.matrix)
+        if move is None:
+            surgery.forget(self.projected)
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        yield from super().lines()
+        frames = {id(piece.note.frame): piece.note.frame for piece in self.projected}
+        numbers = sum(frame.inputs * self.options.rank for frame in frames.values())
+        yield "projections", f"{len(frames)}, {numbers:,} numbers, drawn again each round"
+
+
+@torch.no_grad()
+def transport(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
+    """Carry Adam's moments of B from one subspace into another, in place.
+
+    First moments are sent through the old map and back through the new one, m P_old P_new^T r / in.
+    Second moments become their mean over r: a fresh P makes all coordinates alike, and squaring the
+    rotation would shrink them in each round.
+    """
+    turn = old.double() @ new.double().t() * (old.shape[0] / old.shape[1])
+    for key, value in state.items():
+        if key in ("exp_avg", "momentum_buffer") and isinstance(value, Tensor):
+            value.copy_(value.double() @ turn)
+        elif key in ("exp_avg_sq", "max_exp_avg_sq") and isinstance(value, Tensor):
+            value.copy_(value.mean(1, keepdim=True).expand_as(value))
+
+
+@dataclass(eq=False, kw_only=True)
+class Frame:
+    """P (r, in), one for all weights that share it, named after the first of them."""
+
+    name: str
+    inputs: int
+    method: Subspaces
+    matrix: Tensor | None = None  # in the dtype of x: the same P for x P^T and for the steps
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return P for x (rows, in), drawn if there is none yet."""
+        if isinstance(x, FakeTensor):
+            return x.new_empty(self.method.options.rank, self.inputs)
+        if self.matrix is None:
+            self.matrix = self.draw().to(x.device, x.dtype)
+        if self.matrix.device != x.device:
+            self.matrix = self.matrix.to(x.device)
+        return self.matrix.to(x.dtype)
+
+    def draw(self) -> Tensor:
+        """Return the P of this round, a function of (seed, name, round), in float32."""
+        options = self.method.options
+        label = f"width {self.inputs}" if options.share == "width" else self.name
+        shape = (options.rank, self.inputs)
+        normal = noise.normal(shape, options.seed, "rso", label, self.method.round)
+        if options.projection == "gaussian":
+            return normal / math.sqrt(options.rank)
+        # The signs make the distribution uniform: LAPACK's own convention would not.
+        q, upper = torch.linalg.qr(normal.double().t())
+        frame = q * upper.diagonal().sign()
+        return (frame.t() * math.sqrt(self.inputs / options.rank)).float()
+
+
+@dataclass(eq=False, kw_only=True)
+class FrameMap:
+    """x -> x P^T and B -> B P beside one weight: a `surgery.projection.Projection`."""
+
+    frame: Frame
+    transposed: bool
+    dense: bool = False
+    scale: float = 1.0
+
+    def share(self, other: Any) -> None:
+        self.frame = other.frame
+
+    def compress(self, rows: Tensor) -> Tensor:
+        return rows @ self.frame.of(rows).t()
+
+    def expand(self, rows: Tensor) -> Tensor:
+        if self.frame.matrix is None:
+            raise SurgeryError(
+                f"rso: P of {self.frame.name} is drawn in the next training forward, when it is "
+                "known which weights read the same input."
+            )
+        return rows @ self.frame.matrix.to(rows)
