@@ -196,3 +196,7 @@ class FrameMap:
                 "known which weights read the same input."
             )
         return rows @ self.frame.matrix.to(rows)
+
+    def add_into(self, matrix: Tensor, rows: Tensor) -> None:
+        assert self.frame.matrix is not None
+        matrix.addmm_(rows, self.frame.matrix.to(rows))

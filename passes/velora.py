@@ -209,6 +209,13 @@ class SubTokenMap:
             )
         return (rows[..., None] * v.to(rows)).flatten(1)[:, : self.inputs]
 
+    def add_into(self, matrix: Tensor, rows: Tensor) -> None:
+        v = self.direction.vector
+        if v is None or self.inputs % self.width:
+            matrix += self.expand(rows)
+        else:
+            matrix.unflatten(1, (-1, self.width)).addcmul_(rows[..., None], v.to(rows))
+
 
 def _cut(x: Tensor, width: int) -> Tensor:
     """Return the sub-tokens (rows, G, width) of x (rows, in), padded with zeros."""

@@ -22,7 +22,7 @@ from surgery import noise
 Index: TypeAlias = tuple[int | slice, ...]
 
 TABLE = "surgery_coordinates"  # name of the child module that lists blocks in model.parameters()
-CHUNK = 1 << 18  # entries of a weight that a step is carried into at a time: they stay in the cache
+CHUNK = 1 << 18  # entries of a 16-bit weight that are rounded at a time: they stay in the cache
 
 
 class Map(Protocol):
@@ -35,6 +35,10 @@ class Map(Protocol):
 
     def expand(self, rows: Tensor) -> Tensor:
         """Map (n, k) to (n, in), each row by itself."""
+        ...
+
+    def add_into(self, matrix: Tensor, rows: Tensor) -> None:
+        """Add expand(rows) to a matrix (n, in) of the same dtype, in place."""
         ...
 
 
@@ -174,22 +178,18 @@ def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int, decay: float =
     assert piece.map is not None
     matrix = weight.detach().t() if piece.map.transposed else weight.detach()
     out, width = matrix.shape
-    low = wide(weight) != weight.dtype
-    rows = columns = torch.empty(0)
-    if low:
-        both = noise.words(out + width, 0, "carry", piece.weight, step, device=weight.device)
-        rows, columns = both[:out], both[out:]
+    if wide(weight) == weight.dtype:
+        if decay:
+            matrix *= 1.0 - decay
+        piece.map.add_into(matrix, delta)
+        return
+    both = noise.words(out + width, 0, "carry", piece.weight, step, device=weight.device)
+    rows, columns = both[:out], both[out:]
     height = max(1, CHUNK // width)
     for start in range(0, out, height):
         part = slice(start, start + height)
-        change = piece.map.expand(delta[part])
-        if low:
-            exact = change.add_(matrix[part].float(), alpha=1.0 - decay)
-            noise.round_into(matrix[part], exact, rows[part], columns)
-            continue
-        if decay:
-            matrix[part] *= 1.0 - decay
-        matrix[part] += change
+        exact = piece.map.expand(delta[part]).add_(matrix[part].float(), alpha=1.0 - decay)
+        noise.round_into(matrix[part], exact, rows[part], columns)
 
 
 def _views(piece: Piece, weight: nn.Parameter | None) -> bool:

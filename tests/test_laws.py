@@ -366,8 +366,6 @@ def test_14_train_and_eval(row):
 
 @rows_and_families
 def test_15_adjoint(row, family):
-    if row == "velora_dense":
-        pytest.skip("its gradient of the weight itself is a projection, as in the paper")
     dense, model = make(family).eval(), make(family).eval()
     inputs = inputs_of(family)
     loss_of(dense, inputs).backward()

@@ -62,7 +62,7 @@ def test_a_round_is_lora_with_a_frozen(kind):
 
     def optimizer_of(parameters):
         if kind == "sgd":
-            return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+            return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
         return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
     ours = make("llama").double()
