@@ -23,6 +23,7 @@ import torch
 import torch._functorch.config
 import transformers
 from peft import LoraConfig, VeloraConfig, get_peft_model
+from torch._dynamo.backends.registry import lookup_backend
 from transformers.utils import logging
 
 import passes
@@ -42,16 +43,12 @@ Build = Callable[[Any], Any]
 def budget(share: float) -> Build:
     """PyTorch's own: torch.compile recomputes until this share of what it would save is left."""
 
-    def made(model: Any) -> Any:
-        compiled = torch.compile(model, backend="aot_eager_decomp_partition")
+    # A backend of its own for each: Dynamo would run the graph of another budget's model.
+    def backend(graph: Any, inputs: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=share):
+            return lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
-        def run(**batch: Any) -> Any:
-            with torch._functorch.config.patch(activation_memory_budget=share):
-                return compiled(**batch)
-
-        return run
-
-    return made
+    return lambda model: torch.compile(model, backend=backend)
 
 
 def lora(**options: Any) -> Build:
@@ -205,7 +202,9 @@ def compare(
 # -- training steps: velora beside training the same weights fully, and beside peft's --------------
 
 
-def training_steps(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def training_steps(
+    start: Any, batch: dict[str, Any], only: int | None = None, times: int = 9
+) -> dict[str, dict[str, Any]]:
     """Whole steps with AdamW, on the Linears of all blocks, and on the same adapters."""
     inside = {name for own in blocks(start).values() for name in own}
     for name, parameter in start.named_parameters():
@@ -218,6 +217,7 @@ def training_steps(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any
         "velora + recompute on LoRA": ours(V, R, first=lora()),
         "velora + recompute + chunked_loss on LoRA": ours(V, R, C, first=lora()),
     }
+    builds = dict(list(builds.items())[:only])
     torch._dynamo.reset()
     models = {name: build(copy.deepcopy(start)) for name, build in builds.items()}
     optimizers = {
@@ -233,13 +233,13 @@ def training_steps(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any
 
         return step
 
-    seconds = alternate({name: stepper(name) for name in builds}, times=9, warm_up=2)
+    seconds = alternate({name: stepper(name) for name in builds}, times=times, warm_up=2)
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         forward = memory.measure(lambda model=model: model(**batch).loss, CPU)
         forward.result.backward()
         gradients = memory.storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
-        full = "all block Linears" if name in ("all block Linears", "velora") else list(builds)[2]
+        full = "VeLoRA on LoRA (peft)" if "LoRA" in name else "all block Linears"
         rows[name] = {
             "live_megabytes": round(forward.live / 1e6, 2),
             "gradient_bytes": gradients,
@@ -329,9 +329,23 @@ def exact(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return compare(start, batch, builds, timed=21)
 
 
+def budgets(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """PyTorch's own recomputation beside ours."""
+    shares = {f"memory budget {share} (aot_eager)": budget(share) for share in (0.5, 0.3)}
+    builds = {EAGER: lambda model: model, **shares, "recompute + chunked_loss": ours(R, C)}
+    return compare(start, batch, builds, timed=9)
+
+
+def velora_steps(start: Any, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first two of `training_steps`, over more rounds."""
+    return training_steps(start, batch, only=2, times=21)
+
+
 PARTS: dict[str, Callable[[], Any]] = {
     "head_and_loss": head_and_loss,
     "training_steps": lambda: training_steps(*smollm2_case(torch.float32)),
+    "velora, steps": lambda: velora_steps(*smollm2_case(torch.float32)),
+    "budgets, SmolLM2, 8 blocks, 1 x 512, float32": lambda: budgets(*smollm2_case(torch.float32)),
     "exact, SmolLM2, 8 blocks, 1 x 512, float32": lambda: exact(*smollm2_case(torch.float32)),
     "exact, SmolLM2, 8 blocks, 2 x 512, float32": lambda: exact(*smollm2_case(torch.float32, 2)),
     "SmolLM2, 8 blocks, 1 x 512, float32": lambda: compare(

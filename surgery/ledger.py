@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from surgery import nodes
 from surgery.coordinates import SITES, site_of
 
+GENERATOR = 5056  # bytes of the CPU generator's state, kept to draw the same masks again
+
 
 class Ledger(Interpreter):
     """The account of one graph.
@@ -68,8 +70,12 @@ class Ledger(Interpreter):
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = super().run_node(n)
         if n in self.bodies and any(_needs_gradient(value) for value in tree_leaves(result)):
-            args, _ = self.fetch_args_kwargs_from_env(n)
+            args, options = self.fetch_args_kwargs_from_env(n)
             saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
+            if options.get("preserve_rng_state", True):
+                state = -len(self.bodies)  # not the address of any storage
+                self.size[state] = GENERATOR
+                saved.add(state)
         self.outputs[n] = set(self._seen(tree_leaves(result)))
         if n.op == "get_attr":
             self.free |= self.outputs[n]

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
-from surgery.ledger import Ledger
+from surgery.ledger import GENERATOR, Ledger
 from surgery.recomputation import Reader, Spec, recomputed
 from surgery.simplify import writes
 
 LARGEST = 48  # operations in a region; a norm has 6, NewGELU 9, a norm under LoRA about 20
-GENERATOR = 5056  # bytes of the CPU generator's state, kept to draw the same masks again
 
 Cheap = Callable[[Node], bool]
 

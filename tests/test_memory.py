@@ -152,3 +152,16 @@ def test_report_names_what_is_kept_to_the_byte(family, row):
     assert ".*" in widest.where and widest.count >= 1
     text = str(found)
     assert f"{widest.count} x {widest.made_by} in {widest.where}" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("row", ["misa", "recompute", "rso_and_all"])
+def test_the_account_adds_up_inside_checkpointing(row):
+    model = make("llama", num_hidden_layers=6)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    surgery.apply(model, PASSES[row]())
+    inputs = inputs_of("llama", rows=4, length=32)
+    loss_of(model, inputs).backward()
+    live = measure(lambda: loss_of(model, inputs), CPU).live
+    found = surgery.report(model, inputs)
+    assert found.after.activations == live
+    assert abs(sum(kept.bytes for kept in found.kept) - live) <= 0.005 * live
