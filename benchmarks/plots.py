@@ -15,10 +15,10 @@ PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
     """Draw bytes alive after forward against time, both over eager; names of ours in bold."""
     # By name: the type checker runs where the `bench` extra is not installed.
-    matplotlib = import_module("matplotlib")
+    matplotlib: Any = import_module("matplotlib")
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": 7}
-    pyplot = import_module("matplotlib.pyplot")
+    pyplot: Any = import_module("matplotlib.pyplot")
     plain = {name: row for name, row in rows.items() if not name.endswith(", checkpointing")}
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, row in plain.items():
