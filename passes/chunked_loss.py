@@ -214,7 +214,7 @@ class _Chunked(torch.autograd.Function):
         sums = _Sums(flat, weight, bias, ctx.needs_input_grad[1:4])
         picked, spread, shown = [], [], []
         overwrites = not keep_logits and _last_keeps_nothing(body)
-        for start in range(0, len(flat), rows):
+        for start in range(0, max(1, len(flat)), rows):  # no rows: one empty chunk
             part = slice(start, start + rows)
             z = functional.linear(flat[part], weight, bias)
             with torch.enable_grad():
