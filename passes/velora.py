@@ -152,8 +152,8 @@ class Direction:
 
     def _random(self) -> Tensor:
         options = self.method.options
-        words = noise.words(self.width, options.seed, "velora", self.name, self.method.round)
-        return functional.normalize(torch.special.ndtri((words + 0.5) * 2.0**-32), dim=0)
+        labels = ("velora", self.name, self.method.round)
+        return functional.normalize(noise.normal((self.width,), options.seed, *labels), dim=0)
 
     def _mean(self, x: Tensor) -> Tensor | None:
         mask = self.method.mask

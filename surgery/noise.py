@@ -70,8 +70,9 @@ def normal(shape: tuple[int, ...], seed: int, *labels: str | int) -> Tensor:
     found = torch.empty(math.prod(shape))
     for start in range(0, len(found), 1 << 20):
         count = min(1 << 20, len(found) - start)
-        u = (words(count, seed, *labels, start=start) + 0.5) * 2.0**-32
-        found[start : start + count] = torch.special.ndtri(u.double())
+        # In float64: in float32 the largest words would round to 1, whose number is infinite.
+        u = (words(count, seed, *labels, start=start).double() + 0.5) * 2.0**-32
+        found[start : start + count] = torch.special.ndtri(u)
     return found.view(shape)
 
 

@@ -58,6 +58,16 @@ def test_words_are_functions_of_their_place():
             assert abs(float(share) - 0.5) < 5 * 0.5 / math.sqrt(len(words))
 
 
+def test_normal_numbers_are_normal_and_finite_for_every_word(monkeypatch):
+    drawn = noise.normal((300, 1000), 0, "n").double()
+    assert abs(float(drawn.mean())) < 5 / math.sqrt(drawn.numel())
+    assert abs(float(drawn.square().mean()) - 1) < 5 * math.sqrt(2 / drawn.numel())
+    ends = torch.tensor([0, 2**32 - 1])
+    monkeypatch.setattr(noise, "words", lambda *_, **__: ends)
+    low, high = noise.normal((2,), 0, "n").tolist()
+    assert -7 < low < -6 and low == -high
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_rounding_takes_a_neighbour_and_is_right_on_average(dtype, scale):
