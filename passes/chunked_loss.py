@@ -23,12 +23,13 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 
 from surgery.errors import CaptureError
+from surgery.ledger import Ledger
 from surgery.regions import name_of, operands
 from surgery.registry import check_types, demand, register
 from surgery.state import Method
 
-# Bytes of a chunk's logits. Smaller chunks read the head's weight too
-# often: at V = 49,152 on two cores, 128 tokens took 0.9x of eager's time and 64 tokens 1.2x.
+# Bytes of a chunk's logits. Smaller chunks read the head's weight too often: at V = 49,152 on two
+# cores, 128 tokens took 0.9x of eager's time and 64 tokens 1.2x.
 CHUNK = 24 << 20
 KEEPS_NOTHING = frozenset(["float", "to", "truediv", "div", "mul"])  # by a number, of a tensor
 POINTWISE = frozenset(["float", "to", "truediv", "div", "mul", "tanh", "contiguous"])
@@ -64,7 +65,7 @@ class Chunking(Method):
     losses: int = 0
     reasons: list[str] = field(default_factory=list)  # why a cross entropy was left alone
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         for loss in graph.graph.find_nodes(op="call_function", target=functional.cross_entropy):
             found = _head(loss, self.options.keep_logits)
             if isinstance(found, str):
@@ -235,14 +236,8 @@ class _Chunked(torch.autograd.Function):
                     log_p -= smoothing / log_p.shape[-1]
                 log_p *= (used[part] / divisor)[:, None].to(log_p.dtype)
                 sums.add(part, torch.autograd.grad(logits, z, log_p.to(logits.dtype))[0])
-            del (
-                z,
-                logits,
-                seen,
-                plain,
-                into,
-                log_p,
-            )  # or they would live on while the next chunk is computed
+            # Or they would live on while the next chunk is computed.
+            del z, logits, seen, plain, into, log_p
         # One column that holds the target's entry: torch's own sum, in torch's own order.
         column = torch.where(used, 0, ignore_index)
         loss = functional.nll_loss(

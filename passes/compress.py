@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from surgery import nodes, noise
 from surgery.account import module_of
 from surgery.errors import CaptureError
-from surgery.ledger import Ledger, bodies
+from surgery.ledger import Ledger
 from surgery.packing import Packed, mask, quantise
 from surgery.projection import projected
 from surgery.regions import name_of
@@ -78,14 +78,12 @@ class Compression(Method):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tables": {}}
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
-        self._rewrite(graph, Ledger(graph, inputs))
-
-    def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
-        for node, body in bodies(graph):
-            self._rewrite(body, Ledger(body, ledger.bodies[node], ledger.mode))
-            body.recompile()
-        chosen = self._chosen(graph, ledger)
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+        """Pack what one captured graph keeps, checkpointed bodies included, in place."""
+        for _, inner in ledger.inner():
+            self.rewrite(inner.module, inner.inputs, inner)
+            inner.module.recompile()
+        chosen = self._chosen(ledger)
         self.packed += len(chosen)
         wrapper = Wrapper(graph, ledger, chosen)
         for node in list(graph.graph.nodes):
@@ -95,7 +93,7 @@ class Compression(Method):
                 self.masks += is_mask
                 wrapper.wrap(node, NodePacker(method=self, key=node.name, called=called))
 
-    def _chosen(self, graph: GraphModule, ledger: Ledger) -> set[int]:
+    def _chosen(self, ledger: Ledger) -> set[int]:
         """Return the storages of activations that only operations of ours keep."""
         made = {
             storage
@@ -103,30 +101,23 @@ class Compression(Method):
             for storage in storages
             if _is_activation(ledger.env.get(node))
         }
-        written = {
-            s
-            for n in ledger.outputs
-            if writes(n)
-            for m in n.all_input_nodes
-            for s in ledger.outputs[m]
+        wanted = {
+            storage
+            for storage, keepers in ledger.keepers.items()
+            if ledger.size[storage] >= SMALLEST
+            and all(self.takes(node) for node in keepers)
+            and not all(name_of(node) in SIGNS for node in keepers)
         }
-        kept = {s for saved in ledger.saves.values() for s in saved} - ledger.free
-        spared = {s for node, saved in ledger.saves.items() if not self.takes(node) for s in saved}
-        only_signs = {
-            s
-            for s in kept
-            if all(name_of(n) in SIGNS for n, saved in ledger.saves.items() if s in saved)
-        }
-        large = {s for s in kept if ledger.size[s] >= SMALLEST}
-        return (large & made) - written - spared - only_signs
+        return (wanted & made) - ledger.written - ledger.free
 
     def takes(self, node: Node) -> bool:
         """Whether an operation is one of those that keep packed activations."""
         if not name_of(node) or node.target in OPAQUE or writes(node):
             return False
+        if self.modules is None:
+            return True
         parts = module_of(node).split(".")
-        inside = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        return self.modules is None or bool(self.modules & inside)
+        return any(".".join(parts[: i + 1]) in self.modules for i in range(len(parts)))
 
     def random(self, device: torch.device, key: str, side: str) -> Tensor:
         """Return at least 2^15 uniform numbers in [0, 1) for this step."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from surgery.ledger import Ledger, bodies
+from surgery.ledger import Ledger
 from surgery.regions import Finder, cut_out, name_of
 from surgery.registry import register
 from surgery.simplify import copied, writes
@@ -49,14 +49,11 @@ class Recomputation(Method):
     order: int = 1
     regions: int = 0  # of all captured graphs
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         """Cut the regions out of one captured graph, checkpointed bodies included, in place."""
-        self._rewrite(graph, Ledger(graph, inputs))
-
-    def _rewrite(self, graph: GraphModule, ledger: Ledger) -> None:
-        for node, body in bodies(graph):
-            self._rewrite(body, Ledger(body, ledger.bodies[node], ledger.mode))
-            body.recompile()
+        for _, inner in ledger.inner():
+            self.rewrite(inner.module, inner.inputs, inner)
+            inner.module.recompile()
         if _drop_copies(graph, ledger):
             ledger = Ledger(graph, ledger.inputs, ledger.mode)
         finder = Finder(graph, ledger, lambda node: name_of(node) in CHEAP)

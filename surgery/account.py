@@ -33,11 +33,9 @@ def account(calls: Iterable[tuple[GraphModule, Sequence[Any]]]) -> tuple[Kept, .
     for graph, inputs in calls:
         ledger = Ledger(graph, inputs, now=True)
         makers = {s: node for node in reversed(ledger.outputs) for s in ledger.outputs[node]}
-        keepers: dict[int, list[Node]] = {}
-        for node, storages in ledger.saves.items():
-            for storage in storages - ledger.free:
-                keepers.setdefault(storage, []).append(node)
-        for storage, nodes in keepers.items():
+        for storage, nodes in ledger.keepers.items():
+            if storage in ledger.free:
+                continue
             maker = makers.get(storage, nodes[0])
             by = ", ".join(dict.fromkeys(_called(node) for node in nodes))
             kind = kinds.setdefault((_where(maker), _called(maker), by), [0, 0])

@@ -29,7 +29,7 @@ from surgery.reentrant import Workarounds
 from surgery.simplify import simplify
 
 if TYPE_CHECKING:
-    from surgery.state import Surgery
+    from surgery.state import Method, Surgery
 
 STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
 
@@ -159,17 +159,22 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         _restore_checkpoints(body)
         simplify(body)
         body.recompile()
-    rewriting = [m for m in surgery.methods if m.rewrites]
-    ledger = Ledger(graph, inputs) if rewriting else None
-    for method in sorted(rewriting, key=lambda method: method.order):
-        assert ledger is not None
-        before, ledger = ledger, None
-        method.rewrite(graph, inputs)
-        graph.recompile()
-        ledger = Ledger(graph, before.inputs, before.mode)
-        taken = surgery.taken.get(method.name, 0)
-        surgery.taken[method.name] = taken + before.total - ledger.total
+    rewriting = sorted((m for m in surgery.methods if m.rewrites), key=lambda m: m.order)
+    if rewriting:
+        _apply(rewriting, graph, inputs, surgery.taken)
     graph.recompile()
+
+
+def _apply(
+    methods: Sequence[Method], graph: GraphModule, inputs: Sequence[Any], taken: dict[str, int]
+) -> None:
+    """Let the passes rewrite a graph in turn, and count the bytes that each takes away."""
+    ledger = Ledger(graph, inputs)
+    for method in methods:
+        method.rewrite(graph, inputs, ledger)
+        now = Ledger(graph, ledger.inputs, ledger.mode)
+        taken[method.name] = taken.get(method.name, 0) + ledger.total - now.total
+        ledger = now
 
 
 def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from surgery import nodes
 from surgery.coordinates import SITES, site_of
+from surgery.simplify import writes
 
 GENERATOR = 5056  # bytes of the CPU generator's state, kept to draw the same masks again
 
@@ -40,6 +41,7 @@ class Ledger(Interpreter):
         now: bool = False,
     ) -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.module: GraphModule
         self.saves: dict[Node, set[int]] = {}
         self.outputs: dict[Node, set[int]] = {}
         self.size: dict[int, int] = {}
@@ -64,13 +66,12 @@ class Ledger(Interpreter):
             saved.update(self._seen([tensor]))
             return tensor
 
+        args, options = self.fetch_args_kwargs_from_env(n)
         if n.target is nodes.checkpointed:
-            args, _ = self.fetch_args_kwargs_from_env(n)
             self.bodies[n] = tuple(_detached(value) for value in args[1:])
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = super().run_node(n)
         if n in self.bodies and any(_needs_gradient(value) for value in tree_leaves(result)):
-            args, options = self.fetch_args_kwargs_from_env(n)
             saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
             if options.get("preserve_rng_state", True):
                 state = -len(self.bodies)  # not the address of any storage
@@ -80,6 +81,31 @@ class Ledger(Interpreter):
         if n.op == "get_attr":
             self.free |= self.outputs[n]
         return result
+
+    @property
+    def keepers(self) -> dict[int, list[Node]]:
+        """Storage -> the nodes that autograd keeps it for, in the order of the graph."""
+        found: dict[int, list[Node]] = {}
+        for node, storages in self.saves.items():
+            for storage in storages:
+                found.setdefault(storage, []).append(node)
+        return found
+
+    @property
+    def written(self) -> set[int]:
+        """Storages that some node may write into: what was kept of them is not what was read."""
+        return {
+            storage
+            for node in self.outputs
+            if writes(node)
+            for source in node.all_input_nodes
+            for storage in self.outputs[source]
+        }
+
+    def inner(self) -> Iterable[tuple[Node, Ledger]]:
+        """Return the node of each checkpointed region, with the account of what it runs."""
+        for node, body in bodies(self.module):
+            yield node, Ledger(body, self.bodies[node], self.mode)
 
     def bytes(self, storages: Iterable[int]) -> int:
         """Return the bytes of storages, those that live anyway left out."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgery.errors import TargetError
-from surgery.targets import Targets, blocks, is_linear_module, is_transposed, select
+from surgery.targets import Targets, blocks, in_features, is_linear_module, select
 
 
 def linears(model: nn.Module, targets: Targets, what: str) -> list[str]:
@@ -33,10 +33,8 @@ def _is_weight(model: nn.Module, name: str) -> bool:
 
 
 def inputs_of(model: nn.Module, name: str) -> int:
-    """Return the width of the input that a Linear's weight multiplies."""
-    weight = model.get_parameter(name)
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return weight.shape[0] if is_transposed(owner) else weight.shape[1]
+    """Return the width of the input that a weight, by its name, multiplies."""
+    return in_features(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _check(model: nn.Module, names: list[str], what: str) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
 from surgery import nodes
 from surgery.coordinates import Map, site_of
 from surgery.ledger import Ledger, bodies
+from surgery.recomputation import input_gradient, linear
 from surgery.regions import is_linear, name_of, operands
 
 
@@ -58,7 +58,7 @@ def projected(
     """Return x W^T + b (or x W + b if transposed), keeping z (rows, k) for the gradient."""
     projection = _projection(weight)
     if z is None or projection is None:
-        return _linear(x, weight, bias, transposed)
+        return linear(x, weight, bias, transposed)
     site = site_of(weight)
     assert site is not None
     site.reached = True
@@ -69,13 +69,6 @@ def projected(
 def _projection(weight: Tensor) -> Projection | None:
     site = site_of(weight)
     return None if site is None else site.pieces[0].note
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
-        return functional.linear(x, weight, bias)
-    assert bias is not None
-    return torch.addmm(bias, x, weight)
 
 
 class _Projected(torch.autograd.Function):
@@ -92,7 +85,7 @@ class _Projected(torch.autograd.Function):
         ctx.projection, ctx.given = projection, (x.shape, x.dtype, coordinate.dtype)
         ctx.bias = None if bias is None else bias.dtype
         ctx.save_for_backward(z, weight)
-        return _linear(x, weight, bias, projection.transposed)
+        return linear(x, weight, bias, projection.transposed)
 
     @staticmethod
     @once_differentiable
@@ -102,9 +95,7 @@ class _Projected(torch.autograd.Function):
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         dx = db = ds = None
         if ctx.needs_input_grad[0]:
-            matrix = weight.to(rows.dtype)
-            dx = rows @ (matrix.t() if ctx.projection.transposed else matrix)
-            dx = dx.view(shape).to(dtype)
+            dx = input_gradient(rows, weight, ctx.projection.transposed).view(shape).to(dtype)
         if ctx.needs_input_grad[3]:
             db = rows.sum(0).to(ctx.bias)
         if ctx.needs_input_grad[4]:
@@ -176,8 +167,7 @@ def _rewrite(graph: GraphModule, names: dict[Node, str], shared: bool) -> None:
             reader.replace_all_uses_with(new)
             graph.graph.erase_node(reader)
     for node, body in bodies(graph):
-        inner = zip(_placeholders(body), node.args[1:], strict=True)
-        _rewrite(body, {p: names[a] for p, a in inner if a in names}, shared)
+        _rewrite(body, _inside(body, node, names), shared)
         body.recompile()
 
 
@@ -205,7 +195,11 @@ def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rew
         others = [n for n, saved in ledger.saves.items() if saved & mine and n is not node]
         if others:
             found.kept[names[weight]] = name_of(others[0])
-    for node, body in bodies(graph):
-        inner = zip(_placeholders(body), node.args[1:], strict=True)
-        known = {p: names[a] for p, a in inner if a in names}
-        _look(body, Ledger(body, ledger.bodies[node], ledger.mode), known, found)
+    for node, inner in ledger.inner():
+        _look(inner.module, inner, _inside(inner.module, node, names), found)
+
+
+def _inside(body: GraphModule, node: Node, names: dict[Node, str]) -> dict[Node, str]:
+    """Return the weights' names by the placeholders of a checkpointed region, which `node` runs."""
+    given = zip(_placeholders(body), node.args[1:], strict=True)
+    return {placeholder: names[arg] for placeholder, arg in given if arg in names}

@@ -56,7 +56,10 @@ class _Recomputed(torch.autograd.Function):
         ctx.autocast = _autocast_state(inputs)
         results = body(*inputs[: spec.count])
         weights = iter(inputs[spec.count :])
-        outputs = [_linear(r, results[r.source], weights) for r in spec.readers]
+        outputs = []
+        for source, transposed, biased in spec.readers:
+            weight, bias = next(weights), next(weights) if biased else None
+            outputs.append(linear(results[source], weight, bias, transposed))
         return (*results[: spec.escaping], *outputs)
 
     @staticmethod
@@ -104,12 +107,18 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *first, *found
 
 
-def _linear(reader: Reader, x: Tensor, weights: Any) -> Tensor:
-    weight = next(weights)
-    if not reader.bias:
-        return functional.linear(x, weight)
-    bias = next(weights)
-    return torch.addmm(bias, x, weight) if reader.transposed else functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Return x W^T + b, or b + x W for a weight that is stored as (in, out)."""
+    if not transposed:
+        return functional.linear(x, weight, bias)
+    assert bias is not None  # GPT-2's Conv1D always has one
+    return torch.addmm(bias, x, weight)
+
+
+def input_gradient(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Return dx = g W, in the dtype of g (rows, out)."""
+    matrix = dequantised(weight).to(rows.dtype)
+    return rows @ (matrix.t() if transposed else matrix)
 
 
 def _gradients(
@@ -119,8 +128,7 @@ def _gradients(
     rows = grad.flatten(0, -2)
     dx = dw = db = None
     if need[0]:
-        matrix = dequantised(weight).to(grad.dtype)
-        dx = (rows @ (matrix.t() if reader.transposed else matrix)).view(x.shape).to(x.dtype)
+        dx = input_gradient(rows, weight, reader.transposed).view(x.shape).to(x.dtype)
     if need[1]:
         features = x.to(grad.dtype).flatten(0, -2)
         dw = features.t() @ rows if reader.transposed else rows.t() @ features

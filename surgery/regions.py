@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from surgery.ledger import GENERATOR, Ledger
 from surgery.recomputation import Reader, Spec, recomputed
-from surgery.simplify import writes
 
 LARGEST = 48  # operations in a region; a norm has 6, NewGELU 9, a norm under LoRA about 20
 
@@ -63,13 +62,8 @@ class Finder:
             scope += name_of(node) in _SCOPES
             self.scope[node] = scope
         self.taken: set[Node] = set()
-        self.savers: dict[int, set[object]] = {}
-        for node, storages in ledger.saves.items():
-            for storage in storages:
-                self.savers.setdefault(storage, set()).add(node)
-        self.written = {
-            s for n in self.order if writes(n) for m in n.all_input_nodes for s in ledger.outputs[m]
-        }
+        self.savers: dict[int, set[object]] = {s: set(n) for s, n in ledger.keepers.items()}
+        self.written = ledger.written
         values = {n: n.meta.get("example_value") for n in self.order}
         self.cheap = {n for n in self.order if cheap(n) and isinstance(values[n], Tensor)}
 

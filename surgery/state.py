@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from surgery.capture import Dispatch, unreached
 from surgery.coordinates import SITES, Piece, Site, carry, wide
 from surgery.errors import OptimizerError, SurgeryError, listed
+from surgery.ledger import Ledger
 
 _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
 
@@ -35,8 +36,11 @@ class Method:
     pieces: Sequence[Piece] = ()
     order: int = 0
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
-        """Rewrite one captured graph in place; its weights are read through gates already."""
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+        """Rewrite one captured graph in place; its weights are read through gates already.
+
+        ledger: autograd's account of the graph as it stands.
+        """
 
     @property
     def rewrites(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 
 from surgery.coordinates import Piece, piece_of, wide
 from surgery.errors import CaptureError, TargetError, listed
+from surgery.ledger import Ledger
 from surgery.linears import inputs_of, linears
 from surgery.projection import Rewritten, project_linears
 from surgery.state import Method, Surgery
@@ -69,7 +71,7 @@ def mapped(model: nn.Module, name: str, size: int, note: Any) -> Piece:
 
 
 @dataclass(eq=False, kw_only=True)
-class Projecting(Method):
+class Projecting(Method, ABC):
     """The run-time state: which weights are projected, and since when.
 
     total: parameters of the model. named: whether the user named the targets. period: optimizer
@@ -91,7 +93,7 @@ class Projecting(Method):
     def pieces(self) -> Sequence[Piece]:
         return [*self.projected, *self.always]
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         wanted = {piece.weight for piece in self.projected}
         project_linears(graph, inputs, wanted, self.found, self.shared)
 
@@ -118,9 +120,9 @@ class Projecting(Method):
             self.steps = 0
             self.redraw(surgery)
 
+    @abstractmethod
     def redraw(self, surgery: Surgery) -> None:
         """Begin a round: another projection, coordinates from zero."""
-        raise NotImplementedError
 
     def lines(self) -> Iterable[tuple[str, str]]:
         numel = sum(piece.numel for piece in self.projected)

@@ -146,7 +146,7 @@ def _fused(model: nn.Module, owner: nn.Module, name: str, weight: Tensor) -> tup
     shared = (getattr(config, "num_key_value_heads", None) or heads) * size
     inner = getattr(config, "intermediate_size", None)
     # A fused projection is followed, in the same module, by the one that reads its result.
-    inputs = {_in_features(m) for m in _siblings(model, name) if m is not owner}
+    inputs = {in_features(m) for m in _siblings(model, name) if m is not owner}
     if out == heads * size + 2 * shared and inputs == {heads * size}:
         return (heads * size, shared, shared)
     return (inner, inner) if inner and out == 2 * inner and inputs == {inner} else ()
@@ -157,7 +157,8 @@ def _siblings(model: nn.Module, name: str) -> list[nn.Module]:
     return [child for child in parent.children() if is_linear_module(child)]
 
 
-def _in_features(module: nn.Module) -> int:
+def in_features(module: nn.Module) -> int:
+    """Return the width of the input that a Linear's weight multiplies."""
     weight = module.get_parameter("weight")
     return weight.shape[0] if is_transposed(module) else weight.shape[1]
 
