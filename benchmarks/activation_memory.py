@@ -13,7 +13,6 @@ weights left out; `live` is read while only the loss is held. Rows of ours are c
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import RESULTS, alternate, ratio, save
+from benchmarks.common import alternate, load, ratio, save
 from benchmarks.plots import draw
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
@@ -367,8 +366,7 @@ def main(parts: list[str]) -> None:
     """Run the parts whose names contain one of the words given (default: all)."""
     logging.set_verbosity_error()
     torch._dynamo.config.cache_size_limit = 64
-    target = RESULTS / "activation_memory.json"
-    result = json.loads(target.read_text())["parts"] if target.exists() else {}
+    result = load("activation_memory").get("parts", {})
     for name, run in PARTS.items():
         if not parts or any(part in name for part in parts):
             result[name] = run()

@@ -41,6 +41,12 @@ def save(name: str, result: dict[str, Any]) -> None:
     print(f"wrote {target.relative_to(Path.cwd())}")
 
 
+def load(name: str) -> dict[str, Any]:
+    """Return the results saved under a name, empty if there are none."""
+    source = RESULTS / f"{name}.json"
+    return json.loads(source.read_text()) if source.exists() else {}
+
+
 def alternate(
     steps: dict[str, Callable[[], Any]], times: int = 9, warm_up: int = 3
 ) -> dict[str, list[float]]:

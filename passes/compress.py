@@ -27,7 +27,7 @@ from surgery.account import module_of
 from surgery.errors import CaptureError
 from surgery.ledger import Ledger
 from surgery.packing import Packed, mask, quantise
-from surgery.projection import projected
+from surgery.projection import projected, projected_experts
 from surgery.regions import name_of
 from surgery.registry import check_types, register
 from surgery.simplify import writes
@@ -38,7 +38,7 @@ from surgery.wrapping import Wrapper
 SMALLEST = 1024  # bytes of an activation: below, codes and ranges would save next to nothing
 TABLE = 1 << 16  # random numbers, drawn once a step
 # Nodes that find their coordinates by the identity of a weight, or keep nothing themselves.
-OPAQUE = (projected, nodes.checkpointed, nodes.gate)
+OPAQUE = (projected, projected_experts, nodes.checkpointed, nodes.gate)
 SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
 
 

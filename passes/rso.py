@@ -68,7 +68,7 @@ class Rso:
 
     def start(self, model: nn.Module) -> Subspaces:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
-        names, dense = choose(model, self.targets, self.always, "rso", "rank", self.rank)
+        names, dense = choose(model, self.targets, self.always, "rso", "rank", self.rank, True)
         method = Subspaces(
             options=self,
             total=sum(p.numel() for p in model.parameters()),

@@ -192,10 +192,12 @@ def _restore_checkpoints(graph: GraphModule) -> None:
 
 
 def unreached(names: list[str]) -> CaptureError:
+    stacked = any("experts" in name for name in names)
+    way = ' For stacked experts: model.set_experts_implementation("grouped_mm").' if stacked else ""
     return CaptureError(
         f"{len(names)} targeted weights were not reached by the rewrite in the first training "
         f"forward: {listed(names)}. Either this forward does not use them (leave them out with "
         "targets=...), or the part of the model that reads them could not be captured "
         "(TORCH_LOGS=graph_breaks names the line). Nothing was trained; surgery.remove(model) "
-        "restores the model."
+        f"restores the model.{way}"
     )

@@ -176,7 +176,8 @@ def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int, decay: float =
     which keys the rounding together with the name.
     """
     assert piece.map is not None
-    matrix = weight.detach().t() if piece.map.transposed else weight.detach()
+    matrix = weight.detach().view(-1, weight.shape[-1])  # experts' matrices under one another
+    matrix = matrix.t() if piece.map.transposed else matrix
     out, width = matrix.shape
     if wide(weight) == weight.dtype:
         if decay:
@@ -233,7 +234,7 @@ def describe(sites: Iterable[Site]) -> list[Coordinates]:
 def _expand(piece: Piece, shape: torch.Size, delta: Tensor) -> Tensor:
     if piece.map is not None:
         change = piece.map.expand(delta)
-        return change.t() if piece.map.transposed else change
+        return change.t() if piece.map.transposed else change.view(shape)
     if piece.index is None:
         return delta
     change = delta.new_zeros(shape)

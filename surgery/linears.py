@@ -7,37 +7,46 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgery.errors import TargetError
-from surgery.targets import Targets, blocks, in_features, is_linear_module, select
+from surgery.targets import (
+    Targets,
+    blocks,
+    in_features,
+    is_linear_module,
+    is_stacked,
+    select,
+)
 
 
-def linears(model: nn.Module, targets: Targets, what: str) -> list[str]:
+def linears(model: nn.Module, targets: Targets, what: str, stacked: bool = False) -> list[str]:
     """Return the trainable weights of Linears among the targets (default: of all blocks).
 
-    Raises TargetError, naming the weight and the pass `what`, if a target is tied, quantised, or
-    does not belong to a Linear.
+    stacked: whether those of stacked experts are among them. Raises TargetError, naming the weight
+    and the pass `what`, if a target is tied, quantised, or does not belong to a Linear.
     """
     if targets is None:
         inside = {name for own in blocks(model).values() for name in own}
         names = [name for name, _ in model.named_parameters() if name in inside]
-        names = [name for name in names if _is_weight(model, name)]
+        names = [name for name in names if _is_weight(model, name, stacked)]
     else:
         names = select(model, targets, "targets")
         names = [name for name in names if not name.endswith("bias")]
-        _check(model, names, what)
+        _check(model, names, what, stacked)
     return [name for name in names if model.get_parameter(name).requires_grad]
 
 
-def _is_weight(model: nn.Module, name: str) -> bool:
+def _is_weight(model: nn.Module, name: str, stacked: bool) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
+    if stacked and is_stacked(owner, model.get_parameter(name)):
+        return True
     return is_linear_module(owner) and name.endswith("weight")
 
 
 def inputs_of(model: nn.Module, name: str) -> int:
     """Return the width of the input that a weight, by its name, multiplies."""
-    return in_features(model.get_submodule(name.rpartition(".")[0]))
+    return in_features(model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name))
 
 
-def _check(model: nn.Module, names: list[str], what: str) -> None:
+def _check(model: nn.Module, names: list[str], what: str, stacked: bool) -> None:
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -59,7 +68,7 @@ def _check(model: nn.Module, names: list[str], what: str) -> None:
                 f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
                 "or train adapters on top of it."
             )
-        if not _is_weight(model, name):
+        if not _is_weight(model, name, stacked):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
             raise TargetError(
                 f"{what}: {name} belongs to {owner}, and only inputs of Linears can be projected. "

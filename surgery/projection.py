@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
-from surgery import nodes
+from surgery import experts, nodes
 from surgery.coordinates import Map, site_of
 from surgery.ledger import Ledger, bodies
 from surgery.recomputation import input_gradient, linear
@@ -59,11 +59,24 @@ def projected(
     projection = _projection(weight)
     if z is None or projection is None:
         return linear(x, weight, bias, transposed)
+    return _Projected.apply(x, z, weight.detach(), bias, _reached(weight), projection)
+
+
+def projected_experts(
+    x: Tensor, z: Tensor | None, weight: Tensor, offsets: Tensor, fused: bool
+) -> Tensor:
+    """Return x W_e^T for rows x (rows, in) sorted by expert e, keeping z (rows, k)."""
+    if z is None or _projection(weight) is None:
+        return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
+    coordinate = _reached(weight)
+    return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, coordinate, fused)
+
+
+def _reached(weight: Tensor) -> Tensor:
     site = site_of(weight)
     assert site is not None
     site.reached = True
-    coordinate = site.pieces[0].parameter
-    return _Projected.apply(x, z, weight.detach(), bias, coordinate, projection)
+    return site.pieces[0].parameter
 
 
 def _projection(weight: Tensor) -> Projection | None:
@@ -151,24 +164,33 @@ def _rewrite(graph: GraphModule, names: dict[Node, str], shared: bool) -> None:
             names[gate] = names[gate.args[0]]
     groups: dict[tuple[Node, Node | None], list[Node]] = {}
     for node in graph.graph.nodes:
-        if is_linear(node) and operands(node)[1] in names:
-            key = _root(operands(node)[0]), None if shared else node
-            groups.setdefault(key, []).append(node)
+        found = _operands(node)
+        if found and found[1] in names:
+            groups.setdefault((_root(found[0]), None if shared else node), []).append(node)
     for (x, _), readers in groups.items():
         with graph.graph.inserting_before(min(readers)):
-            weights = [operands(reader)[1] for reader in readers]
-            z = graph.graph.call_function(project, (x, *weights))
+            z = graph.graph.call_function(project, (x, *(_operands(r)[1] for r in readers)))
         for reader in readers:
-            own, weight, *bias = operands(reader)
-            args = (own, z, weight, bias[0] if bias else None, reader.target is torch.addmm)
+            own, weight, *more = _operands(reader)
             with graph.graph.inserting_before(reader):
-                new = graph.graph.call_function(projected, args)
+                if is_linear(reader):
+                    bias = more[0] if more else None
+                    args = (own, z, weight, bias, reader.target is torch.addmm)
+                    new = graph.graph.call_function(projected, args)
+                else:
+                    args = (own, z, weight, *more, experts.is_fused(reader))
+                    new = graph.graph.call_function(projected_experts, args)
             new.meta = dict(reader.meta)
             reader.replace_all_uses_with(new)
             graph.graph.erase_node(reader)
     for node, body in bodies(graph):
         _rewrite(body, _inside(body, node, names), shared)
         body.recompile()
+
+
+def _operands(node: Node) -> Sequence[Node]:
+    """Return x, W and what else a Linear takes, or nothing."""
+    return operands(node) if is_linear(node) else experts.read(node) or ()
 
 
 def _root(node: Node) -> Node:
@@ -186,10 +208,10 @@ def _root(node: Node) -> Node:
 
 def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rewritten) -> None:
     """Note which weights were reached, and where x is kept in spite of its projection."""
-    for node in graph.graph.find_nodes(op="call_function", target=projected):
-        x, _, weight, *_ = node.args
-        if weight not in names:
+    for node in graph.graph.nodes:
+        if node.target not in (projected, projected_experts) or node.args[2] not in names:
             continue
+        x, _, weight, *_ = node.args
         found.names.add(names[weight])
         mine = ledger.outputs[_root(x)] - ledger.free
         others = [n for n, saved in ledger.saves.items() if saved & mine and n is not node]

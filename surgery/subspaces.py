@@ -28,14 +28,15 @@ def choose(
     what: str,
     option: str,
     size: int,
+    stacked: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Return the weights to project, and those to train densely, in the model's order.
 
     Linears among the default targets with no more than `size` inputs are trained densely. Raises
-    TargetError, naming the pass `what` and its `option` of that size.
+    TargetError, naming the pass `what` and its `option` of that size. stacked: also of experts.
     """
     dense = set(select(model, always, "always")) if always else set()
-    names = [name for name in linears(model, targets, what) if name not in dense]
+    names = [name for name in linears(model, targets, what, stacked) if name not in dense]
     small = [name for name in names if inputs_of(model, name) <= size]
     if small and targets is not None:
         raise TargetError(

@@ -146,7 +146,8 @@ def _fused(model: nn.Module, owner: nn.Module, name: str, weight: Tensor) -> tup
     shared = (getattr(config, "num_key_value_heads", None) or heads) * size
     inner = getattr(config, "intermediate_size", None)
     # A fused projection is followed, in the same module, by the one that reads its result.
-    inputs = {in_features(m) for m in _siblings(model, name) if m is not owner}
+    others = [m for m in _siblings(model, name) if m is not owner]
+    inputs = {in_features(other, other.get_parameter("weight")) for other in others}
     if out == heads * size + 2 * shared and inputs == {heads * size}:
         return (heads * size, shared, shared)
     return (inner, inner) if inner and out == 2 * inner and inputs == {inner} else ()
@@ -157,10 +158,18 @@ def _siblings(model: nn.Module, name: str) -> list[nn.Module]:
     return [child for child in parent.children() if is_linear_module(child)]
 
 
-def in_features(module: nn.Module) -> int:
-    """Return the width of the input that a Linear's weight multiplies."""
-    weight = module.get_parameter("weight")
-    return weight.shape[0] if is_transposed(module) else weight.shape[1]
+def in_features(owner: nn.Module, weight: Tensor) -> int:
+    """Return the width of the input that a Linear's, or stacked experts', weight multiplies."""
+    return weight.shape[0] if is_transposed(owner) else weight.shape[-1]
+
+
+def is_stacked(owner: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight is that of Linears of stacked experts, (experts, out, in).
+
+    Others, gpt-oss among them, store (experts, in, out).
+    """
+    turned = getattr(owner, "is_transposed", False)
+    return weight.ndim == 3 and not isinstance(owner, _ConvNd) and not turned
 
 
 # -- targets=, always= -----------------------------------------------------------------------------

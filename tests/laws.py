@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,8 +12,11 @@ from models import inputs_of, loss_of
 from torch import nn
 
 import passes
+import surgery
 from surgery.coordinates import TABLE
 from surgery.state import surgery_of
+
+M = TypeVar("M")
 
 # name -> options for a round of `period` steps
 SAMPLING = {
@@ -85,6 +91,34 @@ def state_of(model: nn.Module):
     state = surgery_of(model)
     assert state is not None
     return state
+
+
+def method_of(model: nn.Module, kind: type[M]) -> M:
+    """Return the run-time state of the model's pass of one kind."""
+    return next(method for method in state_of(model).methods if isinstance(method, kind))
+
+
+def optimizer_of(kind: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+class Moved:
+    """Where a run should have taken each weight: its coordinates' steps, in plain arithmetic."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.weights = model, weights(model)
+        self.before: dict[int, torch.Tensor] = {}
+        optimizer.register_step_pre_hook(self.note)
+
+    def note(self, *_: object) -> None:
+        self.before = {id(p): p.detach().clone() for p in self.model.parameters()}
+
+    def move(self, *_: object) -> None:
+        for c in surgery.coordinates(self.model):
+            step = c.parameter.detach() - self.before[id(c.parameter)]
+            self.weights[c.weight] += c.expand(step)
 
 
 def anatomy(model: nn.Module) -> dict:

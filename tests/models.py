@@ -92,6 +92,17 @@ def batch(
     return made
 
 
+class Wide(nn.Module):
+    """A Linear on an input of any shape."""
+
+    def __init__(self, width: int = 512, out: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, out)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x).square().sum()
+
+
 class Plain(nn.Module):
     """A module of the user's own: no config, no ModelOutput, tied first and last weight."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import laws, state_of
+from laws import laws, method_of, state_of
 from models import inputs_of, loss_of, make
 from torch import nn
 
@@ -92,10 +92,6 @@ def test_masks_are_exact(count, seed):
         assert kept.tensors[0].numel() == -(-count // 8)
 
 
-def method_of(model: nn.Module) -> Compression:
-    return next(m for m in state_of(model).methods if isinstance(m, Compression))
-
-
 OPTIONS: dict[str, dict] = {
     "llama": dict(hidden_size=64, intermediate_size=160),
     "opt": dict(hidden_size=64, ffn_dim=160, word_embed_proj_dim=64, dropout=0.0),
@@ -121,7 +117,7 @@ def test_gradients_are_eagers_on_average(family):
     sums = {name: torch.zeros_like(grad) for name, grad in exact.items()}
     single, draws = 0.0, 40
     for step in range(draws):
-        method_of(model).step = step  # other random numbers
+        method_of(model, Compression).step = step  # other random numbers
         for name, grad in gradients(model, inputs).items():
             sums[name] += grad
             if exact[name].norm() > 1e-6:
@@ -259,7 +255,7 @@ def test_targets_choose_whose_operations():
         model = make("llama", **OPTIONS["llama"])
         surgery.apply(model, passes.Compress(targets=targets))
         loss_of(model, inputs)
-        packs.append(method_of(model).packed)
+        packs.append(method_of(model, Compression).packed)
     assert 0 < packs[1] < packs[2] < packs[0]
 
 

@@ -16,6 +16,7 @@ from laws import (
     PASSES,
     ROUNDED,
     SAMPLING,
+    Moved,
     adamw,
     anatomy,
     laws,
@@ -116,30 +117,19 @@ def test_4_remove_undoes_apply(row, family):
 
 @rows_and_families
 def test_5_weights_are_current_after_every_step(row, family, tmp_path):
-    model = make(family)
-    moved = weights(model)  # by the coordinates, in plain arithmetic
-    surgery.apply(model, PASSES[row]())
-    before: dict[int, torch.Tensor] = {}
-
-    def note(*_):
-        before.update((id(p), p.detach().clone()) for p in model.parameters())
-
-    def move(*_):
-        for c in surgery.coordinates(model):
-            moved[c.weight] += c.expand(c.parameter.detach() - before[id(c.parameter)])
-
+    model = surgery.apply(make(family), PASSES[row]())
     optimizer = adamw(model)
-    optimizer.register_step_pre_hook(note)
+    moved = Moved(model, optimizer)
     # Before the clock acts on a step where it draws anew, after it where it adds to the step.
-    handle = optimizer.register_step_post_hook(move)
-    if row == "misa_flush":
-        handle.remove()
+    if row != "misa_flush":
+        optimizer.register_step_post_hook(moved.move)
     for step in range(5):
         train(model, family, 1, optimizer)
         if row == "misa_flush":
-            move()
+            moved.move()
         for name, parameter in own(model).items():
-            torch.testing.assert_close(parameter.detach(), moved[name], msg=f"{name} at {step}")
+            expected = moved.weights[name]
+            torch.testing.assert_close(parameter.detach(), expected, msg=f"{name} at {step}")
     if family == "llama":
         model.eval()
         model.save_pretrained(tmp_path)

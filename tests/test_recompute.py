@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import state_of
+from laws import method_of, state_of
 from models import FAMILIES, Plain, inputs_of, loss_of, make
 from torch import nn
 
@@ -15,7 +15,6 @@ import passes
 import surgery
 from passes.recompute import Recomputation
 from surgery.memory import measure
-from surgery.state import surgery_of
 
 CPU = torch.device("cpu")
 EVERY = [*FAMILIES, "plain", "graph"]
@@ -23,12 +22,6 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
 }
-
-
-def found(model: nn.Module) -> Recomputation:
-    state = surgery_of(model)
-    assert state is not None
-    return next(m for m in state.methods if isinstance(m, Recomputation))
 
 
 def step(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: bool = False):
@@ -64,9 +57,8 @@ def test_loss_is_bit_equal_and_gradients_are_eagers(family):
     ours = surgery.apply(copy.deepcopy(eager), "recompute")
     for options in ({}, {"rows": 3, "length": 17}):
         assert_same_step(eager, ours, inputs_of(family, **options))
-    state = surgery_of(ours)
-    assert state is not None and state.captures == 1
-    assert found(ours).regions >= 3
+    assert state_of(ours).captures == 1
+    assert method_of(ours, Recomputation).regions >= 3
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -123,7 +115,7 @@ def test_inside_gradient_checkpointing(family):
     eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ours = surgery.apply(copy.deepcopy(eager), "recompute")
     assert_same_step(eager, ours, inputs_of(family))
-    assert found(ours).regions >= 3
+    assert method_of(ours, Recomputation).regions >= 3
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "plain"])

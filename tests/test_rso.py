@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from laws import state_of
+from laws import method_of, optimizer_of
 from models import inputs_of, loss_of, make
 from torch import nn
 
@@ -18,12 +18,8 @@ from passes.rso import Subspaces, transport
 from surgery.memory import measure
 
 
-def method_of(model: nn.Module) -> Subspaces:
-    return next(m for m in state_of(model).methods if isinstance(m, Subspaces))
-
-
 def frames(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {p.weight: p.note.frame.matrix for p in method_of(model).projected}
+    return {p.weight: p.note.frame.matrix for p in method_of(model, Subspaces).projected}
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "orthonormal"])
@@ -38,7 +34,9 @@ def test_weights_are_the_sum_of_all_rounds(projection, state):
 
     def add(*_):
         for c in surgery.coordinates(model):
-            last = method_of(model).steps == 2  # the round's last step: B is what it came to
+            last = (
+                method_of(model, Subspaces).steps == 2
+            )  # the round's last step: B is what it came to
             if last:
                 total[c.weight] += c.parameter.detach() @ frames(model)[c.weight].double()
 
@@ -60,11 +58,6 @@ def test_weights_are_the_sum_of_all_rounds(projection, state):
 def test_a_round_is_lora_with_a_frozen(kind):
     from peft import LoraConfig, get_peft_model
 
-    def optimizer_of(parameters):
-        if kind == "sgd":
-            return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
-        return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
     ours = make("llama").double()
     theirs = copy.deepcopy(ours)
     surgery.apply(ours, "rso", rank=4, period=1000)
@@ -82,7 +75,9 @@ def test_a_round_is_lora_with_a_frozen(kind):
             weight = weight.replace(".lora_B.default", "")
             pairs[weight] = parameter
     assert pairs.keys() == by_name.keys()
-    optimizers = optimizer_of(by_name.values()), optimizer_of(pairs.values())
+    optimizers = tuple(
+        optimizer_of(kind, parameters, lr=1.0) for parameters in (by_name.values(), pairs.values())
+    )
     for seed in range(12):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             loss_of(model, inputs_of("llama", seed=seed)).backward()
@@ -97,10 +92,10 @@ def test_a_round_is_lora_with_a_frozen(kind):
 def test_projections_have_the_identity_as_their_mean(projection):
     model = make("llama")
     surgery.apply(model, passes.Rso(rank=8, projection=projection, targets=["q_proj"]))
-    frame = method_of(model).projected[0].note.frame
+    frame = method_of(model, Subspaces).projected[0].note.frame
     mean, draws = torch.zeros(32, 32, dtype=torch.float64), 3000
     for round in range(draws):
-        method_of(model).round = round
+        method_of(model, Subspaces).round = round
         p = frame.draw().double()
         if projection == "orthonormal":
             assert torch.allclose(p @ p.t(), torch.eye(8).double() * 32 / 8, atol=1e-5)
@@ -114,7 +109,7 @@ def test_who_shares_a_projection(share, distinct):
     model = surgery.apply(make("llama"), "rso", rank=4, share=share)
     inputs = inputs_of("llama", rows=2, length=12)
     loss_of(model, inputs).backward()
-    assert len({id(p.note.frame) for p in method_of(model).projected}) == distinct
+    assert len({id(p.note.frame) for p in method_of(model, Subspaces).projected}) == distinct
     z = [kept for kept in surgery.report(model, inputs).kept if kept.made_by == "project"]
     readers = 7 * 3 if share is False else 4 * 3  # one z for each x, whatever P is
     assert sum(kept.count for kept in z) == readers

@@ -9,8 +9,8 @@ import textwrap
 
 import pytest
 import torch
-from laws import state_of
-from models import inputs_of, loss_of, make
+from laws import method_of, optimizer_of
+from models import Wide, inputs_of, loss_of, make
 from torch import nn
 from torch.nn import functional
 
@@ -23,12 +23,9 @@ from surgery.targets import is_linear_module, is_transposed
 CPU = torch.device("cpu")
 
 
-def method_of(model: nn.Module) -> SubTokens:
-    return next(m for m in state_of(model).methods if isinstance(m, SubTokens))
-
-
 def vectors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {p.weight: p.note.direction.of(torch.ones(1, 1)) for p in method_of(model).projected}
+    projected = method_of(model, SubTokens).projected
+    return {p.weight: p.note.direction.of(torch.ones(1, 1)) for p in projected}
 
 
 def dense_inputs_and_grads(model: nn.Module, inputs) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -94,11 +91,6 @@ class Adapter(nn.Module):
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_it_is_the_frozen_projection_adapter(kind):
-    def optimizer_of(parameters):
-        if kind == "sgd":
-            return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-        return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
     plain = make("llama").double()
     model = surgery.apply(copy.deepcopy(plain), "velora", groups=4, init="random")
     loss_of(model, inputs_of("llama"))
@@ -109,8 +101,8 @@ def test_it_is_the_frozen_projection_adapter(kind):
         parent, _, own = path.rpartition(".")
         adapters[name] = Adapter(plain.get_submodule(path), v.double())
         setattr(plain.get_submodule(parent), own, adapters[name])
-    ours = optimizer_of(model.parameters())
-    theirs = optimizer_of([a.a for a in adapters.values()])
+    ours = optimizer_of(kind, model.parameters(), lr=0.1)
+    theirs = optimizer_of(kind, [a.a for a in adapters.values()], lr=0.1)
     for seed in range(15):
         inputs = inputs_of("llama", seed=seed)
         losses = [loss_of(m, inputs) for m in (model, plain)]
@@ -176,12 +168,12 @@ def test_one_z_for_all_weights_that_read_the_same_x():
     # q, k and v; o; gate and up; down: four in each of three blocks
     assert sum(kept.count for kept in z) == 4 * 3
     assert sum(kept.bytes for kept in z) == 4 * 3 * (2 * 12) * 4 * 4
-    v = vectors_of_report(model)
+    v = taken(model)
     assert all(vector is None for vector in v)  # a report draws nothing
 
 
-def vectors_of_report(model: nn.Module) -> list:
-    return [piece.note.direction.vector for piece in method_of(model).projected]
+def taken(model: nn.Module) -> list:
+    return [piece.note.direction.vector for piece in method_of(model, SubTokens).projected]
 
 
 def test_bytes_are_the_allocators():
@@ -196,64 +188,14 @@ def test_bytes_are_the_allocators():
     assert (found.after.gradients, found.after.optimizer) == (4 * count, 8 * count)
 
 
-class Wide(nn.Module):
-    """Linears on an input of any shape; the first reads frozen x."""
-
-    def __init__(self, width: int = 512, out: int = 8) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, out)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[0](x).square().sum()
-
-
-def test_no_x_is_kept_and_none_is_formed_again():
-    model = surgery.apply(Wide(4096), passes.Velora(groups=16, targets=["0"]))
-    x = torch.randn(1000, 4096)
-    model(x).backward()
-    forward = measure(lambda: model(x), CPU)
-    assert forward.live < x.nbytes / 20
-    backward = measure(forward.result.backward, CPU)
-    assert backward.peak < x.nbytes / 20
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(6, 512),
-        torch.randn(2, 3, 512),
-        torch.randn(2, 3, 2, 512),
-        torch.randn(512, 6).t(),
-        torch.randn(2, 512, 3).transpose(1, 2),
-        torch.randn(512),
-        torch.zeros(4, 512),
-        torch.empty(0, 512),
-        torch.empty(2, 0, 512),
-    ],
-    ids=["2-D", "3-D", "4-D", "transposed", "strided", "1-D", "zero", "empty", "empty 3-D"],
-)
-def test_inputs_of_every_shape(x):
-    model, plain = Wide(), Wide()
-    plain.load_state_dict(model.state_dict())
-    surgery.apply(model, passes.Velora(groups=16))
-    x = x.requires_grad_()
-    ours, theirs = model(x), plain(x)
-    torch.testing.assert_close(ours, theirs)  # torch multiplies strided x in another order
-    (dx,) = torch.autograd.grad(theirs, x)
-    ours.backward()
-    torch.testing.assert_close(x.grad, dx)
-    (c,) = surgery.coordinates(model)
-    assert c.parameter.grad.shape == (8, 16) and bool(c.parameter.grad.isfinite().all())
-
-
 def test_v_after_a_batch_of_nothing_comes_from_the_next():
     model = surgery.apply(Wide(), passes.Velora(groups=16))
     model(torch.empty(0, 512))
-    assert vectors_of_report(model) == [None]
+    assert taken(model) == [None]
     x = torch.randn(5, 512) + 1
     model(x)
     mean = functional.normalize(x.view(-1, 32).mean(0), dim=0)
-    torch.testing.assert_close(vectors_of_report(model)[0], mean)
+    torch.testing.assert_close(taken(model)[0], mean)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -301,7 +243,9 @@ def test_gradient_checkpointing_changes_nothing():
             model.gradient_checkpointing_enable(options)
         surgery.apply(model, "velora", groups=4)
         loss_of(model, inputs_of("llama")).backward()
-        assert method_of(model).found.names == {p.weight for p in method_of(model).projected}
+        assert method_of(model, SubTokens).found.names == {
+            p.weight for p in method_of(model, SubTokens).projected
+        }
         gradients.append({c.weight: c.parameter.grad for c in surgery.coordinates(model)})
     for other in gradients[1:]:
         for name, grad in gradients[0].items():
@@ -392,79 +336,6 @@ def test_bad_options_change_nothing(options, error, message):
     with pytest.raises(error, match=message):
         surgery.apply(model, "velora", **{"groups": 4} | options)
     assert "forward" not in model.__dict__ and list(model.state_dict()) == keys
-
-
-def test_tied_weights_are_refused_by_name():
-    with pytest.raises(surgery.TargetError, match=r"embed.weight is tied"):
-        surgery.apply(make("plain"), passes.Velora(groups=4, targets=["embed.weight"]))
-
-
-class Product(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(16, 4)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x @ self.layers[0].weight.t()).sum()
-
-
-def test_a_weight_that_no_linear_reads_is_refused_by_name():
-    model = surgery.apply(Product(), passes.Velora(groups=4))
-    with pytest.raises(surgery.CaptureError, match=r"layers\.0\.weight"):
-        model(torch.randn(3, 16))
-
-
-def test_two_velora_passes_on_one_input_project_it_twice():
-    both = [passes.Velora(groups=g, targets=[t]) for g, t in ((4, "q_proj"), (8, "k_proj"))]
-    model = surgery.apply(make("llama"), both)
-    loss_of(model, inputs_of("llama")).backward()
-    shapes = {c.weight.split(".")[-2]: c.parameter.grad.shape for c in surgery.coordinates(model)}
-    assert shapes == {"q_proj": (32, 4), "k_proj": (16, 8)}
-
-
-def quantised(kind: str, folder) -> nn.Module:
-    import transformers
-
-    if kind == "torchao int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        model = make("llama", hidden_size=64)
-        quantize_(model.model.layers, Int8WeightOnlyConfig())
-        return model
-    make("llama", hidden_size=64).save_pretrained(folder)
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=kind == "bitsandbytes 4-bit", load_in_8bit=kind == "bitsandbytes 8-bit"
-    )
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu"
-    ).train()
-
-
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes and torchao announce their renamings
-@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"])
-def test_under_quantised_bases_adapters_are_projected(kind, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    model = quantised(kind, tmp_path)
-    with pytest.raises(surgery.TargetError, match=r"q_proj\.weight is quantised"):
-        surgery.apply(model, passes.Velora(groups=8, targets=["q_proj"]))
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    inputs = inputs_of("llama")
-    expected = loss_of(model, inputs)
-    expected.backward()
-    full = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    surgery.apply(model, [passes.Velora(groups=8), passes.Recompute(), passes.ChunkedLoss()])
-    loss = loss_of(model, inputs)
-    assert torch.equal(loss, expected)
-    loss.backward()
-    exact = [c for c in surgery.coordinates(model) if "lora_B" in c.weight]
-    assert len(exact) == 7 * 3
-    for c in exact:
-        torch.testing.assert_close(c.parameter.grad, full[c.weight], rtol=1e-4, atol=1e-6)
 
 
 RANK = """

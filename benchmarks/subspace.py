@@ -1,0 +1,363 @@
+"""RSO beside what a user would pick instead: GaLore, APOLLO, LoRA, LoRA-FA, full AdamW.
+
+    python -m benchmarks.subspace [words of the parts]
+
+(a) A Llama of 4 blocks (hidden 256) from scratch on the KJV text, cut into 2,048 kinds of tokens;
+norms, embeddings and head trained by plain AdamW in all rows. (b) Fine-tuning SmolLM2 (8 blocks):
+only the Linears of the blocks are trained. For each: time per step, alternating, and peak bytes;
+then held-out loss with 3 seeds, each method at the best of its learning rates (chosen on another
+seed, with fewer steps). What happens once in a period (an SVD, a redraw) is timed by a row of
+period 1 and counted as 1/period of the steps. Losses are computed one thread to a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import transformers
+from apollo_torch import APOLLOAdamW  # pyright: ignore[reportMissingImports] # in the bench extra
+from galore_torch import GaLoreAdamW  # pyright: ignore[reportMissingImports] # in the bench extra
+from peft import LoraConfig, get_peft_model
+from tokenizers import ByteLevelBPETokenizer
+from transformers.utils import logging
+
+import passes
+import surgery
+from benchmarks.common import alternate, load, ratio, save
+from examples.real import kjv, smollm2, token_rows
+from surgery import memory
+from surgery.targets import blocks
+
+CPU = torch.device("cpu")
+PERIOD, RANK = 200, 64
+SEEDS = (1, 2, 3)
+NAME = "subspace"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A task. batch: rows x tokens. measured: the same, for time and bytes. pilot: steps in which
+    a learning rate is chosen. rest: learning rate of what is not a target, or None: frozen."""
+
+    batch: tuple[int, int]
+    measured: tuple[int, int]
+    steps: int
+    pilot: int
+    warm_up: int
+    rest: float | None
+    held_out: int  # rows
+
+
+CASES = {
+    "pretraining": Case(
+        batch=(8, 64), measured=(8, 256), steps=1500, pilot=300, warm_up=100, rest=3e-3, held_out=96
+    ),
+    "finetuning": Case(
+        batch=(2, 64), measured=(2, 256), steps=100, pilot=40, warm_up=5, rest=None, held_out=64
+    ),
+}
+
+
+@lru_cache
+def start_of(case: str) -> tuple[Any, torch.Tensor]:
+    """Return the model to start from and rows of tokens, the same in all processes."""
+    logging.set_verbosity_error()
+    length = CASES[case].batch[1]
+    if case == "finetuning":
+        model, tokenizer = smollm2(layers=8)
+        return model.train(), token_rows(kjv(), tokenizer, length, 1200)
+    text = kjv()
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text], vocab_size=2048, show_progress=False)
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    return model, ids[: len(ids) // length * length].view(-1, length)
+
+
+# -- methods: model, learning rate of the targets and of the rest, seed -> model, optimizer --------
+
+
+def split(model: Any) -> tuple[list[str], list[str]]:
+    """Return the matrices inside the blocks, and all other parameters, by name."""
+    inside = {name for own in blocks(model).values() for name in own}
+    names = {name: p.ndim == 2 and name in inside for name, p in model.named_parameters()}
+    return [n for n, yes in names.items() if yes], [n for n, yes in names.items() if not yes]
+
+
+def grouped(
+    kind: Any,
+    targets: Sequence[Any],
+    others: Sequence[Any],
+    lr: float,
+    rest: float | None,
+    **more: Any,
+) -> Any:
+    groups = [{"params": list(targets), "lr": lr, **more}]
+    for parameter in others:
+        parameter.requires_grad_(rest is not None)
+    if rest is not None:
+        groups.append({"params": list(others), "lr": rest})
+    return kind(groups, weight_decay=0.0)
+
+
+def dense(model: Any, lr: float, rest: float | None, seed: int, kind: Any, **options: Any) -> Any:
+    targets, others = ([model.get_parameter(n) for n in names] for names in split(model))
+    return model, grouped(kind, targets, others, lr, rest, **options)
+
+
+def lora(model: Any, lr: float, rest: float | None, seed: int, fixed: bool = False) -> Any:
+    torch.manual_seed(seed)
+    others = [model.get_parameter(name) for name in split(model)[1]]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if fixed and "lora_A" in name:  # as rso draws P: its twin that is never redrawn
+            torch.nn.init.normal_(parameter, std=RANK**-0.5).requires_grad_(False)
+    trained = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
+    return model, grouped(torch.optim.AdamW, trained, others, lr, rest)
+
+
+def rso(
+    model: Any, lr: float, rest: float | None, seed: int, also: Sequence[Any] = (), **options: Any
+) -> Any:
+    targets, others = split(model)
+    always = others if rest is not None else ()
+    chosen = passes.Rso(
+        **{"rank": RANK, "period": PERIOD, "seed": seed, "always": always} | options
+    )
+    surgery.apply(model, [chosen, *also])
+    wanted = set(targets)
+    found = surgery.coordinates(model)
+    small = [c.parameter for c in found if c.weight in wanted]
+    whole = [c.parameter for c in found if c.weight not in wanted]
+    return model, grouped(torch.optim.AdamW, small, whole, lr, rest)
+
+
+GALORE = {"rank": RANK, "scale": 0.25, "proj_type": "std"}
+APOLLO = {"rank": RANK, "scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}
+galore = partial(dense, kind=partial(GaLoreAdamW, no_deprecation_warning=True), **GALORE)
+apollo = partial(dense, kind=APOLLOAdamW, **APOLLO)
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "AdamW": partial(dense, kind=torch.optim.AdamW),
+    "GaLore (galore-torch)": partial(galore, update_proj_gap=PERIOD),
+    "APOLLO (apollo-torch)": partial(apollo, update_proj_gap=PERIOD),
+    "LoRA (peft)": lora,
+    "LoRA-FA (peft), never redrawn": partial(lora, fixed=True),
+    "rso": rso,
+    "rso, transport": partial(rso, state="transport"),
+}
+ONCE: dict[str, Callable[..., Any]] = {  # what happens once in a period, in each step
+    "GaLore (galore-torch)": partial(galore, update_proj_gap=1),
+    "APOLLO (apollo-torch)": partial(apollo, update_proj_gap=1),
+    "rso": partial(rso, period=1),
+    "rso, transport": partial(rso, period=1, state="transport"),
+}
+STACKED = "rso + recompute + chunked_loss"  # changes bytes and time, not the losses
+RATES = {
+    "AdamW": (3e-4, 1e-3, 3e-3),
+    "GaLore (galore-torch)": (3e-3, 1e-2, 3e-2),
+    "APOLLO (apollo-torch)": (1e-3, 3e-3, 1e-2),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "period 20": {"period": 20},
+    "period 50": {"period": 50},
+    "period 500": {"period": 500},
+    "rank 16": {"rank": 16},
+    "rank 128": {"rank": 128},
+    "orthonormal": {"projection": "orthonormal"},
+    "a P for each weight": {"share": False},
+    "a P for each width": {"share": "width"},
+}
+METHODS |= {f"rso, {name}": partial(rso, **options) for name, options in VARIANTS.items()}
+MAIN = [name for name in METHODS if name.removeprefix("rso, ") not in VARIANTS]
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    return RATES.get(method, (1e-3, 3e-3, 1e-2))
+
+
+# -- time and bytes --------------------------------------------------------------------------------
+
+
+def step_of(model: Any, optimizer: Any, batches: Sequence[torch.Tensor]) -> Callable[[], None]:
+    turn = iter(range(1 << 30))
+
+    def step() -> None:
+        ids = batches[next(turn) % len(batches)]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak(build: Callable[..., Any], start: Any, case: Case, batches: Sequence[torch.Tensor]) -> int:
+    """Return the peak bytes of a step with all that stands: model, optimizer, projections."""
+    gc.collect()
+
+    def trained() -> Callable[[], None]:
+        model, optimizer = build(copy.deepcopy(start), 1e-5, case.rest, 0)
+        step = step_of(model, optimizer, batches)
+        for _ in range(3):
+            step()
+        return step
+
+    standing = memory.measure(trained, CPU)
+    return standing.live + memory.measure(standing.result, CPU).peak
+
+
+def cost(name: str) -> dict[str, Any]:
+    case, (start, rows) = CASES[name], start_of(name)
+    count, length = case.measured
+    batches = list(rows.reshape(-1)[: 4 * count * length].view(-1, length).split(count))
+    builds = {method: METHODS[method] for method in MAIN}
+    builds[STACKED] = partial(rso, also=[passes.Recompute(), passes.ChunkedLoss()])
+    shown = list(builds)
+    builds |= {f"{method}, each step": build for method, build in ONCE.items()}
+    result: dict[str, Any] = {}
+    for method in shown:
+        torch._dynamo.reset()
+        found = peak(builds[method], start, case, batches)
+        result[method] = {"peak_megabytes": round(found / 1e6, 1)}
+    torch._dynamo.reset()
+    steps: dict[str, Callable[[], None]] = {}
+    for method, build in builds.items():
+        model, optimizer = build(copy.deepcopy(start), 1e-5, case.rest, 0)
+        steps[method] = step_of(model, optimizer, batches)
+    seconds = alternate(steps, times=15, warm_up=2)
+    for method in ONCE:
+        # Per round of the alternation, so that the ratios below stay ratios of neighbours.
+        each = seconds[f"{method}, each step"]
+        plain = seconds[method]
+        result[method]["milliseconds_once_in_a_period"] = round(
+            1e3 * statistics.median(b - a for a, b in zip(plain, each, strict=True)), 1
+        )
+        seconds[method] = [a + (b - a) / PERIOD for a, b in zip(plain, each, strict=True)]
+    for method in shown:
+        result[method] |= {
+            "milliseconds": round(1e3 * statistics.median(seconds[method]), 1),
+            "time_over_galore": round(ratio(seconds, method, "GaLore (galore-torch)"), 3),
+            "time_over_lora": round(ratio(seconds, method, "LoRA (peft)"), 3),
+        }
+        print(name, method, result[method], flush=True)
+    return {"batch": case.measured, "period": PERIOD, "rank": RANK, "methods": result}
+
+
+# -- quality ---------------------------------------------------------------------------------------
+
+
+def train(name: str, method: str, lr: float, seed: int, steps: int) -> float:
+    """Return the held-out loss after so many steps: warm-up, then a cosine down to a tenth."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    case, (start, rows) = CASES[name], start_of(name)
+    test, rows = rows[: case.held_out], rows[case.held_out :]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    model, optimizer = METHODS[method](copy.deepcopy(start), lr, case.rest, seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: (
+            min((n + 1) / case.warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1)))
+        ),
+    )
+    step = step_of(model, optimizer, rows[order].split(case.batch[0]))
+    for _ in range(steps):
+        step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        losses = [model(input_ids=ids, labels=ids).loss.item() for ids in test.split(16)]
+    return statistics.fmean(losses)
+
+
+Job = tuple[str, str, float, int, int]
+
+
+def run_all(jobs: Sequence[Job]) -> dict[Job, float]:
+    """Train all, two at a time, in processes of one thread each."""
+    found: dict[Job, float] = {}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for job, loss in zip(jobs, pool.map(train, *zip(*jobs, strict=True)), strict=True):
+            found[job] = loss
+            print(*job, round(loss, 4), flush=True)
+    return found
+
+
+def losses_of(name: str, methods: Sequence[str]) -> dict[str, Any]:
+    case = CASES[name]
+    pilots = run_all([(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(m)])
+    best = {
+        m: min(rates_of(m), key=lambda lr, m=m: pilots[name, m, lr, 0, case.pilot]) for m in methods
+    }
+    found = run_all([(name, m, best[m], seed, case.steps) for m in methods for seed in SEEDS])
+    result: dict[str, Any] = {}
+    for m in methods:
+        losses = [found[name, m, best[m], seed, case.steps] for seed in SEEDS]
+        tried = {str(lr): round(pilots[name, m, lr, 0, case.pilot], 4) for lr in rates_of(m)}
+        result[m] = {"lr": best[m], "pilot_losses": tried} | summary(losses)
+    setting = {"batch": case.batch, "steps": case.steps, "pilot_steps": case.pilot, "seeds": SEEDS}
+    return setting | {"rank": RANK, "period": PERIOD, "methods": result}
+
+
+def summary(losses: Sequence[float]) -> dict[str, Any]:
+    return {
+        "held_out_losses": [round(loss, 4) for loss in losses],
+        "held_out_mean": round(statistics.fmean(losses), 4),
+    }
+
+
+def sensitivity() -> dict[str, Any]:
+    """One option changed at a time, at the learning rate that rso itself had."""
+    known = load(NAME)["parts"]["pretraining, loss"]["methods"]
+    lr, steps = known["rso"]["lr"], CASES["pretraining"].steps
+    names = [f"rso, {name}" for name in VARIANTS]
+    found = run_all([("pretraining", m, lr, seed, steps) for m in names for seed in SEEDS])
+    rows = {m: summary([found["pretraining", m, lr, s, steps] for s in SEEDS]) for m in names}
+    default = {"held_out_losses": known["rso"]["held_out_losses"]}
+    default["held_out_mean"] = known["rso"]["held_out_mean"]
+    return {"steps": steps, "lr": lr, "seeds": SEEDS, "rows": {"rso": default} | rows}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "pretraining, cost": lambda: cost("pretraining"),
+    "finetuning, cost": lambda: cost("finetuning"),
+    "pretraining, loss": lambda: losses_of("pretraining", MAIN),
+    "finetuning, loss": lambda: losses_of("finetuning", MAIN),
+    "sensitivity": sensitivity,
+}
+
+
+def main(parts: Sequence[str]) -> None:
+    """Run the parts whose names contain one of the words given (default: all)."""
+    torch._dynamo.config.cache_size_limit = 64
+    result = load(NAME).get("parts", {})
+    for name, run in PARTS.items():
+        if not parts or any(part in name for part in parts):
+            result[name] = run()
+            ordered = {part: result[part] for part in PARTS if part in result}
+            save(NAME, {"parts": ordered})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
