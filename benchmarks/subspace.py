@@ -56,15 +56,30 @@ class Case:
     pilot: int
     warm_up: int
     rest: float | None
+    rates: float  # factor of the learning rates below
     held_out: int  # rows
 
 
 CASES = {
     "pretraining": Case(
-        batch=(8, 64), measured=(8, 256), steps=1500, pilot=200, warm_up=100, rest=3e-3, held_out=96
+        batch=(8, 64),
+        measured=(8, 256),
+        steps=1500,
+        pilot=200,
+        warm_up=100,
+        rest=3e-3,
+        rates=1.0,
+        held_out=96,
     ),
     "finetuning": Case(
-        batch=(2, 64), measured=(2, 256), steps=100, pilot=40, warm_up=5, rest=None, held_out=64
+        batch=(2, 64),
+        measured=(2, 256),
+        steps=100,
+        pilot=40,
+        warm_up=5,
+        rest=None,
+        rates=0.3,
+        held_out=64,
     ),
 }
 
@@ -191,8 +206,8 @@ METHODS |= {f"rso, {name}": partial(rso, **options) for name, options in VARIANT
 MAIN = [name for name in METHODS if name.removeprefix("rso, ") not in VARIANTS]
 
 
-def rates_of(method: str) -> tuple[float, ...]:
-    return RATES.get(method, (3e-3, 1e-2))
+def rates_of(case: str, method: str) -> tuple[float, ...]:
+    return tuple(CASES[case].rates * rate for rate in RATES.get(method, (3e-3, 1e-2)))
 
 
 # -- time and bytes --------------------------------------------------------------------------------
@@ -304,15 +319,16 @@ def run_all(jobs: Sequence[Job]) -> dict[Job, float]:
 
 def losses_of(name: str, methods: Sequence[str]) -> dict[str, Any]:
     case = CASES[name]
-    pilots = run_all([(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(m)])
+    pilots = run_all([(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(name, m)])
     best = {
-        m: min(rates_of(m), key=lambda lr, m=m: pilots[name, m, lr, 0, case.pilot]) for m in methods
+        m: min(rates_of(name, m), key=lambda lr, m=m: pilots[name, m, lr, 0, case.pilot])
+        for m in methods
     }
     found = run_all([(name, m, best[m], seed, case.steps) for m in methods for seed in SEEDS])
     result: dict[str, Any] = {}
     for m in methods:
         losses = [found[name, m, best[m], seed, case.steps] for seed in SEEDS]
-        tried = {str(lr): round(pilots[name, m, lr, 0, case.pilot], 4) for lr in rates_of(m)}
+        tried = {str(lr): round(pilots[name, m, lr, 0, case.pilot], 4) for lr in rates_of(name, m)}
         result[m] = {"lr": best[m], "pilot_losses": tried} | summary(losses)
     setting = {"batch": case.batch, "steps": case.steps, "pilot_steps": case.pilot, "seeds": SEEDS}
     return setting | {"rank": RANK, "period": PERIOD, "methods": result}

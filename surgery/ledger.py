@@ -71,7 +71,9 @@ class Ledger(Interpreter):
             self.bodies[n] = tuple(_detached(value) for value in args[1:])
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = super().run_node(n)
-        if n in self.bodies and any(_needs_gradient(value) for value in tree_leaves(result)):
+        if n in self.bodies and not any(_needs_gradient(value) for value in tree_leaves(result)):
+            saved.clear()  # a checkpoint of nothing that is trained lets its inputs go
+        elif n in self.bodies:
             saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
             if options.get("preserve_rng_state", True):
                 state = -len(self.bodies)  # not the address of any storage

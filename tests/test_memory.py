@@ -154,7 +154,7 @@ def test_report_names_what_is_kept_to_the_byte(family, row):
     assert f"{widest.count} x {widest.made_by} in {widest.where}" in text.replace("\n", " ")
 
 
-@pytest.mark.parametrize("row", ["recompute", "velora", "rso_and_all"])
+@pytest.mark.parametrize("row", ["misa", "recompute", "velora", "rso_and_all"])
 def test_the_account_adds_up_inside_checkpointing(row):
     model = make("llama", num_hidden_layers=6)
     model.gradient_checkpointing_enable({"use_reentrant": False})
