@@ -67,7 +67,7 @@ CASES = {
         steps=1500,
         pilot=200,
         warm_up=100,
-        rest=3e-3,
+        rest=2e-3,
         rates=1.0,
         held_out=96,
     ),
@@ -190,8 +190,9 @@ ONCE: dict[str, Callable[..., Any]] = {  # what happens once in a period, in eac
 }
 STACKED = "rso + recompute + chunked_loss"  # changes bytes and time, not the losses
 RATES = {
-    "AdamW": (1e-3, 3e-3),
-    "GaLore (galore-torch)": (1e-2, 3e-2),
+    "AdamW": (3e-4, 1e-3),
+    "GaLore (galore-torch)": (3e-3, 1e-2),
+    "APOLLO (apollo-torch)": (3e-3, 1e-2),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "period 20": {"period": 20},
@@ -207,7 +208,7 @@ MAIN = [name for name in METHODS if name.removeprefix("rso, ") not in VARIANTS]
 
 
 def rates_of(case: str, method: str) -> tuple[float, ...]:
-    return tuple(CASES[case].rates * rate for rate in RATES.get(method, (3e-3, 1e-2)))
+    return tuple(CASES[case].rates * rate for rate in RATES.get(method, (1e-3, 3e-3)))
 
 
 # -- time and bytes --------------------------------------------------------------------------------
