@@ -62,7 +62,7 @@ class Case:
 
 CASES = {
     "pretraining": Case(
-        batch=(8, 64),
+        batch=(4, 64),
         measured=(8, 256),
         steps=1500,
         pilot=200,

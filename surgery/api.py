@@ -158,14 +158,22 @@ def _check_twice(chosen: tuple[Any, ...]) -> None:
 
 
 def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:
+    # Passes that sample draw from what passes that map have made of the same weights.
+    for method in methods:
+        for piece in [p for p in method.pieces if p.map is not None]:
+            any(other.adopt(piece) for other in methods if other is not method)
     claims: dict[str, tuple[Any, list[Piece]]] = {}
     for method in methods:
         for piece in method.pieces:
             holder, pieces = claims.setdefault(piece.weight, (method, []))
+            if piece in pieces:
+                continue
             if holder is not method:
+                parts = any(p.index is not None for p in [piece, *pieces])
+                way = ", a larger budget draws it as a whole" if parts else ""
                 raise ConflictError(
-                    f"{holder.name} and {method.name} both train {piece.weight}. Give each its own "
-                    "weights with targets=..., or leave one of them out."
+                    f"{holder.name} and {method.name} both train {piece.name}. Give each its own "
+                    f"weights with targets=..., or leave one of them out{way}."
                 )
             pieces.append(piece)
     order = [name for name, _ in model.named_parameters() if name in claims]

@@ -62,13 +62,15 @@ class Piece:
     """A coordinate and what is known of it at run time.
 
     index: of a block; None for a whole weight and for a mapped coordinate. map: of a mapped one.
-    note: what the nodes of the pass find here.
+    covers: parameters of the weight that a mapped one stands for. note: what the nodes of the pass
+    find here.
     """
 
     weight: str
     index: Index | None
     parameter: nn.Parameter
     map: Map | None = None
+    covers: int = 0
     prox: float = 0.0  # decay of a mapped coordinate in each step, times its learning rate
     weight_decay: float = 0.0  # of the weight that it stands for
     note: Any = None
@@ -85,6 +87,11 @@ class Piece:
     @property
     def numel(self) -> int:
         return self.parameter.numel()
+
+    @property
+    def size(self) -> int:
+        """Parameters of the model that it stands for."""
+        return self.covers or self.numel
 
 
 def _subscript(index: Index) -> str:

@@ -44,12 +44,14 @@ class Projection(Map, Protocol):
 
 
 def project(x: Tensor, *weights: Tensor) -> Tensor | None:
-    """Return z of x (..., in) for weights that read it; None if none of them has a projection."""
+    """Return z of x (..., in) for weights that read it; None if none of them needs it now."""
     found = [p for weight in weights if (p := _projection(weight)) is not None]
     for other in found[1:]:
         other.share(found[0])
+    if not any(_is_active(weight) for weight in weights):
+        return None
     with torch.no_grad():
-        return found[0].compress(x.detach().reshape(-1, x.shape[-1])) if found else None
+        return found[0].compress(x.detach().reshape(-1, x.shape[-1]))
 
 
 def projected(
@@ -57,26 +59,34 @@ def projected(
 ) -> Tensor:
     """Return x W^T + b (or x W + b if transposed), keeping z (rows, k) for the gradient."""
     projection = _projection(weight)
-    if z is None or projection is None:
+    coordinate = _reached(weight)
+    if z is None or projection is None or coordinate is None:
         return linear(x, weight, bias, transposed)
-    return _Projected.apply(x, z, weight.detach(), bias, _reached(weight), projection)
+    return _Projected.apply(x, z, weight.detach(), bias, coordinate, projection)
 
 
 def projected_experts(
     x: Tensor, z: Tensor | None, weight: Tensor, offsets: Tensor, fused: bool
 ) -> Tensor:
     """Return x W_e^T for rows x (rows, in) sorted by expert e, keeping z (rows, k)."""
-    if z is None or _projection(weight) is None:
-        return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
     coordinate = _reached(weight)
+    if z is None or coordinate is None:
+        return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
     return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, coordinate, fused)
 
 
-def _reached(weight: Tensor) -> Tensor:
+def _reached(weight: Tensor) -> Tensor | None:
+    """Return the coordinate of a weight, if it has one that is being trained now."""
     site = site_of(weight)
-    assert site is not None
+    if site is None:
+        return None
     site.reached = True
-    return site.pieces[0].parameter
+    return site.pieces[0].parameter if _is_active(weight) else None
+
+
+def _is_active(weight: Tensor) -> bool:
+    site = site_of(weight)
+    return site is not None and site.pieces[0].note is not None and site.pieces[0].active
 
 
 def _projection(weight: Tensor) -> Projection | None:

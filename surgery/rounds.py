@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.coordinates import Piece, piece_of
-from surgery.errors import OptimizerError, TargetError
+from surgery.errors import ConflictError, OptimizerError, TargetError
 from surgery.state import Method, Surgery
 from surgery.targets import Targets, blocks, select
 
@@ -60,6 +60,20 @@ class Rounds(Method):
     def pieces(self) -> Sequence[Piece]:
         return [*(piece for unit in self.units.values() for piece in unit), *self.always]
 
+    def adopt(self, piece: Piece) -> bool:
+        for name, unit in self.units.items():
+            own = [p for p in unit if p.weight == piece.weight]
+            if own and self.flush:
+                raise ConflictError(
+                    f"{self.name}: flush=True writes into weights past the coordinates that train "
+                    f"{piece.weight}. Use flush=False, or leave it out of the targets of one pass."
+                )
+            if own and own[0].index is None:
+                piece.active, piece.watched = name in self.active, own[0].watched
+                self.units[name] = tuple(piece if p is own[0] else p for p in unit)
+                return True
+        return False
+
     def check(self, optimizer: Optimizer) -> None:
         if self.flush and not all("betas" in group for group in optimizer.param_groups):
             raise OptimizerError(
@@ -90,12 +104,12 @@ class Rounds(Method):
         surgery.forget(self._of((before | self.active) - kept))
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        share = sum(p.numel for p in self._of(self.active)) / self.total
+        share = sum(p.size for p in self._of(self.active)) / self.total
         yield "units", f"{len(self.units)}, of which {len(self.active)} are trained in this round"
         yield "trained now", f"{share:.2%} of {self.total:,} parameters"
         always = sum(piece.numel for piece in self.always)
         yield "trained always", f"{always:,} parameters, {always / self.total:.2%}"
-        candidates = sum(piece.numel for unit in self.units.values() for piece in unit)
+        candidates = sum(piece.size for unit in self.units.values() for piece in unit)
         frozen = self.total - candidates - always
         yield "frozen for good", f"{frozen:,} parameters, {frozen / self.total:.2%}"
         yield "round", f"{self.round}, step {self.steps} of {self.period}"
@@ -120,7 +134,7 @@ class Rounds(Method):
         sizes = dict.fromkeys(self.active, 0)
         for (name, piece), value in zip(seen, squared, strict=True):
             sums[name] += value
-            sizes[name] += piece.numel
+            sizes[name] += piece.size  # E ||dB||^2 = ||dW||^2 for a mapped coordinate B
             piece.norm = None
         return {name: sums[name] / sizes[name] for name in self.active}
 

@@ -49,6 +49,11 @@ class Method:
     def before_forward(self, arguments: Mapping[str, Any], rehearsal: bool) -> None:
         """Take the arguments of a training forward; a rehearsal (of `report`) leaves no trace."""
 
+    def adopt(self, piece: Piece) -> bool:
+        """Decide from now on when another pass's mapped coordinate is trained, in place of its
+        weight; False if this pass does not sample, or not this weight as a whole."""
+        return False
+
     def check_reached(self) -> None:
         """After the first training forward: raise CaptureError if the rewrite did not happen."""
 

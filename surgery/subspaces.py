@@ -68,7 +68,15 @@ def mapped(model: nn.Module, name: str, size: int, note: Any) -> Piece:
     out = weight.numel() // inputs_of(model, name)
     start = torch.zeros(out, size, dtype=wide(weight), device=weight.device)
     parameter = nn.Parameter(start)
-    return Piece(weight=name, index=None, parameter=parameter, active=True, map=note, note=note)
+    return Piece(
+        weight=name,
+        index=None,
+        parameter=parameter,
+        active=True,
+        map=note,
+        covers=weight.numel(),
+        note=note,
+    )
 
 
 @dataclass(eq=False, kw_only=True)

@@ -36,6 +36,11 @@ PROJECTING = {
     "velora": lambda period=2, seed=0: passes.Velora(groups=4, init="random", seed=seed),
     "velora_redrawn": lambda period=2, seed=0: passes.Velora(groups=4, period=period, seed=seed),
     "rso": lambda period=2, seed=0: passes.Rso(rank=4, period=period, seed=seed),
+    "misa_of_rso": lambda period=2, seed=0: [
+        # GPT-2's fused c_attn is drawn in parts, which have no coordinates of their own.
+        passes.Misa(budget=0.4, targets=".*(up|down|proj|fc).*", period=period, seed=seed),
+        passes.Rso(rank=4, period=3, seed=seed),
+    ],
 }
 EXACT = {
     "recompute": lambda period=2, seed=0: passes.Recompute(),
@@ -118,7 +123,8 @@ class Moved:
     def move(self, *_: object) -> None:
         for c in surgery.coordinates(self.model):
             step = c.parameter.detach() - self.before[id(c.parameter)]
-            self.weights[c.weight] += c.expand(step)
+            if bool(step.any()):
+                self.weights[c.weight] += c.expand(step)
 
 
 def anatomy(model: nn.Module) -> dict:

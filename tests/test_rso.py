@@ -16,6 +16,7 @@ import passes
 import surgery
 from passes.rso import Subspaces, transport
 from surgery.memory import measure
+from surgery.rounds import Rounds
 
 
 def frames(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -225,7 +226,7 @@ def test_on_a_quadratic_the_gradient_shrinks_at_the_rate_of_rank_over_width():
         # One exact step in the subspace: the Hessian of B is in/r times the identity.
         optimizer = torch.optim.SGD(model.parameters(), lr=rank / width)
         losses = []
-        for _ in range(60):
+        for _ in range(30):
             loss = model(eye)
             losses.append(loss.item())
             loss.backward()
@@ -260,3 +261,87 @@ def test_velora_and_rso_on_one_weight_are_refused():
     both = [passes.Velora(groups=4), passes.Rso(rank=4)]
     with pytest.raises(surgery.ConflictError, match=r"velora and rso both train model\.layers\.0"):
         surgery.apply(make("llama"), both)
+
+
+# -- in company ------------------------------------------------------------------------------------
+
+
+def test_misa_samples_the_modules_that_rso_trains():
+    model = make("llama")
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    chosen = [passes.Misa(budget=0.2, period=2), passes.Rso(rank=4, period=50)]
+    surgery.apply(model, chosen)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs = inputs_of("llama", rows=4, length=32)
+    seen: set[str] = set()
+    for step in range(8):
+        loss_of(model, inputs).backward()
+        live = {c.weight for c in surgery.coordinates(model) if c.active}
+        with_gradient = {
+            c.weight for c in surgery.coordinates(model) if c.parameter.grad is not None
+        }
+        assert with_gradient == live and 0 < len(live) < 21
+        size = sum(model.get_parameter(name).numel() for name in live)
+        assert size <= 0.2 * sum(p.numel() for p in make("llama").parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        seen |= live
+        assert {
+            c.weight for c in surgery.coordinates(model) if optimizer.state[c.parameter]
+        } <= live
+        moved = {n for n, p in start.items() if not torch.equal(p, model.get_parameter(n))}
+        assert moved == seen, step
+    assert len(seen) > len(live)
+    for c in surgery.coordinates(model):
+        if c.weight in seen:
+            b = c.parameter.detach()
+            change = model.get_parameter(c.weight).detach() - start[c.weight]
+            torch.testing.assert_close(c.expand(b), change, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_is_kept_for_modules_that_are_not_sampled():
+    inputs = inputs_of("llama", rows=4, length=32)
+    misa, rso = passes.Misa(budget=0.2), passes.Rso(rank=4)
+
+    def live(chosen) -> int:
+        torch._dynamo.reset()
+        model = surgery.apply(make("llama"), chosen)
+        loss_of(model, inputs).backward()
+        found = measure(lambda: loss_of(model, inputs), torch.device("cpu")).live
+        assert surgery.report(model, inputs).after.activations == found
+        return found
+
+    assert live([misa, rso]) < min(live(misa), live(rso))  # the same modules in the first round
+
+
+def test_scores_of_projected_modules_are_those_of_their_weights():
+    """E ||dB||^2 = ||dW||^2: a module's score does not depend on its rank, nor on its width."""
+    plain = make("llama")
+    inputs = inputs_of("llama")
+    loss_of(plain, inputs).backward()
+    name = "model.layers.1.mlp.down_proj.weight"
+    wanted = plain.get_parameter(name).grad.square().mean().item()
+    found = []
+    for seed in range(30):
+        torch._dynamo.reset()
+        options = dict(period=9, budget=0.9, targets=[name])
+        model = surgery.apply(
+            make("llama"), [passes.Misa(**options), passes.Rso(seed=seed, rank=8)]
+        )
+        (piece,) = method_of(model, Rounds).units[name]
+        piece.watched = True
+        loss_of(model, inputs).backward()
+        found.append(method_of(model, Rounds)._squared(1.0)[name])
+    assert abs(sum(found) / 30 - wanted) < 0.2 * wanted
+
+
+def test_what_misa_cannot_draw_as_a_whole_is_a_conflict():
+    with pytest.raises(surgery.ConflictError, match=r"a larger budget draws it as a whole"):
+        surgery.apply(make("llama"), [passes.Misa(budget=0.03), passes.Rso(rank=4)])
+    with pytest.raises(surgery.ConflictError, match=r"flush=True writes into weights past"):
+        surgery.apply(make("llama"), [passes.Misa(budget=0.5, flush=True), passes.Rso(rank=4)])
+
+
+def test_velora_on_the_same_weight_is_a_conflict():
+    with pytest.raises(surgery.ConflictError, match=r"rso and velora both train .*q_proj"):
+        surgery.apply(make("llama"), [passes.Rso(rank=4), passes.Velora(groups=4)])
