@@ -177,7 +177,8 @@ def _rewrite(graph: GraphModule, names: dict[Node, str], shared: bool) -> None:
         found = _operands(node)
         if found and found[1] in names:
             groups.setdefault((_root(found[0]), None if shared else node), []).append(node)
-    for (x, _), readers in groups.items():
+    for readers in groups.values():
+        x = _root(_operands(readers[0])[0])  # not the key: it may have been a reader, now replaced
         with graph.graph.inserting_before(min(readers)):
             z = graph.graph.call_function(project, (x, *(_operands(r)[1] for r in readers)))
         for reader in readers:

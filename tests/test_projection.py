@@ -62,6 +62,25 @@ def test_inputs_of_every_shape(chosen, x):
     assert c.parameter.grad.shape == (8, 16) and bool(c.parameter.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("chosen", [passes.Velora(groups=2, init="random"), passes.Rso(rank=2)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_projected_weight_may_read_what_another_one_made(chosen, checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    model = make("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    plain = copy.deepcopy(model)
+    surgery.apply(model, chosen)
+    found = {c.weight for c in surgery.coordinates(model)}
+    assert len(found) == 2 * 7 * 3  # A and, with more than 2 inputs, B too
+    loss, expected = loss_of(model, inputs_of("llama")), loss_of(plain, inputs_of("llama"))
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert all(c.parameter.grad is not None for c in surgery.coordinates(model))
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 
