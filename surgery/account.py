@@ -64,6 +64,7 @@ def module_of(node: Node) -> str:
         if stack:
             path = list(stack.values())[-1][0]
             path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", r".\1\2\3", path)
+            path = path.replace("__dict__._modules.", "")  # Dynamo's way through PEFT's models
             parts = [part for part in path.split(".") if part not in ("L", "self", "")]
             return ".".join(parts)
     return ""

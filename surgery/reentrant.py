@@ -13,31 +13,49 @@ from typing import Any
 
 from torch import nn
 
+HOOK = "make_inputs_require_grad"  # what transformers and PEFT call it, with and without an s
+
 
 class Workarounds:
     """The workarounds of one model: taken off when switched on, put back by `restore`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model  # a PreTrainedModel where the methods below are called
+        self.embeddings = _input_embeddings(model)
         self.biased: Sequence[Any] = [m for m in model.modules() if _only_makes_biases_require(m)]
         self.off: list[Any] = []
-        self.hooked = False
+        self.hooks: list[tuple[nn.Module, int, Any]] = []
 
     def take_off(self) -> None:
         """Called before every training forward, since checkpointing may be enabled at any time."""
-        if getattr(self.model, "_require_grads_hooks", None):
-            self.model.disable_input_require_grads()
-            self.hooked = True
+        # By hand: called twice, transformers' own enable_ forgets the hooks of the first time.
+        for module in self.embeddings:
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "").startswith(HOOK):
+                    self.hooks.append((module, key, module._forward_hooks.pop(key)))
         for module in self.biased:
             if module.gradient_checkpointing:
                 module.gradient_checkpointing = False
                 self.off.append(module)
 
     def restore(self) -> None:
-        if self.hooked:
-            self.model.enable_input_require_grads()
+        for module, key, hook in self.hooks:
+            module._forward_hooks[key] = hook
         for module in self.off:
             module.gradient_checkpointing = True
+
+
+def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:
+    """Return the modules whose output transformers would let require gradients."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        getter = getattr(type(module), "get_input_embeddings", None)
+        try:
+            own = getter(module) if getter is not None else None
+        except NotImplementedError:
+            continue
+        if isinstance(own, nn.Module):
+            found[id(own)] = own
+    return [*found.values()]
 
 
 def _only_makes_biases_require(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import PASSES
+from laws import PASSES, state_of
 from models import build, inputs_of, loss_of, make
 
+import passes
 import surgery
 from surgery import memory
 from surgery.memory import measure, measure_training
@@ -165,3 +166,24 @@ def test_the_account_adds_up_inside_checkpointing(row):
     found = surgery.report(model, inputs)
     assert found.after.activations == live
     assert abs(sum(kept.bytes for kept in found.kept) - live) <= 0.005 * live
+
+
+def test_the_account_adds_up_for_adapters_inside_checkpointing():
+    from peft import LoraConfig, get_peft_model
+
+    model = make("llama", num_hidden_layers=4)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # PEFT hooks the embeddings again
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    surgery.apply(model, passes.Velora(groups=8))
+    inputs = inputs_of("llama", rows=4, length=32)
+    loss_of(model, inputs).backward()
+    assert state_of(model).captures == 1
+    live = measure(lambda: loss_of(model, inputs), CPU).live
+    found = surgery.report(model, inputs)
+    assert found.after.activations == live
+    assert abs(sum(kept.bytes for kept in found.kept) - live) <= 0.005 * live
+    assert any(kept.where == "base_model.model.model.embed_tokens" for kept in found.kept)
+    embeddings = model.get_input_embeddings()
+    assert not embeddings._forward_hooks
+    surgery.remove(model)
+    assert len(embeddings._forward_hooks) == 2
