@@ -41,8 +41,8 @@ class Rso:
     ("transport"), or changed in place by a function of (state, old P, new P). prox: decay of B, and
     weight_decay: of W, both decoupled and times the learning rate of the group that holds B.
     always: weights trained densely besides. targets: weights of Linears (default: all in the
-    repeated blocks; those with no more than `rank` inputs are trained densely). Everything else is
-    frozen.
+    repeated blocks, of stacked experts too; those with no more than `rank` inputs are trained
+    densely). Everything else is frozen.
     """
 
     rank: int = 64
@@ -68,7 +68,9 @@ class Rso:
 
     def start(self, model: nn.Module) -> Subspaces:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
-        names, dense = choose(model, self.targets, self.always, "rso", "rank", self.rank, True)
+        names, dense = choose(
+            model, self.targets, self.always, "rso", "rank", self.rank, stacked=True
+        )
         method = Subspaces(
             options=self,
             total=sum(p.numel() for p in model.parameters()),

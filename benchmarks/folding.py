@@ -1,0 +1,124 @@
+"""What becomes of RSO's steps in weights of few bits: carried as they are made, or folded once.
+
+    python -m benchmarks.folding
+
+SmolLM2 (8 blocks) is trained in float32 for one round; the steps of B of some of its matrices are
+then replayed on the same matrices in bfloat16, and folded into quantised ones. The figure is the
+relative error of the change, |W_end - W_start - B P| / |B P|.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bits
+from torch import Tensor
+from transformers.utils import logging
+
+import passes
+import surgery
+from benchmarks.common import save
+from examples.real import kjv, smollm2, token_rows
+from surgery.coordinates import Piece, carry
+from surgery.state import surgery_of
+
+STEPS, RATES = 100, (1e-4, 1e-3)
+WATCHED = ("layers.1.self_attn.q_proj", "layers.4.mlp.up_proj", "layers.6.mlp.down_proj")
+Replay = Callable[[Tensor, Piece, list[Tensor]], Tensor]  # W, its coordinate, steps of B -> change
+
+
+def at_random(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    now = weight.clone()
+    for number, step in enumerate(steps):
+        carry(piece, now, step, number)
+    return now.float() - weight.float()
+
+
+def to_nearest(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    now = weight.clone()
+    for step in steps:
+        now = (now.float() + expanded(piece, step)).to(now.dtype)
+    return now.float() - weight.float()
+
+
+def once(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    now = (weight.float() + expanded(piece, total(steps))).to(weight.dtype)
+    return now.float() - weight.float()
+
+
+def once_nf4(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    start = bits.dequantize_4bit(*bits.quantize_4bit(weight.float(), quant_type="nf4"))
+    now = start + expanded(piece, total(steps))
+    return bits.dequantize_4bit(*bits.quantize_4bit(now, quant_type="nf4")) - start
+
+
+def once_int8(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    start = rows_int8(weight.float())
+    return rows_int8(start + expanded(piece, total(steps))) - start
+
+
+def rows_int8(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+def total(steps: list[Tensor]) -> Tensor:
+    return torch.stack(steps).double().sum(0).float()
+
+
+def expanded(piece: Piece, step: Tensor) -> Tensor:
+    assert piece.map is not None
+    return piece.map.expand(step)
+
+
+REPLAYS: dict[str, Replay] = {
+    "bfloat16, carried in each step, rounded at random": at_random,
+    "bfloat16, carried in each step, rounded to nearest": to_nearest,
+    "bfloat16, folded once": once,
+    "int8 a row, folded once": once_int8,
+    "nf4 (bitsandbytes), folded once": once_nf4,
+}
+
+
+def record(lr: float) -> list[tuple[Tensor, Piece, list[Tensor]]]:
+    """Train for a round, and return what was watched: W in bfloat16, its coordinate, its steps."""
+    torch._dynamo.reset()
+    model, tokenizer = smollm2(layers=8)
+    rows = token_rows(kjv(), tokenizer, 64, 2 * STEPS)
+    starts = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    surgery.apply(model.train(), passes.Rso(rank=64, period=10 * STEPS))
+    state = surgery_of(model)
+    assert state is not None
+    pieces = [p for p in state.pieces if any(name in p.weight for name in WATCHED)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    seen: dict[str, list[Tensor]] = {p.weight: [] for p in pieces}
+    for ids in rows.split(2):
+        before = [p.parameter.detach().clone() for p in pieces]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for piece, old in zip(pieces, before, strict=True):
+            seen[piece.weight].append(piece.parameter.detach() - old)
+    return [(starts[p.weight], p, seen[p.weight]) for p in pieces]
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    result: dict[str, Any] = {}
+    for lr in RATES:
+        recorded = record(lr)
+        for name, replay in REPLAYS.items():
+            errors = []
+            for weight, piece, steps in recorded:
+                exact = expanded(piece, total(steps))
+                errors.append(((replay(weight, piece, steps) - exact).norm() / exact.norm()).item())
+            result.setdefault(name, {})[str(lr)] = round(statistics.fmean(errors), 4)
+            print(name, lr, result[name][str(lr)], flush=True)
+    save("folding", {"steps": STEPS, "weights": WATCHED, "relative_error_of_the_change": result})
+
+
+if __name__ == "__main__":
+    main()
