@@ -93,11 +93,6 @@ def test_what_misa_cannot_draw_as_a_whole_is_a_conflict():
         surgery.apply(make("llama"), [passes.Misa(budget=0.5, flush=True), passes.Rso(rank=4)])
 
 
-def test_velora_on_the_same_weight_is_a_conflict():
-    with pytest.raises(surgery.ConflictError, match=r"rso and velora both train .*q_proj"):
-        surgery.apply(make("llama"), [passes.Rso(rank=4), passes.Velora(groups=4)])
-
-
 RANK = """
     import sys, torch, torch.distributed as dist
     sys.path[:0] = ["tests"]
@@ -128,7 +123,8 @@ RANK = """
     assert sum(sent) == len(batches) * numbers, (sent, numbers)
     alone = surgery.apply(make("llama").double(), "rso", rank=4, period=2)
     train(alone, lambda v: v)
-    for name, weight in alone.named_parameters():
+    for name in [name for name, _ in make("llama").named_parameters()]:
+        weight = alone.get_parameter(name)
         torch.testing.assert_close(model.get_parameter(name), weight, msg=name)
         other = [torch.empty_like(weight) for _ in range(2)]
         dist.all_gather(other, model.get_parameter(name).detach())
@@ -141,7 +137,14 @@ RANK = """
 def test_under_data_parallelism_only_the_coordinates_travel(tmp_path):
     script = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RANK)]
     ranks = [
-        subprocess.Popen([*script, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*script, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
-    assert [rank.communicate(timeout=300)[0].decode().strip() for rank in ranks] == ["equal"] * 2
+    for rank in ranks:
+        out, err = rank.communicate(timeout=300)
+        assert out.strip() == "equal", err
