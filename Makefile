@@ -47,6 +47,8 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.activation_memory
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.folding
+	$(BIN)/python -m benchmarks.subspace
 
 docs: $(VENV)/.base
 	$(PIP) install -e ".[docs]" -c constraints.txt

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bits
+from bitsandbytes import functional as bits  # pyright: ignore[reportMissingImports] # see `bench`
 from torch import Tensor
 from transformers.utils import logging
 
