@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import alternate, load, ratio, save
+from benchmarks.common import alternate, ratio, run_parts
 from benchmarks.plots import draw
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
@@ -366,12 +366,7 @@ def main(parts: list[str]) -> None:
     """Run the parts whose names contain one of the words given (default: all)."""
     logging.set_verbosity_error()
     torch._dynamo.config.cache_size_limit = 64
-    result = load("activation_memory").get("parts", {})
-    for name, run in PARTS.items():
-        if not parts or any(part in name for part in parts):
-            result[name] = run()
-            ordered = {part: result[part] for part in PARTS if part in result}
-            save("activation_memory", {"groups": GROUPS, "parts": ordered})
+    result = run_parts("activation_memory", PARTS, parts, groups=GROUPS)
     draw(result)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,42 @@ def load(name: str) -> dict[str, Any]:
     """Return the results saved under a name, empty if there are none."""
     source = RESULTS / f"{name}.json"
     return json.loads(source.read_text()) if source.exists() else {}
+
+
+def run_parts(
+    name: str, parts: dict[str, Callable[[], Any]], words: Sequence[str], **setting: Any
+) -> dict[str, Any]:
+    """Run the parts whose names contain one of the words (default: all), and save each when it is
+    done beside those that were saved before; return them all."""
+    result = load(name).get("parts", {})
+    for part, run in parts.items():
+        if not words or any(word in part for word in words):
+            result[part] = run()
+            ordered = {part: result[part] for part in parts if part in result}
+            save(name, setting | {"parts": ordered})
+    return result
+
+
+def step_of(model: Any, optimizer: Any, batches: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Return a plain training step on the next of the batches, from the first again at the end."""
+    turn = itertools.cycle(batches)
+
+    def step() -> None:
+        ids = next(turn)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def held_out(model: Any, rows: torch.Tensor, at_a_time: int) -> float:
+    """Return the mean loss of rows of tokens, in evaluation mode."""
+    model.eval()
+    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in rows.split(at_a_time)]
+    model.train()
+    return statistics.fmean(losses)
 
 
 def alternate(

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import alternate, peak_of_step, ratio, save
+from benchmarks.common import alternate, held_out, peak_of_step, ratio, save, step_of
 from examples.real import kjv, smollm2, token_rows
 
 BATCH, LENGTH, STEPS, PILOT, PERIOD = 2, 128, 100, 40, 10
@@ -82,33 +82,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def step_of(model: Any, optimizer: Any, batches: list[torch.Tensor]) -> Callable[[], None]:
-    turn = iter(range(1 << 30))
-
-    def step() -> None:
-        ids = batches[next(turn) % len(batches)]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-@torch.no_grad()
-def held_out(model: Any, rows: torch.Tensor) -> float:
-    model.eval()
-    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in rows.split(4)]
-    model.train()
-    return statistics.fmean(losses)
-
-
 def train(start: Any, method: str, lr: float, seed: int, rows: Any, test: Any, steps: int) -> float:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     model, optimizer = METHODS[method](copy.deepcopy(start), lr, seed)
     step = step_of(model, optimizer, list(rows[order].split(BATCH))[:steps])
     for _ in range(steps):
         step()
-    return held_out(model, test)
+    return held_out(model, test, 4)
 
 
 def main() -> None:
@@ -137,7 +117,7 @@ def main() -> None:
         for name, (m, o) in built.items()
     }
     del built, steps
-    before = held_out(start, test)
+    before = held_out(start, test, 4)
     for name in METHODS:
         if METHODS[name] is checkpointing:
             continue

@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import alternate, load, ratio, save
+from benchmarks.common import alternate, held_out, load, ratio, run_parts, save, step_of
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
 from surgery.targets import blocks
@@ -214,18 +214,6 @@ def rates_of(case: str, method: str) -> tuple[float, ...]:
 # -- time and bytes --------------------------------------------------------------------------------
 
 
-def step_of(model: Any, optimizer: Any, batches: Sequence[torch.Tensor]) -> Callable[[], None]:
-    turn = iter(range(1 << 30))
-
-    def step() -> None:
-        ids = batches[next(turn) % len(batches)]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def peak(build: Callable[..., Any], start: Any, case: Case, batches: Sequence[torch.Tensor]) -> int:
     """Return the peak bytes of a step with all that stands: model, optimizer, projections."""
     gc.collect()
@@ -299,10 +287,7 @@ def train(name: str, method: str, lr: float, seed: int, steps: int) -> float:
     for _ in range(steps):
         step()
         schedule.step()
-    model.eval()
-    with torch.no_grad():
-        losses = [model(input_ids=ids, labels=ids).loss.item() for ids in test.split(16)]
-    return statistics.fmean(losses)
+    return held_out(model, test, 16)
 
 
 Job = tuple[str, str, float, int, int]
@@ -369,12 +354,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 def main(parts: Sequence[str]) -> None:
     """Run the parts whose names contain one of the words given (default: all)."""
     torch._dynamo.config.cache_size_limit = 64
-    result = load(NAME).get("parts", {})
-    for name, run in PARTS.items():
-        if not parts or any(part in name for part in parts):
-            result[name] = run()
-            ordered = {part: result[part] for part in PARTS if part in result}
-            save(NAME, {"parts": ordered})
+    run_parts(NAME, PARTS, parts)
 
 
 if __name__ == "__main__":

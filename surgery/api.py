@@ -161,7 +161,9 @@ def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:
     # Passes that sample draw from what passes that map have made of the same weights.
     for method in methods:
         for piece in [p for p in method.pieces if p.map is not None]:
-            any(other.adopt(piece) for other in methods if other is not method)
+            for other in methods:
+                if other is not method and other.adopt(piece):
+                    break
     claims: dict[str, tuple[Any, list[Piece]]] = {}
     for method in methods:
         for piece in method.pieces:

@@ -66,8 +66,9 @@ class Ledger(Interpreter):
             saved.update(self._seen([tensor]))
             return tensor
 
-        args, options = self.fetch_args_kwargs_from_env(n)
+        args, options = (), {}
         if n.target is nodes.checkpointed:
+            args, options = self.fetch_args_kwargs_from_env(n)
             self.bodies[n] = tuple(_detached(value) for value in args[1:])
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = super().run_node(n)

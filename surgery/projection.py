@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
 from surgery import experts, nodes
-from surgery.coordinates import Map, site_of
+from surgery.coordinates import Map, Piece, site_of
 from surgery.ledger import Ledger, bodies
 from surgery.recomputation import input_gradient, linear
 from surgery.regions import is_linear, name_of, operands
@@ -45,53 +45,44 @@ class Projection(Map, Protocol):
 
 def project(x: Tensor, *weights: Tensor) -> Tensor | None:
     """Return z of x (..., in) for weights that read it; None if none of them needs it now."""
-    found = [p for weight in weights if (p := _projection(weight)) is not None]
+    sites = [site for weight in weights if (site := site_of(weight)) is not None]
+    found = [site.pieces[0] for site in sites if site.pieces[0].note is not None]
     for other in found[1:]:
-        other.share(found[0])
-    if not any(_is_active(weight) for weight in weights):
+        other.note.share(found[0].note)
+    if not any(piece.active for piece in found):
         return None
     with torch.no_grad():
-        return found[0].compress(x.detach().reshape(-1, x.shape[-1]))
+        return found[0].note.compress(x.detach().reshape(-1, x.shape[-1]))
 
 
 def projected(
     x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, transposed: bool
 ) -> Tensor:
     """Return x W^T + b (or x W + b if transposed), keeping z (rows, k) for the gradient."""
-    projection = _projection(weight)
-    coordinate = _reached(weight)
-    if z is None or projection is None or coordinate is None:
+    piece = _reached(weight)
+    if z is None or piece is None:
         return linear(x, weight, bias, transposed)
-    return _Projected.apply(x, z, weight.detach(), bias, coordinate, projection)
+    return _Projected.apply(x, z, weight.detach(), bias, piece.parameter, piece.note)
 
 
 def projected_experts(
     x: Tensor, z: Tensor | None, weight: Tensor, offsets: Tensor, fused: bool
 ) -> Tensor:
     """Return x W_e^T for rows x (rows, in) sorted by expert e, keeping z (rows, k)."""
-    coordinate = _reached(weight)
-    if z is None or coordinate is None:
+    piece = _reached(weight)
+    if z is None or piece is None:
         return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
-    return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, coordinate, fused)
+    return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, piece.parameter, fused)
 
 
-def _reached(weight: Tensor) -> Tensor | None:
-    """Return the coordinate of a weight, if it has one that is being trained now."""
+def _reached(weight: Tensor) -> Piece | None:
+    """Return the projected coordinate of a weight, if it has one that is being trained now."""
     site = site_of(weight)
     if site is None:
         return None
     site.reached = True
-    return site.pieces[0].parameter if _is_active(weight) else None
-
-
-def _is_active(weight: Tensor) -> bool:
-    site = site_of(weight)
-    return site is not None and site.pieces[0].note is not None and site.pieces[0].active
-
-
-def _projection(weight: Tensor) -> Projection | None:
-    site = site_of(weight)
-    return None if site is None else site.pieces[0].note
+    piece = site.pieces[0]
+    return piece if piece.note is not None and piece.active else None
 
 
 class _Projected(torch.autograd.Function):

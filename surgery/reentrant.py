@@ -51,7 +51,7 @@ def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:
         getter = getattr(type(module), "get_input_embeddings", None)
         try:
             own = getter(module) if getter is not None else None
-        except NotImplementedError:
+        except NotImplementedError:  # transformers' way to say that a model has none
             continue
         if isinstance(own, nn.Module):
             found[id(own)] = own

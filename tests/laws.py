@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -163,3 +167,20 @@ def train(model: nn.Module, family: str, steps: int, optimizer=None) -> torch.op
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
+
+
+def run_two_ranks(script: str, folder: Path) -> None:
+    """Run a script in two processes, given its rank and a store; each must print "equal"."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=300)
+        assert out.strip() == "equal", err

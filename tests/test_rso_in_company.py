@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-from laws import method_of
+from laws import method_of, run_two_ranks
 from models import inputs_of, loss_of, make
 
 import passes
@@ -135,16 +131,4 @@ RANK = """
 
 
 def test_under_data_parallelism_only_the_coordinates_travel(tmp_path):
-    script = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RANK)]
-    ranks = [
-        subprocess.Popen(
-            [*script, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=300)
-        assert out.strip() == "equal", err
+    run_two_ranks(RANK, tmp_path)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from laws import method_of, optimizer_of
+from laws import method_of, optimizer_of, run_two_ranks
 from models import Wide, inputs_of, loss_of, make
 from torch import nn
 from torch.nn import functional
@@ -362,14 +359,4 @@ RANK = """
 
 
 def test_v_is_equal_on_all_ranks_and_that_of_the_joined_batch(tmp_path):
-    commands = [
-        [sys.executable, "-c", textwrap.dedent(RANK), str(rank), str(tmp_path / "store")]
-        for rank in range(2)
-    ]
-    ranks = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert out.strip() == "equal", err
+    run_two_ranks(RANK, tmp_path)
