@@ -9,9 +9,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -46,6 +48,28 @@ def load(name: str) -> dict[str, Any]:
     """Return the results saved under a name, empty if there are none."""
     source = RESULTS / f"{name}.json"
     return json.loads(source.read_text()) if source.exists() else {}
+
+
+Job: TypeAlias = tuple[Any, ...]
+
+
+def train_all(runs: str, train: Callable[..., Any], jobs: Sequence[Job]) -> dict[Job, Any]:
+    """Train all, in processes of one thread each; what an earlier call did is kept.
+
+    runs: name of the file that keeps them; delete it to train everything again. As many at a time
+    as WORKERS says (default: 2).
+    """
+    keys = {job: " | ".join(map(str, job)) for job in jobs}
+    known: dict[str, Any] = load(runs).get("losses", {})
+    missing = [job for job in jobs if keys[job] not in known]
+    workers = int(os.environ.get("WORKERS", "2"))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        made = pool.map(train, *zip(*missing, strict=True)) if missing else ()
+        for job, found in zip(missing, made, strict=True):
+            known[keys[job]] = found
+            save(runs, {"losses": known})
+            print(keys[job], found, flush=True)
+    return {job: known[keys[job]] for job in jobs}
 
 
 def run_parts(

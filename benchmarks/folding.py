@@ -32,8 +32,18 @@ Replay = Callable[[Tensor, Piece, list[Tensor]], Tensor]  # W, its coordinate, s
 
 def at_random(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
     now = weight.clone()
+    # A start that is not zero would be told from the weight: each step by itself, as with decay.
     for number, step in enumerate(steps):
-        carry(piece, now, step, number)
+        piece.since = number
+        carry(piece, now, torch.zeros_like(step), step, number)
+    return now.float() - weight.float()
+
+
+def as_rso_does(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+    now, old, piece.since = weight.clone(), torch.zeros_like(steps[0]), 0
+    for step in steps:
+        carry(piece, now, old, old + step, 0)
+        old = old + step
     return now.float() - weight.float()
 
 
@@ -75,8 +85,9 @@ def expanded(piece: Piece, step: Tensor) -> Tensor:
 
 
 REPLAYS: dict[str, Replay] = {
-    "bfloat16, carried in each step, rounded at random": at_random,
-    "bfloat16, carried in each step, rounded to nearest": to_nearest,
+    "bfloat16, carried in each step, the round's sum rounded once at random": as_rso_does,
+    "bfloat16, carried in each step, each rounded at random": at_random,
+    "bfloat16, carried in each step, each rounded to nearest": to_nearest,
     "bfloat16, folded once": once,
     "int8 a row, folded once": once_int8,
     "nf4 (bitsandbytes), folded once": once_nf4,

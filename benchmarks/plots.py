@@ -40,6 +40,28 @@ def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
+def accuracy(task: str, result: dict[str, Any]) -> None:
+    """Draw the accuracy of few-shot training against forwards, a line for each method."""
+    matplotlib: Any = import_module("matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": 8}
+    pyplot: Any = import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, row in result["rows"].items():
+        count = len(row["curve"]) - 1
+        forwards = [result["forwards"] * i / count for i in range(count + 1)]
+        first_order = row["forwards_of_a_step"] == 3
+        axes.plot(forwards, row["curve"], "--" if first_order else "-", marker=".", label=name)
+    axes.set_xlabel("forwards (a backward counts as two)")
+    axes.set_ylabel(f"accuracy, mean of {len(result['seeds'])} seeds")
+    axes.set_title(f"MiniLM on Reuters R8, {task}, {result['shots']} examples of each")
+    axes.legend()
+    PICTURES.mkdir(exist_ok=True)
+    name = f"few_shot_{task.replace(' ', '_')}.svg"
+    figure.savefig(PICTURES / name, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def draw(parts: dict[str, Any]) -> None:
     for name, rows in parts.items():
         if len(rows) > 5 and "time_over_eager" in rows.get("eager", {}):

@@ -18,10 +18,8 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -34,7 +32,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import alternate, held_out, load, ratio, run_parts, save, step_of
+from benchmarks.common import alternate, held_out, load, ratio, run_parts, step_of, train_all
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
 from surgery.targets import blocks
@@ -287,36 +285,21 @@ def train(name: str, method: str, lr: float, seed: int, steps: int) -> float:
     for _ in range(steps):
         step()
         schedule.step()
-    return held_out(model, test, 16)
-
-
-Job = tuple[str, str, float, int, int]
-
-
-def run_all(jobs: Sequence[Job]) -> dict[Job, float]:
-    """Train all, two at a time, in processes of one thread each; what an earlier call did is kept.
-
-    Delete benchmarks/results/subspace_runs.json to train everything again.
-    """
-    keys = {job: " | ".join(map(str, job)) for job in jobs}
-    known: dict[str, float] = load(RUNS).get("losses", {})
-    missing = [job for job in jobs if keys[job] not in known]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for job, loss in zip(missing, pool.map(train, *zip(*missing, strict=True)), strict=True):
-            known[keys[job]] = round(loss, 4)
-            save(RUNS, {"losses": known})
-            print(keys[job], known[keys[job]], flush=True)
-    return {job: known[keys[job]] for job in jobs}
+    return round(held_out(model, test, 16), 4)
 
 
 def losses_of(name: str, methods: Sequence[str]) -> dict[str, Any]:
     case = CASES[name]
-    pilots = run_all([(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(name, m)])
+    pilots = train_all(
+        RUNS, train, [(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(name, m)]
+    )
     best = {
         m: min(rates_of(name, m), key=lambda lr, m=m: pilots[name, m, lr, 0, case.pilot])
         for m in methods
     }
-    found = run_all([(name, m, best[m], seed, case.steps) for m in methods for seed in SEEDS])
+    found = train_all(
+        RUNS, train, [(name, m, best[m], seed, case.steps) for m in methods for seed in SEEDS]
+    )
     result: dict[str, Any] = {}
     for m in methods:
         losses = [found[name, m, best[m], seed, case.steps] for seed in SEEDS]
@@ -337,7 +320,9 @@ def sensitivity(steps: int = 600) -> dict[str, Any]:
     """One option changed at a time, at the learning rate that rso itself had."""
     lr = load(NAME)["parts"]["pretraining, loss"]["methods"]["rso"]["lr"]
     names = ["rso", *(f"rso, {name}" for name in VARIANTS)]
-    found = run_all([("pretraining", m, lr, seed, steps) for m in names for seed in SEEDS])
+    found = train_all(
+        RUNS, train, [("pretraining", m, lr, seed, steps) for m in names for seed in SEEDS]
+    )
     rows = {m: summary([found["pretraining", m, lr, s, steps] for s in SEEDS]) for m in names}
     return {"steps": steps, "lr": lr, "seeds": SEEDS, "rows": rows}
 

@@ -4,7 +4,11 @@ from passes.badam import BAdam as BAdam
 from passes.chunked_loss import ChunkedLoss as ChunkedLoss
 from passes.compress import Compress as Compress
 from passes.lisa import Lisa as Lisa
+from passes.lozo import Lozo as Lozo
+from passes.mezo import Mezo as Mezo
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute
 from passes.rso import Rso as Rso
+from passes.sparse_mezo import SparseMezo as SparseMezo
+from passes.subzero import SubZero as SubZero
 from passes.velora import Velora as Velora

@@ -199,6 +199,9 @@ class FrameMap:
             )
         return rows @ self.frame.matrix.to(rows)
 
+    def change(self, rows: Tensor, part: slice) -> Tensor:
+        return self.expand(rows[part])
+
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         assert self.frame.matrix is not None
         matrix.addmm_(rows, self.frame.matrix.to(rows))

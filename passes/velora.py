@@ -209,6 +209,9 @@ class SubTokenMap:
             )
         return (rows[..., None] * v.to(rows)).flatten(1)[:, : self.inputs]
 
+    def change(self, rows: Tensor, part: slice) -> Tensor:
+        return self.expand(rows[part])
+
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         v = self.direction.vector
         if v is None or self.inputs % self.width:

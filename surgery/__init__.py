@@ -17,6 +17,8 @@ from surgery.errors import OptimizerError as OptimizerError
 from surgery.errors import OptionError as OptionError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TargetError as TargetError
+from surgery.journal import journal as journal
+from surgery.journal import replay as replay
 from surgery.planning import plan as plan
 from surgery.registry import available as available
 from surgery.registry import register as register

@@ -30,6 +30,7 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
     _check_model(model)
     _check_twice(chosen)
     methods = tuple(options.start(model) for options in chosen)
+    _check_alone(methods)
     sites = _sites(model, methods)
     surgery = Surgery(
         model=model,
@@ -155,6 +156,16 @@ def _check_twice(chosen: tuple[Any, ...]) -> None:
     for options in chosen:
         if chosen.count(options) > 1:
             raise ConflictError(f"{options.name} is given twice: {options!r}. Leave one out.")
+
+
+def _check_alone(methods: tuple[Any, ...]) -> None:
+    for method in methods:
+        if method.alone and len(methods) > 1:
+            other = next(each for each in methods if each is not method)
+            raise ConflictError(
+                f"{method.name} trains by forwards alone: nothing is kept for backward, and no "
+                f"gradient reaches a weight, so {other.name} has nothing to work on. Leave it out."
+            )
 
 
 def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:

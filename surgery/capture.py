@@ -102,7 +102,7 @@ class Dispatch:
         captured = self._captured or self._capture()
         try:
             with torch._dynamo.config.patch(_DYNAMO | {"ignore_logging_functions": _once()}):
-                output = captured(*args, **kwargs)
+                output = self.surgery.drive(lambda: captured(*args, **kwargs))
         except FailOnRecompileLimitHit as error:
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} was captured {STRUCTURES} times for "

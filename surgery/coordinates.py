@@ -26,19 +26,23 @@ CHUNK = 1 << 18  # entries of a 16-bit weight that are rounded at a time: they s
 
 
 class Map(Protocol):
-    """A linear map from a mapped coordinate (out, k) to changes of a weight (out, in), by rows.
+    """A linear map from a mapped coordinate to changes of a weight, as a matrix (out, in).
 
     transposed: whether the weight is stored as (in, out), as in GPT-2.
     """
 
     transposed: bool
 
-    def expand(self, rows: Tensor) -> Tensor:
-        """Map (n, k) to (n, in), each row by itself."""
+    def expand(self, delta: Tensor) -> Tensor:
+        """Return the whole change (out, in) that a change of the coordinate stands for."""
         ...
 
-    def add_into(self, matrix: Tensor, rows: Tensor) -> None:
-        """Add expand(rows) to a matrix (n, in) of the same dtype, in place."""
+    def change(self, delta: Tensor, part: slice) -> Tensor:
+        """Return these rows of `expand(delta)`."""
+        ...
+
+    def add_into(self, matrix: Tensor, delta: Tensor) -> None:
+        """Add `expand(delta)` to the weight's matrix (out, in), of the same dtype, in place."""
         ...
 
 
@@ -59,7 +63,7 @@ class Coordinates:
 
 @dataclass(eq=False, kw_only=True)
 class Piece:
-    """A coordinate and what is known of it at run time.
+    """A coordinate and what is known of it at run time. A mapped one starts from zero.
 
     index: of a block; None for a whole weight and for a mapped coordinate. map: of a mapped one.
     covers: parameters of the weight that a mapped one stands for. note: what the nodes of the pass
@@ -73,6 +77,7 @@ class Piece:
     covers: int = 0
     prox: float = 0.0  # decay of a mapped coordinate in each step, times its learning rate
     weight_decay: float = 0.0  # of the weight that it stands for
+    since: int = 0  # the optimizer step at which a mapped one last started from zero
     note: Any = None
     active: bool = False
     watched: bool = False  # whether a pass wants the norm of its gradient
@@ -175,15 +180,24 @@ def wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-@torch.no_grad()
-def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int, decay: float = 0.0) -> None:
-    """Add map(delta) to a weight, in float32; rounded at random into bfloat16 and float16.
+def matrix_of(weight: Tensor) -> Tensor:
+    """Return a weight as a matrix, sharing its storage: those of experts under one another."""
+    return weight.detach().view(-1, weight.shape[-1] if weight.ndim else 1)
 
-    decay: the share of the weight that is taken off before. step: the number of the optimizer step,
-    which keys the rounding together with the name.
+
+@torch.no_grad()
+def carry(
+    piece: Piece, weight: Tensor, old: Tensor, new: Tensor, step: int, decay: float = 0.0
+) -> None:
+    """Take a weight from W0 + map(old) to W0 + map(new), in float32.
+
+    decay: the share of the weight that is taken off before. Into bfloat16 and float16 the sum is
+    rounded at random, by numbers that stay the same while W0 does: they tell W0 from the weight, so
+    however many steps were made, what is added to W0 is rounded once. With decay W0 changes, and
+    each step is rounded by itself, by the number of the optimizer step.
     """
     assert piece.map is not None
-    matrix = weight.detach().view(-1, weight.shape[-1])  # experts' matrices under one another
+    matrix, delta = matrix_of(weight), new - old
     matrix = matrix.t() if piece.map.transposed else matrix
     out, width = matrix.shape
     if wide(weight) == weight.dtype:
@@ -191,12 +205,21 @@ def carry(piece: Piece, weight: Tensor, delta: Tensor, step: int, decay: float =
             matrix *= 1.0 - decay
         piece.map.add_into(matrix, delta)
         return
-    both = noise.words(out + width, 0, "carry", piece.weight, step, device=weight.device)
+    if not decay and not bool(delta.any()):
+        return
+    key = step if decay else piece.since
+    both = noise.words(out + width, 0, "carry", piece.weight, key, device=weight.device)
     rows, columns = both[:out], both[out:]
+    fresh = bool(decay) or not bool(old.any())
     height = max(1, CHUNK // width)
     for start in range(0, out, height):
         part = slice(start, start + height)
-        exact = piece.map.expand(delta[part]).add_(matrix[part].float(), alpha=1.0 - decay)
+        if fresh:
+            exact = piece.map.change(delta, part).add_(matrix[part].float(), alpha=1.0 - decay)
+        else:
+            gone = piece.map.change(old, part)
+            exact = noise.before_rounding(matrix[part], gone, rows[part], columns)
+            exact += piece.map.change(new, part)
         noise.round_into(matrix[part], exact, rows[part], columns)
 
 
@@ -215,7 +238,14 @@ class CoordinateTable(nn.Module):
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__()
-        self._parameters.update({piece.name: piece.parameter for piece in pieces})
+        # Several pieces may share one parameter; it goes by the name of the first.
+        unique = {id(piece.parameter): piece for piece in reversed(list(pieces))}
+        listed = {piece.name: piece.parameter for piece in reversed(unique.values())}
+        self._parameters.update(listed)
+
+    def forward(self, x: Any) -> Any:
+        """Return x: an nn.Sequential calls all of its children."""
+        return x
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save nothing."""

@@ -239,7 +239,7 @@ def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:
     ]
     parameters = storage_bytes(surgery.model.parameters())
     dense = sum(p.numel() * p.element_size() for p in weights)
-    active = [piece.parameter for piece in surgery.pieces if piece.active]
+    active = {id(p.parameter): p.parameter for p in surgery.pieces if p.active}.values()
     live = sum(p.numel() * p.element_size() for p in active) if surgery.sites else dense
     held = sum(state_bytes(optimizer) for optimizer in surgery.optimizers)
     return (

@@ -37,7 +37,8 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     total = sum(sizes.values())
     dense = sum(size for name, size in sizes.items() if flags[name])
-    live = sum(p.numel * p.parameter.element_size() for p in pieces if p.active)
+    active = {id(p.parameter): p.parameter for p in pieces if p.active}.values()
+    live = sum(p.numel() * p.element_size() for p in active)
     live = live if pieces else dense
     saved = (None, None)
     lines = [("plan", "nothing was changed")]

@@ -35,6 +35,7 @@ class Method:
     name: str
     pieces: Sequence[Piece] = ()
     order: int = 0
+    alone: bool = False  # whether it replaces backward, so that other passes have nothing to do
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         """Rewrite one captured graph in place; its weights are read through gates already.
@@ -54,11 +55,19 @@ class Method:
         weight; False if this pass does not sample, or not this weight as a whole."""
         return False
 
+    def drive(self, run: Callable[[], Any], surgery: Surgery) -> Any:
+        """Return the output of a training forward; `run` runs the captured one. Of passes that
+        replace backward: `alone`."""
+        return run()
+
     def check_reached(self) -> None:
         """After the first training forward: raise CaptureError if the rewrite did not happen."""
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""
+
+    def before_step(self) -> None:
+        """Raise OptimizerError if the optimizer step about to be made would do nothing."""
 
     def after_step(self, surgery: Surgery) -> None:
         """Do what is due after an optimizer step; `surgery.step` steps have been made."""
@@ -115,7 +124,7 @@ class Surgery:
         self.release()
         for site in self.sites:
             site.bind()
-        for piece in self.pieces:
+        for piece in unique(self.pieces):
             hook = partial(_after_accumulate, weakref.ref(piece), weakref.ref(self))
             self.handles.append(piece.parameter.register_post_accumulate_grad_hook(hook))
         LIVE.add(self)
@@ -127,6 +136,13 @@ class Surgery:
             arguments = inspect.signature(plain).bind_partial(*args, **kwargs).arguments
             for method in wanting:
                 method.before_forward(arguments, self.rehearsal)
+
+    def drive(self, run: Callable[[], Any]) -> Any:
+        """Return the output of a training forward; `run` runs the captured one."""
+        for method in self.methods:
+            if method.alone:
+                return method.drive(run, self)
+        return run()
 
     def release(self) -> None:
         """Take the hooks off and forget the sites."""
@@ -162,6 +178,8 @@ class Surgery:
             for method in self.methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
+        for method in self.methods:
+            method.before_step()
         self.loss_scale = loss_scale
         self.refused = not self._finite(held)
         if self.refused:
@@ -194,16 +212,16 @@ class Surgery:
     def _carry(self, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups if self.before else ()
         rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        for piece in unique(self.pieces) if self.before else ():
+            if piece.prox and id(piece.parameter) in self.before:
+                piece.parameter.detach().mul_(1.0 - rates[id(piece.parameter)] * piece.prox)
         for site in self.sites if self.before else ():
             for piece in site.pieces:
-                before = self.before.pop(id(piece.parameter), None)
-                if before is None:
-                    continue
-                rate, now = rates[id(piece.parameter)], piece.parameter.detach()
-                if piece.prox:
-                    now *= 1.0 - rate * piece.prox
-                delta = torch.sub(now, before, out=before)
-                carry(piece, site.current(), delta, self.step, rate * piece.weight_decay)
+                before, now = self.before.get(id(piece.parameter)), piece.parameter.detach()
+                if before is not None:
+                    decay = rates[id(piece.parameter)] * piece.weight_decay
+                    carry(piece, site.current(), before, now, self.step, decay)
+        self.before = {}
 
     def measure_norms(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
@@ -221,7 +239,7 @@ class Surgery:
         """Whether all gradients that are about to be stepped are finite."""
         norms: list[Tensor] = []
         changed: list[Tensor] = []
-        for piece in self.pieces:
+        for piece in unique(self.pieces):
             grad = piece.parameter.grad
             if grad is None or not piece.active or id(piece.parameter) not in held:
                 continue
@@ -287,6 +305,11 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
     double = any(grad.dtype == torch.float64 for grad in grads)
     dtype = torch.float64 if double else torch.float32
     return torch._foreach_norm(grads, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def unique(pieces: Iterable[Piece]) -> Iterable[Piece]:
+    """Return the first piece of each parameter: several weights may share one coordinate."""
+    return {id(piece.parameter): piece for piece in reversed(list(pieces))}.values()
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:

@@ -128,6 +128,8 @@ class Projecting(Method, ABC):
             self.round += 1
             self.steps = 0
             self.redraw(surgery)
+            for piece in self.projected:
+                piece.since = surgery.step
 
     @abstractmethod
     def redraw(self, surgery: Surgery) -> None:

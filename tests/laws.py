@@ -73,8 +73,18 @@ ROUNDED = {
         passes.Compress(seed=seed),
     ],
 }
+# gradients from two forwards
+ZEROTH = {
+    "mezo": lambda period=2, seed=0: passes.Mezo(seed=seed),
+    "mezo_dense": lambda period=2, seed=0: passes.Mezo(directions=2, dense=True, seed=seed),
+    "sparse_mezo": lambda period=2, seed=0: passes.SparseMezo(
+        keep_fraction=0.5, threshold="period", period=period, seed=seed
+    ),
+    "lozo": lambda period=2, seed=0: passes.Lozo(directions=2, period=period, seed=seed),
+    "subzero": lambda period=2, seed=0: passes.SubZero(rank=4, period=period, seed=seed),
+}
 # Every row goes through every law, except that only the first ones draw.
-PASSES = SAMPLING | PROJECTING | EXACT | ROUNDED
+PASSES = SAMPLING | PROJECTING | EXACT | ROUNDED | ZEROTH
 rows = pytest.mark.parametrize("row", PASSES)
 sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: a second family suffices there.
@@ -86,7 +96,8 @@ rows_and_families = pytest.mark.parametrize(
     + [("misa_span", "llama"), ("misa_flush", "gpt2"), ("misa_always", "llama")]
     + [("misa_and_both", "llama"), ("misa_and_both", "gpt2")]
     + [(row, family) for row in ("velora", "rso") for family in ("llama", "gpt2")]
-    + [(row, "llama") for row in ("compress", "rso_and_all")],
+    + [(row, "llama") for row in ("compress", "rso_and_all", "mezo", "lozo")]
+    + [(row, "gpt2") for row in ("mezo", "subzero")],
 )
 # Few examples, since each captures a model; the fixture only resets Dynamo between tests.
 laws = settings(

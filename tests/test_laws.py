@@ -16,6 +16,7 @@ from laws import (
     PASSES,
     ROUNDED,
     SAMPLING,
+    ZEROTH,
     Moved,
     adamw,
     anatomy,
@@ -32,6 +33,9 @@ from models import inputs_of, loss_of, make
 
 import passes
 import surgery
+
+# AdamW over the scalars of zeroth-order passes
+pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that")
 
 
 @rows_and_families
@@ -55,7 +59,11 @@ def test_2_first_forward_is_bit_identical(row, family):
     expected = loss_of(model, inputs)
     surgery.apply(model, PASSES[row]())
     torch.manual_seed(3)
-    assert torch.equal(loss_of(model, inputs), expected)
+    found = loss_of(model, inputs)
+    if row in ZEROTH:  # the mid-point of two evaluations
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    else:
+        assert torch.equal(found, expected)
 
 
 @sampling_rows
@@ -244,7 +252,8 @@ def test_11_accumulation_equals_one_large_batch(row, parts, norm):
             optimizer.step()
             optimizer.zero_grad()
     for (name, a), b in zip(own(whole).items(), own(split).values(), strict=True):
-        loose = row in ROUNDED  # other entries are rounded by other numbers
+        # Other entries are rounded by other numbers; a difference of losses is divided by eps.
+        loose = row in ROUNDED or row in ZEROTH
         close = dict(rtol=0.05, atol=5e-3) if loose else dict(rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(a, b, msg=name, **close)
 
@@ -348,7 +357,11 @@ def test_14_train_and_eval(row):
     model.eval()
     expected = model(**inputs).loss
     with torch.no_grad():
-        assert torch.equal(model(**inputs).loss, expected)
+        plain = model(**inputs).loss
+    if row in ZEROTH:
+        torch.testing.assert_close(plain, expected.detach(), rtol=1e-3, atol=1e-4)
+    else:
+        assert torch.equal(plain, expected)
     model.train()
     assert not torch.equal(model(**inputs).loss, expected)  # dropout
     assert model.training
@@ -363,20 +376,24 @@ def test_15_adjoint(row, family):
     loss_of(model, inputs).backward()
     full = {name: p.grad for name, p in dense.named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    active = 0
+    active: dict[int, list[surgery.Coordinates]] = {}
     for c in surgery.coordinates(model):
-        if not c.active:
+        if c.active:
+            active.setdefault(id(c.parameter), []).append(c)
+        else:
             assert c.parameter.grad is None
-            continue
-        active += 1
-        direction = torch.randn(c.parameter.shape, generator=generator)
-        left = (full[c.weight].double() * c.expand(direction).double()).sum()
-        right = (c.parameter.grad.double() * direction.double()).sum()
-        scale = full[c.weight].norm() * direction.norm()
+    for shared in active.values():
+        parameter = shared[0].parameter
+        direction = torch.randn(parameter.shape, generator=generator)
+        found = [(full[c.weight].double() * c.expand(direction).double()).sum() for c in shared]
+        right = (parameter.grad.double() * direction.double()).sum()
+        scale = sum(full[c.weight].norm() ** 2 for c in shared) ** 0.5 * direction.norm()
         # Those of exact rewrites are eager's up to the order of their sums, in float32.
         tolerance = 1e-12 * scale if row in SAMPLING else 1e-6 * scale
-        tolerance = 0.02 * scale if row in ROUNDED else tolerance
-        assert abs(left - right) <= tolerance, c.weight
+        tolerance = 0.02 * scale if row in ROUNDED or row in ZEROTH else tolerance
+        if row == "mezo_dense":  # the mean of g z over the directions, not the gradient
+            continue
+        assert abs(sum(found) - right) <= tolerance, shared[0].weight
     assert active
     listed = {id(p) for p in model.parameters()}
     assert all(id(c.parameter) in listed for c in surgery.coordinates(model))

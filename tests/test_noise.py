@@ -88,6 +88,24 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average(dtype, scale):
     assert bool((error.abs() < 5.5 * spacing / (2 * math.sqrt(draws))).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1e-1])
+def test_a_sum_of_many_steps_is_rounded_once(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    start = (torch.randn(64, 48, generator=generator) * 0.05).to(dtype)
+    words = noise.words(112, 0, "round")
+    weight, total = start.clone(), torch.zeros(64, 48)
+    for _ in range(50):
+        exact = noise.before_rounding(weight, total, words[:64], words[64:])
+        total = total + torch.randn(64, 48, generator=generator) * 0.05 * scale
+        noise.round_into(weight, exact + total, words[:64], words[64:])
+    unit = torch.maximum(_spacing(start.float(), dtype), _spacing(weight.float(), dtype))
+    error = (weight.double() - start.double() - total.double()) / unit
+    # Rounded once, the deviation is at most 0.5; rounded in each step, sqrt(50) times as much.
+    assert error.square().mean().sqrt() < (0.5 if scale < 0.1 else 1.0)
+    assert abs(error.mean()) < 5 * error.std() / math.sqrt(error.numel())
+
+
 def _spacing(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(exact.abs().double()))

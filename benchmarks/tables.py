@@ -1,0 +1,141 @@
+"""Tables of the docs, from the results: `python -m benchmarks.tables` writes them in place.
+
+In the docs a table stands under a comment, <!-- table: FILE | PART | KIND -->.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import load
+
+ROOT = Path(__file__).parent.parent
+PLACE = re.compile(r"(<!-- table: ([^|>]+) \| ([^|>]+) \| (\w+) -->\n)((?:\|.*\n)*)")
+INSIDE = ", checkpointing"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def activations(part: dict[str, Any]) -> str:
+    """Live and peak bytes and time, each also inside checkpointing."""
+    timed = "time_over_eager" in part["eager"]
+    inside = {name.removesuffix(INSIDE): row for name, row in part.items() if name.endswith(INSIDE)}
+    inside |= {"eager": part["checkpointing"]} if "checkpointing" in part else {}
+    head = ["", "live", "over eager", "peak", *(["time"] if timed else [])]
+    if inside:
+        head += ["inside checkpointing: live", "peak", *(["time"] if timed else [])]
+    rows = []
+    for name, row in part.items():
+        if name.endswith(INSIDE) or name == "checkpointing":
+            continue
+        cells = [name, *_cells(row, timed, over=True)]
+        if inside:
+            cells += _cells(inside[name], timed) if name in inside else [""] * (2 + timed)
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def _cells(row: dict[str, Any], timed: bool, over: bool = False) -> list[str]:
+    live, peak = f"{row['live_megabytes']:,.1f} MB", f"{row['peak_megabytes']:,.0f} MB"
+    cells = [live, *([f"{row['live_over_eager']:.2f}x"] if over else []), peak]
+    return cells + ([f"{row['time_over_eager']:.2f}x"] if timed else [])
+
+
+def zeroth(part: dict[str, Any]) -> str:
+    """Time and peak bytes of zeroth-order steps."""
+    head = ["", "time", "over MeZO as published", "over mezo", "peak on top of the weights"]
+    rows = [
+        [
+            name,
+            f"{row['milliseconds']:,.0f} ms",
+            f"{row['time_over_published']:.2f}x",
+            f"{row['time_over_mezo']:.2f}x",
+            f"{row['peak_megabytes']:,.0f} MB",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(head, rows)
+
+
+def few_shot(part: dict[str, Any]) -> str:
+    """Accuracies of few-shot training."""
+    head = ["", "learning rate", "accuracy, each seed", "mean", "at the start"]
+    rows = [
+        [
+            name,
+            f"{row['lr']:g}",
+            ", ".join(f"{100 * value:.1f}" for value in row["accuracies"]),
+            f"{100 * row['accuracy_mean']:.1f} %",
+            f"{100 * row['curve'][0]:.1f} %",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(head, rows)
+
+
+def cost(part: dict[str, Any]) -> str:
+    """Time and bytes of methods beside GaLore and LoRA."""
+    head = ["", "time", "over GaLore", "over LoRA", "once in a period", "peak"]
+    rows = [
+        [
+            name,
+            f"{row['milliseconds']:,.0f} ms",
+            f"{row['time_over_galore']:.2f}x",
+            f"{row['time_over_lora']:.2f}x",
+            f"{row['milliseconds_once_in_a_period']:,.0f} ms"
+            if "milliseconds_once_in_a_period" in row
+            else "",
+            f"{row['peak_megabytes']:,.0f} MB",
+        ]
+        for name, row in part["methods"].items()
+    ]
+    return markdown(head, rows)
+
+
+def losses(part: dict[str, Any]) -> str:
+    """Held-out losses of methods, or of the variants of one."""
+    shown = part.get("methods") or part["rows"]
+    head = ["", "learning rate", "held-out loss, each seed", "mean"]
+    rows = [
+        [
+            name,
+            f"{row.get('lr', part.get('lr', 0)):g}",
+            ", ".join(f"{value:.3f}" for value in row["held_out_losses"]),
+            f"{row['held_out_mean']:.3f}",
+        ]
+        for name, row in shown.items()
+    ]
+    return markdown(head, rows)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    function.__name__: function for function in (activations, zeroth, few_shot, cost, losses)
+}
+
+
+def render(text: str) -> str:
+    """Return a page with its tables as the results have them."""
+
+    def table(found: re.Match[str]) -> str:
+        place, file, part, kind, _ = found.groups()
+        return place + KINDS[kind](load(file)["parts"][part])
+
+    return PLACE.sub(table, text)
+
+
+def pages() -> list[Path]:
+    """Return the pages that have such tables."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if PLACE.search(page.read_text())]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(render(page.read_text()))
+        print(f"wrote {page.relative_to(ROOT)}")

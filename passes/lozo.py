@@ -1,0 +1,61 @@
+"""LOZO: two forwards along low-rank directions. arXiv 2410.07698 (ICLR 2025).
+
+As MeZO, with z = U V^T / sqrt(r) for each matrix (out, in): U (out, r) normal, drawn in each step,
+V (in, r) normal, drawn in every `period` steps (Algorithm 1). Vectors are perturbed as in MeZO.
+Forward takes x z^T as two thin products beside x W^T. The paper perturbs by U V^T, whose entries
+have variance r: its eps is ours divided by sqrt(r), its g ours times sqrt(r); the step -lr g z is
+its step with U V^T / r.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from passes.mezo import Mezo
+from surgery import noise
+from surgery.coordinates import matrix_of
+from surgery.perturbation import LowRank, Perturbation
+from surgery.registry import demand, register
+from surgery.twopoint import TwoPoint
+
+
+@register("lozo")
+@dataclass(frozen=True, kw_only=True)
+class Lozo(Mezo):
+    """Options of LOZO; see `ZerothOrder` and `Mezo`.
+
+    rank: r. period: steps that V is kept for. noise: of vectors, and of matrices too thin for r.
+    """
+
+    rank: int = 2
+    period: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+
+    def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
+        weight = owner.get_parameter(name.rpartition(".")[2])
+        if weight.ndim < 2 or min(matrix_of(weight).shape) <= self.rank:
+            return super().beside(name, owner, method)
+        return self.thin(name, owner, method)
+
+    def thin(self, name: str, owner: nn.Module, method: TwoPoint) -> LowRank:
+        """Return what stands beside a matrix."""
+        return Lazy(name=name, owner=owner, probe=method, rank=self.rank, options=self)
+
+
+@dataclass(eq=False, kw_only=True)
+class Lazy(LowRank):
+    options: Lozo
+
+    def draw(self, slot: int) -> tuple[Tensor, Tensor]:
+        height, width = matrix_of(self.current()).shape
+        round = self.probe.step // self.options.period
+        right = noise.bits(self.options.seed, "V", self.name, round, slot)
+        left = self.normal(height, self.key(slot, "U"))
+        return left, self.normal(width, right).t() / math.sqrt(self.rank)

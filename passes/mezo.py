@@ -1,0 +1,151 @@
+"""MeZO: training by two forwards. arXiv 2305.17333 (NeurIPS 2023).
+
+In each step, with a direction z of independent entries (mean 0, variance 1) over all weights,
+
+    g = (L(W + eps z) - L(W - eps z)) / (2 eps),    W <- W - lr g z
+
+(Algorithm 1, SPSA). The optimizer sees one scalar for each direction, whose gradient is g, and its
+step is carried along z. z is drawn again wherever it is needed; evaluations write no weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from surgery.coordinates import Piece, wide
+from surgery.errors import TargetError
+from surgery.noise import Kind
+from surgery.perturbation import Perturbation
+from surgery.registry import check_types, demand, register
+from surgery.targets import Targets, select
+from surgery.twopoint import Estimate, TwoPoint
+
+# What a model is perturbed by, by kind of weight: the paper's own for full weights, LoRA, prefixes.
+EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrder:
+    """Options of all passes that train by forwards.
+
+    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are of LoRA, 1e-1 if they are
+    prefixes). directions: q, each of two forwards; the variance of the gradient falls by q. noise:
+    of z. estimate: "central", "one_sided" ((L(W + eps z) - L(W)) / eps: q + 1 forwards), or
+    "forward": the exact derivative along z, by forward-mode differentiation, eps unused. dense:
+    let the optimizer see g z, of the weights' own size, and not g: for momentum and Adam over
+    weights. per_rank: other directions on each rank of a data-parallel run. targets: weights,
+    biases and norms among them (default: all that require gradients).
+    """
+
+    eps: float | None = None
+    directions: int = 1
+    noise: Kind = "rademacher"
+    estimate: Estimate = "central"
+    dense: bool = False
+    per_rank: bool = False
+    targets: Targets = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        good = self.eps is None or (math.isfinite(self.eps) and self.eps > 0)
+        demand(good, self, f"eps={self.eps} must be positive.")
+        demand(self.directions >= 1, self, f"directions={self.directions} must be at least 1.")
+
+    def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
+        """Return what stands beside one weight."""
+        return Perturbation(name=name, owner=owner, probe=method)
+
+    def start(self, model: nn.Module) -> TwoPoint:
+        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        name: str = self.name  # pyright: ignore[reportAttributeAccessIssue] # set by @register
+        names = weights_of(model, self.targets, name)
+        method = TwoPoint(
+            name=name,
+            seed=self.seed,
+            kind=self.noise,
+            eps=self.eps if self.eps is not None else eps_of(names),
+            directions=self.directions,
+            estimate=self.estimate,
+            dense=self.dense,
+            per_rank=self.per_rank,
+        )
+        first = model.get_parameter(names[0])
+        count = self.directions * method.ranks
+        scalars = nn.Parameter(torch.zeros(count, dtype=wide(first), device=first.device))
+        for each in names:
+            weight = model.get_parameter(each)
+            note = self.beside(each, model.get_submodule(each.rpartition(".")[0]), method)
+            piece = Piece(weight=each, index=None, parameter=weight, active=True, note=note)
+            if not self.dense:
+                piece.parameter, piece.map, piece.covers = scalars, note, weight.numel()
+            method.beside.append(piece)
+        return method
+
+
+@register("mezo")
+@dataclass(frozen=True, kw_only=True)
+class Mezo(ZerothOrder):
+    """Options of MeZO; see `ZerothOrder`.
+
+    weight_decay: of matrices, decoupled, times the learning rate (the optimizer's own would act on
+    scalars that start from zero in each step).
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        demand(good, self, f"weight_decay={self.weight_decay} must be >= 0.")
+
+    def start(self, model: nn.Module) -> TwoPoint:
+        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        method = super().start(model)
+        for piece in method.beside:
+            if model.get_parameter(piece.weight).ndim > 1:
+                piece.weight_decay = self.weight_decay
+        return method
+
+
+def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
+    """Return the names of the weights to perturb. Raises TargetError if one cannot be."""
+    if targets is None:
+        chosen = [n for n, p in model.named_parameters() if p.requires_grad]
+    else:
+        chosen = [n for n in select(model, targets, "targets") if _trained(model, n)]
+    for name in chosen:
+        weight = model.get_parameter(name)
+        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+            raise TargetError(
+                f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
+                "be perturbed. Leave it out of targets=, or train adapters on top of it: "
+                "peft.get_peft_model(model, LoraConfig(...))."
+            )
+        if weight.dtype.itemsize < 2 or not weight.is_contiguous():
+            raise TargetError(
+                f"{what}: {name} is {weight.dtype}, strides {weight.stride()}: neither float8 nor "
+                "weights with gaps take steps. Convert it, or leave it out of targets=."
+            )
+    if not chosen:
+        raise TargetError(
+            f"{what}: no trainable weight among the targets. Check targets=, and that "
+            "requires_grad was not switched off before surgery.apply."
+        )
+    return chosen
+
+
+def _trained(model: nn.Module, name: str) -> bool:
+    return model.get_parameter(name).requires_grad
+
+
+def eps_of(names: Iterable[str]) -> float:
+    """Return the smallest eps that the kinds of these weights ask for."""
+    found = {next((e for kind, e in EPS.items() if kind in name), 1e-3) for name in names}
+    return min(found)

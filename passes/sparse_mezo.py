@@ -1,0 +1,103 @@
+"""Sparse-MeZO: two forwards along the small weights only. arXiv 2402.15751 (NeurIPS 2025).
+
+As MeZO, with z replaced by m z: m = (|W| <= h), where h is the magnitude below which
+`keep_fraction` of each matrix lies (section 3). m is taken from the unperturbed weight wherever z
+is, so both evaluations and the update see the same, and it is never stored. (The paper's
+pseudocode lacks the absolute value.) With h fixed, a weight that grows beyond it stays for good.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from passes.mezo import ZerothOrder
+from surgery import noise
+from surgery.coordinates import matrix_of
+from surgery.perturbation import Perturbation
+from surgery.registry import demand, register
+from surgery.twopoint import TwoPoint
+
+SAMPLE = 1 << 17  # entries that h is taken from
+
+
+@register("sparse_mezo")
+@dataclass(frozen=True, kw_only=True)
+class SparseMezo(ZerothOrder):
+    """Options of Sparse-MeZO; see `ZerothOrder`.
+
+    keep_fraction: share of each matrix (embeddings too) that is trained; norms and biases wholly.
+    threshold: h taken once ("fixed", the paper), or again each `period` steps ("period"). mask:
+    "magnitude", or "random", the control: as many entries, fixed, at random.
+    """
+
+    keep_fraction: float = 0.2
+    threshold: Literal["fixed", "period"] = "fixed"
+    period: int = 200
+    mask: Literal["magnitude", "random"] = "magnitude"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = 0 < self.keep_fraction <= 1
+        demand(good, self, f"keep_fraction={self.keep_fraction} is a share, in (0, 1].")
+        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+
+    def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
+        weight = owner.get_parameter(name.rpartition(".")[2])
+        if weight.ndim < 2 or self.keep_fraction == 1:
+            return super().beside(name, owner, method)
+        return Sparse(name=name, owner=owner, probe=method, options=self)
+
+
+@dataclass(eq=False, kw_only=True)
+class Sparse(Perturbation):
+    options: SparseMezo
+    limit: float | None = None  # h
+    round: int = 0
+
+    def rows(self, slot: int, part: slice) -> Tensor:
+        z, weight = super().rows(slot, part), matrix_of(self.current())
+        if self.options.mask == "random":
+            start, stop, _ = part.indices(weight.shape[0])
+            width = weight.shape[1]
+            random = noise.sixteen(start * width, (stop - start) * width, self._mask, weight.device)
+            return z.masked_fill_((random >= self._share).view(z.shape), 0.0)
+        return z.masked_fill_(weight[part].abs() > self.threshold, 0.0)
+
+    def gather(self, slot: int, ids: Tensor) -> Tensor:
+        z, weight = super().gather(slot, ids), self.current()
+        if self.options.mask == "random":
+            places = ids[:, None] * z.shape[1] + torch.arange(z.shape[1], device=ids.device)
+            return z.masked_fill_(noise.sixteen_at(places, self._mask) >= self._share, 0.0)
+        return z.masked_fill_(weight[ids].abs() > self.threshold, 0.0)
+
+    @property
+    def threshold(self) -> float:
+        """h: an entry of the sample, so that it is a number of the weight's own dtype."""
+        options = self.options
+        now = 0 if options.threshold == "fixed" else self.probe.step // options.period
+        if self.limit is None or now != self.round:
+            self.round, self.limit = now, self._quantile(now)
+        return self.limit
+
+    def _quantile(self, round: int) -> float:
+        flat = matrix_of(self.current()).flatten()
+        if flat.numel() > SAMPLE:
+            key = ("threshold", self.name, round)
+            flat = flat[
+                noise.words(SAMPLE, self.options.seed, *key, device=flat.device) % len(flat)
+            ]
+        rank = max(1, math.ceil(self.options.keep_fraction * flat.numel()))
+        return flat.abs().float().kthvalue(rank).values.item()
+
+    @property
+    def _mask(self) -> int:
+        return noise.bits(self.options.seed, "mask", self.name)
+
+    @property
+    def _share(self) -> int:
+        return round(self.options.keep_fraction * (1 << 16))

@@ -1,0 +1,79 @@
+"""Zeroth-order runs as lists of scalars: the journal of a run, and taking its steps again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surgery.coordinates import carry
+from surgery.errors import ModelError
+from surgery.state import Surgery, surgery_of
+from surgery.twopoint import TwoPoint
+
+
+def journal(model: nn.Module) -> Tensor:
+    """Return all steps of a zeroth-order run: float64 (steps, K + 1), K scalars and learning rate.
+
+    With the pass's options they are the whole run; see `replay`. Raises ModelError if the model is
+    not trained by such a pass.
+    """
+    method = _method(_surgery(model))
+    return torch.tensor(method.journal, dtype=torch.float64).view(-1, _scalars(method) + 1)
+
+
+@torch.no_grad()
+def replay(model: nn.Module, steps: Tensor) -> nn.Module:
+    """Take the steps of a journal (steps, K + 1) again, with no forward; returns the same model.
+
+    model: with the weights that the run started from, the same pass applied with the same options.
+    On a CPU its weights are then those of the run, to the bit. Raises ModelError if the model has
+    made steps already, or the journal is of another number of directions.
+    """
+    surgery = _surgery(model)
+    method = _method(surgery)
+    count = _scalars(method)
+    if surgery.step:
+        raise ModelError(
+            f"the model has made {surgery.step} steps already. Replay into the weights that the "
+            f'run started from: surgery.apply(model, "{method.name}", ...), then surgery.replay.'
+        )
+    if steps.ndim != 2 or steps.shape[1] != count + 1:
+        raise ModelError(
+            f"a journal of shape {tuple(steps.shape)} does not fit {method.name} with {count} "
+            f"directions: expected (steps, {count + 1})."
+        )
+    surgery.bind()
+    for *scalars, rate in steps.tolist():
+        for site in surgery.sites:
+            piece = site.pieces[0]
+            now = torch.tensor(scalars, dtype=piece.parameter.dtype)
+            decay = rate * piece.weight_decay
+            carry(piece, site.current(), torch.zeros_like(now), now, surgery.step, decay)
+        method.journal.append((*scalars, rate))
+        surgery.step += 1
+        method.advance()
+    return model
+
+
+def _scalars(method: TwoPoint) -> int:
+    return method.beside[0].parameter.numel()
+
+
+def _surgery(model: nn.Module) -> Surgery:
+    surgery = surgery_of(model)
+    if surgery is None:
+        raise ModelError(
+            'nothing was applied to this model. Call surgery.apply(model, "mezo") first.'
+        )
+    return surgery
+
+
+def _method(surgery: Surgery) -> TwoPoint:
+    for method in surgery.methods:
+        if isinstance(method, TwoPoint) and not method.dense:
+            return method
+    names = ", ".join(options.name for options in surgery.passes)
+    raise ModelError(
+        f"only the steps of zeroth-order passes are scalars, and {names} was applied (dense=True "
+        "leaves the steps to the optimizer)."
+    )

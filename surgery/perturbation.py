@@ -1,0 +1,179 @@
+"""What a weight is moved by in a two-point evaluation: z, drawn again wherever it is needed.
+
+Nothing of a weight's size is kept: forward reads W + s z from a tensor that lives for one
+operation (or takes s x z^T from thin factors), and the optimizer's step adds a z in one sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from surgery import noise
+from surgery.coordinates import CHUNK, matrix_of, wide
+
+
+class Probe(Protocol):
+    """What is being evaluated now, of all weights. step: optimizer steps made. slot: number of the
+    direction. shift: the factor s of z; a tensor with a tangent in forward mode; None for W."""
+
+    seed: int
+    kind: noise.Kind
+    step: int
+    slot: int
+    shift: float | Tensor | None
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(number of directions): coordinates a stand for the change scale * sum a z."""
+        ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Perturbation:
+    """z beside one weight, entries of variance 1: the `surgery.coordinates.Map` of (K,) scalars."""
+
+    name: str
+    owner: nn.Module
+    probe: Probe
+    transposed: bool = False  # z has the layout of the weight
+
+    def current(self) -> Tensor:
+        """Return the weight, which no evaluation writes."""
+        return self.owner.get_parameter(self.name.rpartition(".")[2]).detach()
+
+    def key(self, slot: int, *labels: str | int) -> int:
+        """Return what z depends on, besides the place of an entry."""
+        return noise.bits(self.probe.seed, "z", self.name, self.probe.step, slot, *labels)
+
+    def rows(self, slot: int, part: slice) -> Tensor:
+        """Return rows of z as a matrix (n, width), at least float32."""
+        weight = matrix_of(self.current())
+        height, width = weight.shape
+        start, stop, _ = part.indices(height)
+        count = (stop - start) * width
+        key, device = self.key(slot), weight.device
+        return noise.direction(self.probe.kind, start * width, count, key, device).view(-1, width)
+
+    def gather(self, slot: int, ids: Tensor) -> Tensor:
+        """Return the rows of z with these numbers (n,)."""
+        width = self.current().shape[-1]
+        places = ids[:, None] * width + torch.arange(width, device=ids.device)
+        return noise.direction_at(self.probe.kind, places, self.key(slot))
+
+    def perturbed(self, dtype: torch.dtype) -> Tensor:
+        """Return W + s z, added in float32 (float64) and rounded once to the dtype."""
+        weight, shift = self.current(), self.probe.shift
+        if shift is None:
+            return weight.to(dtype)
+        slot, source = self.probe.slot, matrix_of(weight)
+        if isinstance(shift, Tensor):
+            z = self.rows(slot, slice(None)).view(weight.shape).to(dtype)
+            return weight.to(dtype) + shift.to(dtype) * z
+        result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        target = matrix_of(result)
+        for part in parts(source):
+            torch.add(source[part], self.rows(slot, part), alpha=shift, out=target[part])
+        return result
+
+    def forget(self) -> None:
+        """Let go of what was kept for the step that has been made."""
+
+    # -- the map of the coordinates ----------------------------------------------------------------
+
+    def change(self, delta: Tensor, part: slice) -> Tensor:
+        values = [value * self.probe.scale for value in delta.tolist()]
+        total: Tensor | None = None
+        for slot, value in enumerate(values):
+            if value and total is None:
+                total = self.rows(slot, part).to(delta.dtype).mul_(value)
+            elif value:
+                total = total.add_(self.rows(slot, part), alpha=value)
+        if total is None:
+            matrix = matrix_of(self.current())[part]
+            return torch.zeros(matrix.shape, dtype=delta.dtype, device=matrix.device)
+        return total
+
+    def expand(self, delta: Tensor) -> Tensor:
+        return self.change(delta, slice(None))
+
+    def add_into(self, matrix: Tensor, delta: Tensor) -> None:
+        if bool(delta.any()):
+            for part in parts(matrix):
+                matrix[part] += self.change(delta, part)
+
+
+def parts(matrix: Tensor) -> Iterable[slice]:
+    """Cut a matrix into bands of rows that stay in the cache."""
+    height = max(1, CHUNK // matrix.shape[1])
+    return [slice(start, start + height) for start in range(0, matrix.shape[0], height)]
+
+
+@dataclass(eq=False, kw_only=True)
+class LowRank(Perturbation):
+    """z = left right of thin factors: x z^T is taken beside x W^T, z itself never formed there."""
+
+    rank: int
+    held: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None  # of one (step, slot)
+
+    @abstractmethod
+    def draw(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return left (height, rank) and right (rank, width), with z of variance 1."""
+
+    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
+        place = (self.probe.step, slot)
+        if self.held is None or self.held[0] != place:
+            self.held = (place, self.draw(slot))
+        return self.held[1]
+
+    def forget(self) -> None:
+        self.held = None
+
+    def normal(self, rows: int, key: int) -> Tensor:
+        """Return a matrix (rows, rank) of normal numbers in the dtype of steps."""
+        weight = self.current()
+        entries = noise.direction("gaussian", 0, rows * self.rank, key, weight.device)
+        return entries.view(rows, self.rank).to(wide(weight))
+
+    def rows(self, slot: int, part: slice) -> Tensor:
+        left, right = self.factors(slot)
+        return left[part] @ right
+
+    def gather(self, slot: int, ids: Tensor) -> Tensor:
+        left, right = self.factors(slot)
+        return left[ids] @ right
+
+    def add_to(self, y: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        """Return y + s x z^T (or s x z if transposed), for y = x W^T; y may be overwritten."""
+        shift = self.probe.shift
+        if shift is None:
+            return y
+        left, right = (factor.to(x.dtype) for factor in self.factors(self.probe.slot))
+        first, second = (left.t(), right.t()) if transposed else (right, left)
+        thin = functional.linear(x, first)
+        if isinstance(shift, Tensor):
+            return y + shift.to(y.dtype) * functional.linear(thin, second)
+        if y.dtype == wide(y) and y.is_contiguous():
+            flat = y.view(-1, y.shape[-1])
+            flat.addmm_(thin.reshape(-1, thin.shape[-1]), second.t(), alpha=shift)
+            return y
+        return (y.to(wide(y)) + shift * functional.linear(thin, second)).to(y.dtype)
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return a uniformly random orthonormal frame (rows, rank) from a normal matrix."""
+    q, upper = torch.linalg.qr(matrix.double())
+    return (q * upper.diagonal().sign()).to(matrix.dtype)
+
+
+def spread(weight: Tensor, rank: int) -> float:
+    """Return the factor that gives U Z V^T of orthonormal U, V entries of variance 1."""
+    height, width = matrix_of(weight).shape
+    return math.sqrt(height * width) / rank

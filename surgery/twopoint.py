@@ -1,0 +1,276 @@
+"""Gradients from forwards alone: the model is run at W + eps z and at W - eps z, without autograd.
+
+The mid-point of what it returns is attached to the scalar coordinates by one autograd node: given
+dL/dy, coordinate k gets scale * <dL/dy, (y+ - y-) / (2 eps)>, scale = 1 / sqrt(K) of K directions.
+The loss may be computed in the model or outside of it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd import forward_ad
+from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from surgery import noise
+from surgery.coordinates import Piece, wide
+from surgery.errors import OptimizerError, SurgeryError
+from surgery.evaluation import Modes, Output, Same
+from surgery.ledger import Ledger
+from surgery.perturbation import Perturbation
+from surgery.perturbing import perturb_reads
+from surgery.state import Method, Surgery
+
+Estimate: TypeAlias = Literal["central", "one_sided", "forward"]
+
+SILENT = 20  # steps running with a gradient of exactly zero before a warning
+
+
+@dataclass(eq=False, kw_only=True)
+class TwoPoint(Method):
+    """The run-time state of a zeroth-order pass; also the `Probe` of its perturbations.
+
+    beside: one coordinate for each weight; they share their (K,) scalars unless dense. per_rank:
+    whether each rank probes `directions` of its own.
+    """
+
+    alone = True
+
+    name: str
+    seed: int
+    kind: noise.Kind
+    eps: float
+    directions: int
+    estimate: Estimate
+    dense: bool
+    per_rank: bool
+    beside: list[Piece] = field(default_factory=list)
+    step: int = 0
+    slot: int = 0
+    shift: float | Tensor | None = None
+    probed: bool = False  # a forward was evaluated since the last optimizer step
+    silent: int = 0
+    journal: list[tuple[float, ...]] = field(default_factory=list)  # K scalars, learning rate
+    written: dict[Modes, frozenset[str]] = field(default_factory=dict)  # buffers, see `Same`
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        return self.beside
+
+    @property
+    def ranks(self) -> int:
+        shared = not self.per_rank or not distributed.is_initialized()
+        return 1 if shared else distributed.get_world_size()
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.directions * self.ranks)
+
+    @property
+    def perturbations(self) -> Iterable[Perturbation]:
+        return [piece.note for piece in self.beside]
+
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+        perturb_reads(graph)
+
+    # -- one evaluation ----------------------------------------------------------------------------
+
+    def drive(self, run: Callable[[], Any], surgery: Surgery) -> Any:
+        """Return the model's output, attached to the coordinates."""
+        rank = distributed.get_rank() if self.ranks > 1 else 0
+        slots = range(rank * self.directions, (rank + 1) * self.directions)
+        same = Same(run, surgery.model, self.written)
+        with torch.no_grad():
+            last, middle, slopes = self._evaluate(same, slots)
+        self.probed = self.probed or not surgery.rehearsal
+        weights = [p.parameter for p in self.beside] if self.dense else [self.beside[0].parameter]
+        flat = [value for each in slopes for value in each]
+        attached = _Attach.apply(self, slots, len(middle), *middle, *flat, *weights)
+        return last.with_values(attached)
+
+    def _evaluate(self, run: Same, slots: Sequence[int]) -> Any:
+        base = self._at(run, None) if self.estimate == "one_sided" else None
+        slopes: list[list[Tensor]] = []
+        middle = None if base is None else base.values
+        last = base
+        for self.slot in slots:
+            if self.estimate == "forward":
+                last = self._tangent(run)
+                found, slope = last.values, last.slopes
+            else:
+                plus = self._at(run, self.eps)
+                found = plus.values  # all that is kept of this output
+                last = base or self._at(run, -self.eps)
+                distance = self.eps if base else 2 * self.eps
+                slope = [
+                    _difference(a, b, distance) for a, b in zip(found, last.values, strict=True)
+                ]
+                found = [torch.lerp(a, b, 0.5) for a, b in zip(found, last.values, strict=True)]
+            slopes.append(slope)
+            if base is None:
+                middle = (
+                    found if middle is None else [a + b for a, b in zip(middle, found, strict=True)]
+                )
+        self.shift = None
+        assert middle is not None and last is not None
+        count = 1 if base else len(slots)
+        return last, [value / count if count > 1 else value for value in middle], slopes
+
+    def _at(self, run: Same, shift: float | None) -> Output:
+        self.shift = shift
+        try:
+            return Output(run())
+        finally:
+            self.shift = None
+
+    def _tangent(self, run: Same) -> Output:
+        """Evaluate the exact directional derivative, by forward-mode differentiation."""
+        weight = self.beside[0].parameter
+        # Fused attention has no forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            zero = torch.zeros((), device=weight.device, dtype=wide(weight))
+            self.shift = forward_ad.make_dual(zero, torch.ones_like(zero))
+            try:
+                output = Output(run())
+            finally:
+                self.shift = None
+            pairs = [forward_ad.unpack_dual(value) for value in output.values]
+            output.slopes = [
+                torch.zeros_like(value) if tangent is None else tangent.clone()
+                for value, tangent in pairs
+            ]
+            output.values = [value.clone() for value, _ in pairs]
+        return output
+
+    # -- the clock ---------------------------------------------------------------------------------
+
+    def check(self, optimizer: Optimizer) -> None:
+        if self.dense:
+            return
+        kind, groups = type(optimizer).__name__, optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups if group.get("weight_decay")]
+        if decays:
+            warnings.warn(
+                f"{self.name}: the weight_decay of {kind} acts on scalars that start from zero in "
+                f"each step: it does nothing. Give it to the pass, such as "
+                f"passes.Mezo(weight_decay={decays[0]}), and weight_decay=0 to the optimizer.",
+                stacklevel=2,
+            )
+        if any(group.get("momentum") or (group.get("betas") or (0.0,))[0] for group in groups):
+            warnings.warn(
+                f"{self.name}: {kind} has momentum, and the scalars that it steps stand "
+                "for other directions after each step. Their state is dropped, so momentum does "
+                "nothing and Adam takes the sign of each slope. Use torch.optim.SGD, or dense=True "
+                "for momentum over weights.",
+                stacklevel=2,
+            )
+
+    @property
+    def coordinates(self) -> Iterable[Tensor]:
+        return {id(piece.parameter): piece.parameter for piece in self.beside}.values()
+
+    def before_step(self) -> None:
+        if self.probed and all(parameter.grad is None for parameter in self.coordinates):
+            raise OptimizerError(
+                f"{self.name}: no gradient has reached the coordinates since the last forward: the "
+                "loss does not depend on the model's output, or backward was not called. Compute "
+                "the loss from what model(...) returns, without detach() or item()."
+            )
+
+    def after_step(self, surgery: Surgery) -> None:
+        self._listen()
+        self.probed = False
+        if not self.dense:
+            scalars = self.beside[0].parameter
+            groups = [group for optimizer in surgery.driving for group in optimizer.param_groups]
+            rates = [g["lr"] for g in groups if any(p is scalars for p in g["params"])]
+            self.journal.append((*scalars.tolist(), float(rates[0])))
+            scalars.detach().zero_()  # they stand for other directions from now on
+            surgery.forget(self.beside[:1])
+        self.advance()
+
+    def advance(self) -> None:
+        """Begin the next step: other directions."""
+        self.step += 1
+        for piece in self.beside:
+            piece.since = self.step
+            piece.note.forget()
+
+    def _listen(self) -> None:
+        grads = [parameter.grad for parameter in self.coordinates]
+        heard = any(grad is not None and bool(grad.any()) for grad in grads)
+        self.silent = 0 if heard or not self.probed else self.silent + 1
+        if self.silent == SILENT:
+            warnings.warn(
+                f"{self.name}: the two evaluations have given exactly the same in {SILENT} steps "
+                f"running. eps={self.eps} may be too small for the dtype of the model or of the "
+                "loss (keep the loss in float32), or the loss is constant.",
+                stacklevel=2,
+            )
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        numel = sum(piece.covers or piece.numel for piece in self.beside)
+        runs = {"central": 2 * self.directions, "one_sided": self.directions + 1}
+        count = runs.get(self.estimate, self.directions)
+        yield "perturbed", f"{len(self.beside)} weights, {numel:,} parameters, eps {self.eps:g}"
+        yield "forwards", f"{count} for each batch ({self.estimate}), no backward"
+        if self.dense:
+            yield "dense", "gradients and optimizer state have the size of the weights"
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, method: TwoPoint, slots: Sequence[int], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        kept = count * (1 + len(slots))
+        ctx.method, ctx.slots, ctx.count, ctx.used = method, slots, count, False
+        ctx.step, ctx.total = method.step, len(tensors)
+        ctx.save_for_backward(*tensors[count:kept])
+        ctx.weights = len(tensors) - kept
+        return tuple(value.view_as(value) for value in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        method: TwoPoint = ctx.method
+        if ctx.used or ctx.step != method.step:
+            raise SurgeryError(
+                f"{method.name}: backward was called "
+                + ("twice on one output" if ctx.used else "on an output of an earlier step")
+                + ": its slope was taken along directions of one step. Run the model again."
+            )
+        ctx.used = True
+        kept = iter(ctx.saved_tensors)
+        factor = method.scale * method.ranks  # data parallel training averages over ranks
+        slopes = []
+        for _ in ctx.slots:
+            pairs = [(grad, next(kept)) for grad in grads]
+            slopes.append(factor * sum(torch.sum(grad.to(s) * s) for grad, s in pairs))
+        found = _to_coordinates(method, ctx.slots, slopes)
+        return None, None, None, *([None] * (ctx.total - ctx.weights)), *found
+
+
+def _to_coordinates(
+    method: TwoPoint, slots: Sequence[int], slopes: Sequence[Any]
+) -> Sequence[Tensor]:
+    first = method.beside[0].parameter
+    scalars = torch.zeros(method.directions * method.ranks, dtype=wide(first), device=first.device)
+    scalars[slots[0] : slots[0] + len(slots)] = torch.stack(slopes).to(scalars)
+    if not method.dense:
+        return [scalars]
+    return [
+        piece.note.expand(scalars).view(piece.parameter.shape).to(piece.parameter.dtype)
+        for piece in method.beside
+    ]
+
+
+def _difference(a: Tensor, b: Tensor, distance: float) -> Tensor:
+    return (a.to(wide(a)) - b.to(wide(b))) / distance
