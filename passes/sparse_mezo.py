@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from passes.mezo import ZerothOrder
 from surgery import noise
-from surgery.coordinates import matrix_of
+from surgery.coordinates import matrix_of, wide
 from surgery.perturbation import Perturbation
 from surgery.registry import demand, register
 from surgery.twopoint import TwoPoint
@@ -66,14 +66,21 @@ class Sparse(Perturbation):
             width = weight.shape[1]
             random = noise.sixteen(start * width, (stop - start) * width, self._mask, weight.device)
             return z.masked_fill_((random >= self._share).view(z.shape), 0.0)
-        return z.masked_fill_(weight[part].abs() > self.threshold, 0.0)
+        return self._small(z, weight[part])
 
     def gather(self, slot: int, ids: Tensor) -> Tensor:
         z, weight = super().gather(slot, ids), self.current()
         if self.options.mask == "random":
             places = ids[:, None] * z.shape[1] + torch.arange(z.shape[1], device=ids.device)
             return z.masked_fill_(noise.sixteen_at(places, self._mask) >= self._share, 0.0)
-        return z.masked_fill_(weight[ids].abs() > self.threshold, 0.0)
+        return self._small(z, weight[ids])
+
+    def _small(self, z: Tensor, weight: Tensor) -> Tensor:
+        """Return z where |W| <= h, else 0."""
+        # What backward of hardtanh does, in one sweep; where(|W| <= h) takes 6 times as long.
+        full = weight.to(wide(weight))
+        above = torch.nextafter(full.new_tensor(self.threshold), full.new_tensor(math.inf)).item()
+        return torch.ops.aten.hardtanh_backward(z.to(full.dtype), full, -above, above)
 
     @property
     def threshold(self) -> float:

@@ -148,7 +148,7 @@ def direction(kind: Kind, start: int, count: int, key: int, device: Any = "cpu")
     table of 65,536 quantiles. Entry i is a function of (key, i) only.
     """
     if kind == "gaussian":
-        return _quantiles(str(device))[sixteen(start, count, key, device)]
+        return _quantiles(str(device)).index_select(0, sixteen(start, count, key, device))
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
     words = mixed(torch.arange(first * 64, last * 64, device=device), key)
     shifts = torch.arange(32, dtype=torch.int32, device=device).view(32, 1)

@@ -89,24 +89,23 @@ class Perturbation:
     # -- the map of the coordinates ----------------------------------------------------------------
 
     def change(self, delta: Tensor, part: slice) -> Tensor:
-        values = [value * self.probe.scale for value in delta.tolist()]
-        total: Tensor | None = None
-        for slot, value in enumerate(values):
-            if value and total is None:
-                total = self.rows(slot, part).to(delta.dtype).mul_(value)
-            elif value:
-                total = total.add_(self.rows(slot, part), alpha=value)
-        if total is None:
-            matrix = matrix_of(self.current())[part]
-            return torch.zeros(matrix.shape, dtype=delta.dtype, device=matrix.device)
+        matrix = matrix_of(self.current())[part]
+        total = torch.zeros(matrix.shape, dtype=delta.dtype, device=matrix.device)
+        for slot, value in enumerate(delta.tolist()):
+            if value:
+                total.add_(self.rows(slot, part), alpha=value * self.probe.scale)
         return total
 
     def expand(self, delta: Tensor) -> Tensor:
         return self.change(delta, slice(None))
 
     def add_into(self, matrix: Tensor, delta: Tensor) -> None:
-        if bool(delta.any()):
-            for part in parts(matrix):
+        values = {slot: v * self.probe.scale for slot, v in enumerate(delta.tolist()) if v}
+        for part in parts(matrix) if values else ():
+            if len(values) == 1:
+                ((slot, value),) = values.items()
+                matrix[part].add_(self.rows(slot, part), alpha=value)
+            else:  # all z of W before any is added: a mask depends on it
                 matrix[part] += self.change(delta, part)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.nn import functional
 
 from surgery import nodes
@@ -105,40 +106,39 @@ def perturbed_embedding(ids: Tensor, weight: Tensor, padding: int | None = None)
 
 def perturb_reads(graph: GraphModule) -> None:
     """Let every read of a weight in a captured graph be a perturbed one, in place."""
-    for node, body in list(bodies(graph)):
-        _inline(graph, node, body)
+    while found := next(iter(bodies(graph)), None):
+        _inline(graph, *found)
     for gate in graph.graph.find_nodes(op="call_function", target=nodes.gate):
         for user in list(gate.users):
             if not _in_place_of(user, gate):
                 _before(graph, user, gate)
-    for node in list(graph.graph.nodes):
-        if (
-            node.target in LOSSES
-            and isinstance(node.args[0], Node)
-            and _dtype(node.args[0]) in HALF
-        ):
+    for node in [n for n in graph.graph.nodes if n.target in LOSSES]:
+        values = node.args[0]
+        if isinstance(values, Node) and _dtype(values) in HALF:
             with graph.graph.inserting_before(node):
-                full = graph.graph.call_method("float", (node.args[0],))
-            node.replace_input_with(node.args[0], full)
+                full = graph.graph.call_method("float", (values,))
+            node.replace_input_with(values, full)
 
 
 def _inline(graph: GraphModule, node: Node, body: GraphModule) -> None:
     """Run a checkpointed region as it is: nothing is kept that could be recomputed."""
     inner = body.graph.find_nodes(op="placeholder")
     copies: dict[Node, Any] = dict(zip(inner, node.args[1:], strict=True))
-    path = str(node.args[0].target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    where = node.args[0]
+    assert isinstance(where, Node)
     with graph.graph.inserting_before(node):
         for each in body.graph.nodes:
             if each.op in ("placeholder", "output"):
                 continue
             copies[each] = graph.graph.node_copy(each, lambda n: copies[n])
             if each.op in ("get_attr", "call_module"):
-                copies[each].target = f"{path}.{each.target}"
+                copies[each].target = f"{where.target}.{each.target}"
     (output,) = body.graph.find_nodes(op="output")
-    results = torch.fx.map_arg(output.args[0], lambda n: copies[n])
+    results: Any = map_arg(output.args[0], lambda n: copies[n])
     for user in list(node.users):
         if user.target is operator.getitem and isinstance(results, list | tuple):
-            user.replace_all_uses_with(results[user.args[1]])
+            place: Any = user.args[1]
+            user.replace_all_uses_with(results[place])
             graph.graph.erase_node(user)
     if isinstance(results, Node):
         node.replace_all_uses_with(results)
@@ -147,38 +147,40 @@ def _inline(graph: GraphModule, node: Node, body: GraphModule) -> None:
 
 def _in_place_of(user: Node, gate: Node) -> bool:
     """Let a Linear or an embedding that reads the weight add what it has to add by itself."""
-    spare = set(user.kwargs) - {"weight", "bias", "input", "padding_idx"}
+    args: tuple[Any, ...] = user.args
     if user.target is functional.embedding:
-        simple = len(user.args) <= 3 or not any(user.args[3:])
-        if not simple or any(user.kwargs[key] for key in spare) or user.args[1] is not gate:
+        ids, weight, padding, *rest = (*args, None)[:4] if len(args) < 3 else args
+        padding = user.kwargs.get("padding_idx", padding)
+        others = [v for k, v in user.kwargs.items() if k != "padding_idx"]
+        if weight is not gate or any(rest) or any(others):
             return False
-        padding = user.args[2] if len(user.args) > 2 else user.kwargs.get("padding_idx")
-        user.target, user.args, user.kwargs = (
-            perturbed_embedding,
-            (user.args[0], gate, padding),
-            {},
-        )
+        user.target, user.args, user.kwargs = perturbed_embedding, (ids, gate, padding), {}
         return True
-    if is_linear(user) and gate is not user.args[user.target is torch.addmm]:  # not as input
-        user.target = perturbed_addmm if user.target is torch.addmm else perturbed_linear
+    if is_linear(user):
+        source = args[1] if user.target is torch.addmm else args[0]
+        if source is not gate:
+            user.target = perturbed_addmm if user.target is torch.addmm else perturbed_linear
     return user.target in (perturbed_linear, perturbed_addmm)
 
 
 def _before(graph: GraphModule, user: Node, gate: Node) -> None:
     """Form the perturbed weight right before the operation that reads it."""
-    value = gate.meta.get("example_value", gate.args[0].meta.get("example_value"))  # pyright: ignore
+    weight = gate.args[0]
+    assert isinstance(weight, Node)
+    value = weight.meta["example_value"]
     narrow = value.ndim <= 1 and value.dtype in HALF
+    cast = narrow and _dtype(user) in HALF
     with graph.graph.inserting_before(user):
         read = graph.graph.call_function(perturb_wide if narrow else perturb, (gate,))
         user.replace_input_with(gate, read)
-        if narrow and _dtype(user) in HALF:
-            for other in list(user.all_input_nodes):
-                if other is not read and _dtype(other) in HALF:
-                    full = graph.graph.call_method("float", (other,))
-                    user.replace_input_with(other, full)
-    if narrow and _dtype(user) in HALF:
+        for other in [n for n in user.all_input_nodes if cast and n is not read]:
+            if _dtype(other) in HALF:
+                full = graph.graph.call_method("float", (other,))
+                user.replace_input_with(other, full)
+    if cast:
         with graph.graph.inserting_after(user):
             back = graph.graph.call_method("to", (user, _dtype(user)))
+        back.meta = dict(user.meta)
         user.replace_all_uses_with(back, delete_user_cb=lambda each: each is not back)
 
 

@@ -250,16 +250,18 @@ class _Attach(torch.autograd.Function):
         ctx.used = True
         kept = iter(ctx.saved_tensors)
         factor = method.scale * method.ranks  # data parallel training averages over ranks
-        slopes = []
+        slopes: list[Tensor] = []
         for _ in ctx.slots:
-            pairs = [(grad, next(kept)) for grad in grads]
-            slopes.append(factor * sum(torch.sum(grad.to(s) * s) for grad, s in pairs))
+            each = [
+                (grad.to(slope) * slope).sum() for grad, slope in zip(grads, kept, strict=False)
+            ]
+            slopes.append(factor * torch.stack(each).sum())
         found = _to_coordinates(method, ctx.slots, slopes)
         return None, None, None, *([None] * (ctx.total - ctx.weights)), *found
 
 
 def _to_coordinates(
-    method: TwoPoint, slots: Sequence[int], slopes: Sequence[Any]
+    method: TwoPoint, slots: Sequence[int], slopes: list[Tensor]
 ) -> Sequence[Tensor]:
     first = method.beside[0].parameter
     scalars = torch.zeros(method.directions * method.ranks, dtype=wide(first), device=first.device)

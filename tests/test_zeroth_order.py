@@ -17,6 +17,7 @@ from torch import nn
 import passes
 import surgery
 from surgery.memory import measure
+from surgery.perturbing import perturb_wide
 from surgery.twopoint import TwoPoint
 
 ZEROTH = {
@@ -280,16 +281,26 @@ def test_an_evaluation_adds_in_float32_and_rounds_once(dtype):
 
 
 def test_norms_of_half_precision_are_moved_in_float32():
-    model = make("llama").bfloat16()
-    surgery.apply(model, passes.Mezo(targets=".*norm.*", eps=1e-3))
-    inputs = inputs_of("llama")
-    loss_of(model, inputs).backward()
-    found = scalars(model).grad.item()
-    # In bfloat16, 1 + 1e-3 is 1: nothing would have moved.
-    assert found != 0.0
-    full = surgery.apply(make("llama"), passes.Mezo(targets=".*norm.*", eps=1e-3))
-    loss_of(full, inputs).backward()
-    assert math.copysign(1, found) == math.copysign(1, scalars(full).grad.item())
+    slopes, inputs = [], inputs_of("llama")
+    for dtype in (torch.bfloat16, torch.float32):
+        torch._dynamo.reset()
+        model = make("llama")
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # of ones, products would all be rounded back
+                parameter.detach().uniform_(0.8, 1.2, generator=generator)
+        surgery.apply(model.to(dtype), passes.Mezo(targets=".*norm.*", eps=1e-3))
+        # In bfloat16, most entries near 1 stay where they are when 1e-3 is added.
+        read = perturb_wide(model.model.norm.weight)
+        assert read.dtype == torch.float32
+        method_of(model, TwoPoint).shift = 1e-3
+        moved = perturb_wide(model.model.norm.weight) - read
+        method_of(model, TwoPoint).shift = None
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-3), rtol=1e-3, atol=0)
+        loss_of(model, inputs).backward()
+        slopes.append(scalars(model).grad.item())
+    assert slopes[0] != 0.0
+    assert abs(slopes[0] - slopes[1]) < 0.2
 
 
 # -- 10 to 13: the slope ---------------------------------------------------------------------------
@@ -569,6 +580,23 @@ def test_only_the_loss_carries_a_gradient_and_logits_are_kept_once():
     assert type(output).__name__ == "CausalLMOutputWithPast"
     bare = model(input_ids=inputs_of("llama")["input_ids"], use_cache=False)
     assert bare.logits.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers announces its renamings
+@pytest.mark.parametrize("kind", ["mezo", "lozo"])
+def test_gradient_checkpointing_and_autocast_change_nothing(kind):
+    def slope(checkpointing: bool, cast: bool = False) -> float:
+        torch._dynamo.reset()
+        model = make("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        surgery.apply(model, ZEROTH[kind](eps=1e-2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss_of(model, inputs_of("llama")).backward()
+        return scalars(model).grad.item()
+
+    assert slope(True) == slope(False)
+    assert abs(slope(False, cast=True) - slope(False)) < 0.2 * abs(slope(False)) + 0.2
 
 
 @pytest.mark.parametrize("kind", ["mezo", "sparse", "lozo", "subzero"])
