@@ -152,9 +152,9 @@ def direction(kind: Kind, start: int, count: int, key: int, device: Any = "cpu")
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
     words = mixed(torch.arange(first * 64, last * 64, device=device), key)
     shifts = torch.arange(32, dtype=torch.int32, device=device).view(32, 1)
-    lifted = words.view(torch.int32).view(-1, 1, 128) << shifts
+    lifted = (words.view(torch.int32).view(-1, 1, 128) << shifts).view(torch.float32)
     one = torch.ones((), device=device)
-    signs = torch.copysign(one, lifted.view(torch.float32)).view(-1)
+    signs = torch.copysign(one, lifted, out=lifted).view(-1)  # in place: it is in the cache
     return signs[start - first * BLOCK :][:count]
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery import noise
-from surgery.coordinates import CHUNK, matrix_of, wide
+from surgery.coordinates import matrix_of, wide
+
+BAND = 1 << 19  # entries that z is drawn for at a time: 2 MB, the size of a cache
 
 
 class Probe(Protocol):
@@ -47,7 +49,9 @@ class Perturbation:
 
     def current(self) -> Tensor:
         """Return the weight, which no evaluation writes."""
-        return self.owner.get_parameter(self.name.rpartition(".")[2]).detach()
+        weight = self.owner._parameters[self.name.rpartition(".")[2]]
+        assert weight is not None
+        return weight.detach()
 
     def key(self, slot: int, *labels: str | int) -> int:
         """Return what z depends on, besides the place of an entry."""
@@ -86,6 +90,27 @@ class Perturbation:
     def forget(self) -> None:
         """Let go of what was kept for the step that has been made."""
 
+    def multiply(self, x: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:
+        """Return x (W + s z)^T + b, or x (W + s z) + b if transposed."""
+        weight, shift = self.current(), self.probe.shift
+        cast = torch.is_autocast_enabled(weight.device.type)
+        if shift is None or isinstance(shift, Tensor) or transposed or cast:
+            moved = self.perturbed(weight.dtype)
+            return functional.linear(x, moved.t() if transposed else moved, bias)
+        # In bands, each used while it is in the cache: no copy of the weight ever stands whole.
+        rows = x.reshape(-1, x.shape[-1])
+        result = rows.new_empty(rows.shape[0], weight.shape[0])
+        for part in parts(weight):
+            torch.mm(rows, self._band(weight, part, shift).t(), out=result[:, part])
+        if bias is not None:
+            result += bias
+        return result.view(*x.shape[:-1], -1)
+
+    def _band(self, matrix: Tensor, part: slice, shift: float) -> Tensor:
+        z = self.rows(self.probe.slot, part)
+        room = z if z.dtype == wide(matrix) else None  # z is in the cache already
+        return torch.add(matrix[part], z, alpha=shift, out=room).to(matrix.dtype)
+
     # -- the map of the coordinates ----------------------------------------------------------------
 
     def change(self, delta: Tensor, part: slice) -> Tensor:
@@ -111,7 +136,7 @@ class Perturbation:
 
 def parts(matrix: Tensor) -> Iterable[slice]:
     """Cut a matrix into bands of rows that stay in the cache."""
-    height = max(1, CHUNK // matrix.shape[1])
+    height = max(1, BAND // matrix.shape[1])
     return [slice(start, start + height) for start in range(0, matrix.shape[0], height)]
 
 

@@ -73,11 +73,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     beside = found(weight)
     half = bias is not None and bias.dtype in HALF
     plain = None if bias is None or half else perturb(bias)
-    thin = isinstance(beside, LowRank)
-    matrix = weight.detach() if thin else perturb(weight)
-    y = functional.linear(x, matrix.t() if transposed else matrix, plain)
-    if thin:
-        y = beside.add_to(y, x, transposed)
+    if beside is None or isinstance(beside, LowRank):
+        matrix = weight.detach()
+        y = functional.linear(x, matrix.t() if transposed else matrix, plain)
+        y = y if beside is None else beside.add_to(y, x, transposed)
+    else:
+        y = beside.multiply(x, transposed, plain)
     if half:
         assert bias is not None
         y = (y.to(wide(y)) + perturb_wide(bias)).to(y.dtype)

@@ -73,7 +73,7 @@ ROUNDED = {
         passes.Compress(seed=seed),
     ],
 }
-# gradients from two forwards; with relu, the error of the slope falls as eps
+# gradients from two forwards
 ZEROTH = {
     "mezo": lambda period=2, seed=0: passes.Mezo(eps=1e-4, seed=seed),
     "mezo_dense": lambda period=2, seed=0: passes.Mezo(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from surgery.cli import app
@@ -39,10 +40,34 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
     assert loaded.config.num_hidden_layers == 4
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["mezo", "lozo"])
+def test_forwards_alone(method, tmp_path):
+    command = [sys.executable, "-m", "examples.forwards_only", "--pass", method, "--layers", "2"]
+    command += ["--steps", "12", "--length", "32", "--out", str(tmp_path)]
+    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", run.stdout)
+    assert losses and float(losses[2]) < float(losses[1])
+    with safe_open(tmp_path / "journal.safetensors", "pt") as file:
+        assert file.get_tensor("journal").shape == (12, 5)
+
+
 def test_the_command_line_lists_the_passes():
     found = CliRunner().invoke(app, ["list"])
     assert found.exit_code == 0
-    for name in ("misa", "lisa", "badam", "recompute", "chunked_loss", "velora", "compress", "rso"):
+    for name in (
+        "misa",
+        "lisa",
+        "badam",
+        "recompute",
+        "chunked_loss",
+        "velora",
+        "compress",
+        "rso",
+        "mezo",
+    ):
         assert name in found.output
 
 

@@ -168,8 +168,8 @@ def test_both_evaluations_and_the_step_use_one_mask_of_the_unperturbed_weight():
     name = "blocks.0.up.weight"
     weight, method = model.get_parameter(name), method_of(model, TwoPoint)
     note = next(p.note for p in method.beside if p.weight == name)
-    perturbed = note.perturbed
-    note.perturbed = lambda dtype: seen.append(perturbed(dtype)) or seen[-1]
+    band = note._band
+    note._band = lambda *args: seen.append(band(*args)) or seen[-1]
     optimizer = sgd(model, lr=0.5)
     before = weight.detach().clone()
     loss_of(model, inputs_of("plain")).backward()
