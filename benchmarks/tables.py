@@ -114,8 +114,16 @@ def losses(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def folding(part: dict[str, Any]) -> str:
+    """What becomes of steps in weights of few bits."""
+    rates = list(next(iter(part.values())))
+    rows = [[name, *(f"{row[rate]:.2f}" for rate in rates)] for name, row in part.items()]
+    return markdown(["", *(f"lr {float(rate):g}" for rate in rates)], rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    function.__name__: function for function in (activations, zeroth, few_shot, cost, losses)
+    function.__name__: function
+    for function in (activations, zeroth, few_shot, cost, losses, folding)
 }
 
 
@@ -124,7 +132,8 @@ def render(text: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         place, file, part, kind, _ = found.groups()
-        return place + KINDS[kind](load(file)["parts"][part])
+        result = load(file)
+        return place + KINDS[kind](result.get("parts", result)[part])
 
     return PLACE.sub(table, text)
 
