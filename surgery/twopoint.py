@@ -22,10 +22,9 @@ from torch.optim import Optimizer
 
 from surgery import noise
 from surgery.coordinates import Piece, wide
-from surgery.errors import OptimizerError, SurgeryError
+from surgery.errors import ModelError, OptimizerError, SurgeryError
 from surgery.evaluation import Modes, Output, Same
 from surgery.ledger import Ledger
-from surgery.perturbation import Perturbation
 from surgery.perturbing import perturb_reads
 from surgery.state import Method, Surgery
 
@@ -38,8 +37,7 @@ SILENT = 20  # steps running with a gradient of exactly zero before a warning
 class TwoPoint(Method):
     """The run-time state of a zeroth-order pass; also the `Probe` of its perturbations.
 
-    beside: one coordinate for each weight; they share their (K,) scalars unless dense. per_rank:
-    whether each rank probes `directions` of its own.
+    beside: one coordinate for each weight; they share their (K,) scalars unless dense.
     """
 
     alone = True
@@ -52,6 +50,7 @@ class TwoPoint(Method):
     estimate: Estimate
     dense: bool
     per_rank: bool
+    ranks: int  # that probe directions of their own; 1 unless per_rank
     beside: list[Piece] = field(default_factory=list)
     step: int = 0
     slot: int = 0
@@ -66,17 +65,8 @@ class TwoPoint(Method):
         return self.beside
 
     @property
-    def ranks(self) -> int:
-        shared = not self.per_rank or not distributed.is_initialized()
-        return 1 if shared else distributed.get_world_size()
-
-    @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.directions * self.ranks)
-
-    @property
-    def perturbations(self) -> Iterable[Perturbation]:
-        return [piece.note for piece in self.beside]
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         perturb_reads(graph)
@@ -85,7 +75,13 @@ class TwoPoint(Method):
 
     def drive(self, run: Callable[[], Any], surgery: Surgery) -> Any:
         """Return the model's output, attached to the coordinates."""
-        rank = distributed.get_rank() if self.ranks > 1 else 0
+        rank, world = rank_of_world()
+        if self.per_rank and world != self.ranks:
+            raise ModelError(
+                f"{self.name}: per_rank=True was applied for {self.ranks} ranks, and there are "
+                f"{world} now. Call torch.distributed.init_process_group before surgery.apply."
+            )
+        rank = rank if self.per_rank else 0
         slots = range(rank * self.directions, (rank + 1) * self.directions)
         same = Same(run, surgery.model, self.written)
         with torch.no_grad():
@@ -96,33 +92,31 @@ class TwoPoint(Method):
         attached = _Attach.apply(self, slots, len(middle), *middle, *flat, *weights)
         return last.with_values(attached)
 
-    def _evaluate(self, run: Same, slots: Sequence[int]) -> Any:
+    def _evaluate(
+        self, run: Same, slots: Sequence[int]
+    ) -> tuple[Output, Sequence[Tensor], Sequence[Sequence[Tensor]]]:
+        """Return the last output, the mid-point of all values, and their slopes for each slot."""
         base = self._at(run, None) if self.estimate == "one_sided" else None
-        slopes: list[list[Tensor]] = []
-        middle = None if base is None else base.values
-        last = base
+        last, middles, slopes = base, [], []
         for self.slot in slots:
+            last = base  # lets go of the output of the slot before
             if self.estimate == "forward":
                 last = self._tangent(run)
-                found, slope = last.values, last.slopes
-            else:
-                plus = self._at(run, self.eps)
-                found = plus.values  # all that is kept of this output
-                last = base or self._at(run, -self.eps)
-                distance = self.eps if base else 2 * self.eps
-                slope = [
-                    _difference(a, b, distance) for a, b in zip(found, last.values, strict=True)
-                ]
-                found = [torch.lerp(a, b, 0.5) for a, b in zip(found, last.values, strict=True)]
-            slopes.append(slope)
-            if base is None:
-                middle = (
-                    found if middle is None else [a + b for a, b in zip(middle, found, strict=True)]
-                )
-        self.shift = None
-        assert middle is not None and last is not None
-        count = 1 if base else len(slots)
-        return last, [value / count if count > 1 else value for value in middle], slopes
+                middles.append(last.values)
+                slopes.append(last.slopes)
+                continue
+            there = self._at(run, self.eps).values  # nothing else of this output is kept
+            last = base or self._at(run, -self.eps)
+            pairs = list(zip(there, last.values, strict=True))
+            distance = self.eps if base else 2 * self.eps
+            slopes.append([(a.to(wide(a)) - b.to(wide(b))) / distance for a, b in pairs])
+            middles.append([torch.lerp(a, b, 0.5) for a, b in pairs])
+        assert last is not None
+        if base is not None:
+            return last, base.values, slopes
+        if len(middles) == 1:
+            return last, middles[0], slopes
+        return last, [torch.stack(each).mean(0) for each in zip(*middles, strict=True)], slopes
 
     def _at(self, run: Same, shift: float | None) -> Output:
         self.shift = shift
@@ -226,6 +220,13 @@ class TwoPoint(Method):
             yield "dense", "gradients and optimizer state have the size of the weights"
 
 
+def rank_of_world() -> tuple[int, int]:
+    """Return the rank of this process and the number of all: (0, 1) without torch.distributed."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -272,7 +273,3 @@ def _to_coordinates(
         piece.note.expand(scalars).view(piece.parameter.shape).to(piece.parameter.dtype)
         for piece in method.beside
     ]
-
-
-def _difference(a: Tensor, b: Tensor, distance: float) -> Tensor:
-    return (a.to(wide(a)) - b.to(wide(b))) / distance

@@ -76,9 +76,6 @@ ROUNDED = {
 # gradients from two forwards
 ZEROTH = {
     "mezo": lambda period=2, seed=0: passes.Mezo(eps=1e-4, seed=seed),
-    "mezo_dense": lambda period=2, seed=0: passes.Mezo(
-        directions=2, dense=True, eps=1e-4, seed=seed
-    ),
     "sparse_mezo": lambda period=2, seed=0: passes.SparseMezo(
         keep_fraction=0.5, eps=1e-4, threshold="period", period=period, seed=seed
     ),

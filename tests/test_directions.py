@@ -86,3 +86,14 @@ def test_sixteen_bit_numbers_are_uniform():
     counts = torch.bincount(found >> 8, minlength=256).double()
     chi = ((counts - 4096).square() / 4096).sum()
     assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@KINDS
+def test_directions_are_the_same_on_a_gpu_to_the_bit(kind):
+    there = noise.direction(kind, 77, 1 << 20, 5, "cuda").cpu()
+    assert torch.equal(there, noise.direction(kind, 77, 1 << 20, 5))
+    places = torch.arange(0, 1 << 20, 37, device="cuda")
+    here = noise.direction_at(kind, places.cpu(), 5)
+    assert torch.equal(noise.direction_at(kind, places, 5).cpu(), here)

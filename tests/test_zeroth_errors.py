@@ -45,6 +45,8 @@ def test_quantised_weights_are_refused_by_name():
     codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     model.blocks[1].register_parameter("codes", codes)
     surgery.remove(surgery.apply(model, "mezo"))  # they require no gradient: not among the targets
+    with pytest.raises(surgery.TargetError, match=r"blocks\.1\.codes is quantised \(.*int8"):
+        surgery.apply(model, "mezo", targets=["blocks.1.codes", "head"])
     model.blocks[1].float8 = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn))
     with pytest.raises(surgery.TargetError, match=r"blocks\.1\.float8 is torch.float8_e4m3fn"):
         surgery.apply(model, "mezo")
