@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from laws import method_of, optimizer_of
+from laws import Moved, method_of, optimizer_of, train
 from models import inputs_of, loss_of, make
 from torch import nn
 
@@ -301,3 +301,22 @@ def test_velora_and_rso_on_one_weight_are_refused():
     both = [passes.Velora(groups=4), passes.Rso(rank=4)]
     with pytest.raises(surgery.ConflictError, match=r"velora and rso both train model\.layers\.0"):
         surgery.apply(make("llama"), both)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_steps_of_a_round_are_rounded_once_into_16_bits(dtype):
+    model = surgery.apply(make("plain").to(dtype), passes.Rso(rank=4, period=10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    moved = Moved(model, optimizer)
+    start = {name: weight.double() for name, weight in moved.weights.items()}
+    moved.weights = {name: weight.clone() for name, weight in start.items()}
+    optimizer.register_step_post_hook(moved.move)
+    train(model, "plain", 30, optimizer)
+    info = torch.finfo(dtype)
+    for c in surgery.coordinates(model):
+        weight = model.get_parameter(c.weight).detach().double()
+        size = torch.maximum(weight.abs(), start[c.weight].abs())
+        ulp = 2.0 ** size.clamp(min=info.tiny).log2().floor() * info.eps
+        error = (weight - moved.weights[c.weight]) / ulp
+        # Three rounds: at most 0.41 sqrt(3). Each step by itself would be 0.41 sqrt(30) = 2.2.
+        assert error.square().clamp(max=100).mean().sqrt() < 1.2, c.weight
