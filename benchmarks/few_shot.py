@@ -209,7 +209,7 @@ def compare(task: str) -> dict[str, Any]:
         last = [curve[-1] for curve in curves]
         rows[m] = {
             "lr": best[m],
-            "pilots": {str(lr): pilots[task, m, lr, PILOT, PILOT_FORWARDS][-1] for lr in rates},
+            "pilots": {str(lr): pilots[HARD, m, lr, PILOT, PILOT_FORWARDS] for lr in rates},
             "forwards_of_a_step": cost,
             "accuracies": last,
             "accuracy_mean": round(statistics.fmean(last), 4),

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgery.coordinates import Piece, wide
 from surgery.errors import TargetError
+from surgery.linears import check_steps
 from surgery.noise import Kind
 from surgery.perturbation import Perturbation
 from surgery.registry import check_types, demand, register
@@ -121,16 +121,11 @@ def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
     wanted = trained if targets is None else select(model, targets, "targets")
     for name in wanted:
         weight = model.get_parameter(name)
-        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+        check_steps(name, weight, what)
+        if not weight.is_contiguous():
             raise TargetError(
-                f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
-                "be perturbed. Leave it out of targets=, or train adapters on top of it: "
-                "peft.get_peft_model(model, LoraConfig(...))."
-            )
-        if weight.dtype.itemsize < 2 or not weight.is_contiguous():
-            raise TargetError(
-                f"{what}: {name} is {weight.dtype}, strides {weight.stride()}: neither float8 nor "
-                "weights with gaps take steps. Convert it, or leave it out of targets=."
+                f"{what}: {name} has gaps, strides {weight.stride()}. Make it contiguous, "
+                f"p.data = p.data.contiguous(), or leave it out of targets=."
             )
     chosen = [name for name in wanted if name in set(trained)]
     if not chosen:

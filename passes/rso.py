@@ -170,9 +170,7 @@ class Frame:
         normal = noise.normal(shape, options.seed, "rso", label, self.method.round)
         if options.projection == "gaussian":
             return normal / math.sqrt(options.rank)
-        # The signs make the distribution uniform: LAPACK's own convention would not.
-        q, upper = torch.linalg.qr(normal.double().t())
-        frame = q * upper.diagonal().sign()
+        frame = noise.orthonormal(normal.t())
         return (frame.t() * math.sqrt(self.inputs / options.rank)).float()
 
 

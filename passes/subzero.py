@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from passes.lozo import Lozo
 from surgery import noise
-from surgery.coordinates import matrix_of
-from surgery.perturbation import LowRank, orthonormal, spread
+from surgery.coordinates import matrix_of, wide
+from surgery.perturbation import LowRank, spread
 from surgery.registry import register
 from surgery.twopoint import TwoPoint
 
@@ -45,9 +45,9 @@ class Framed(LowRank):
         if slot not in self.frames or self.frames[slot][0] != round:
             height, width = matrix_of(weight).shape
             left, right = (
-                orthonormal(
+                noise.orthonormal(
                     self.normal(n, noise.bits(self.options.seed, side, self.name, round, slot))
-                )
+                ).to(wide(weight))
                 for side, n in (("U", height), ("V", width))
             )
             self.frames[slot] = (round, left, right)

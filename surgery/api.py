@@ -13,7 +13,7 @@ from surgery.capture import Dispatch
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
 from surgery.errors import ConflictError, ModelError, OptimizerError
 from surgery.registry import resolve
-from surgery.state import Surgery, surgery_of
+from surgery.state import Surgery, applied, surgery_of
 
 
 def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
@@ -56,7 +56,7 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises ModelError if nothing was applied.
     """
-    surgery = _demand(model)
+    surgery = applied(model)
     model = surgery.model
     surgery.release()
     model.__dict__["forward"].uninstall()
@@ -73,7 +73,7 @@ def coordinates(model: nn.Module) -> list[Coordinates]:
     says what is trained, every weight that requires gradients is its own coordinate. Raises
     ModelError if nothing was applied.
     """
-    surgery = _demand(model)
+    surgery = applied(model)
     if surgery.sites:
         return describe(surgery.sites)
     return [
@@ -90,7 +90,7 @@ def report(model: nn.Module, batch: dict[str, Any] | None = None) -> memory.Repo
     is run forward with gradients, not backward; no weight, gradient or state changes. The bytes are
     the allocator's. Raises ModelError if nothing was applied.
     """
-    surgery = _demand(model)
+    surgery = applied(model)
     return memory.report(surgery, batch)
 
 
@@ -101,7 +101,7 @@ def step(model: nn.Module, optimizer: Any) -> None:
     `optimizer.step()`. Raises ModelError if nothing was applied, OptimizerError if the optimizer
     has no such attributes or lacks coordinates.
     """
-    _demand(model)
+    applied(model)
     if isinstance(optimizer, Optimizer):
         optimizer.step()
         return
@@ -113,16 +113,6 @@ def step(model: nn.Module, optimizer: Any) -> None:
     clock.before_step(optimizer)
     optimizer.step()
     clock.after_step(optimizer)
-
-
-def _demand(model: nn.Module) -> Surgery:
-    surgery = surgery_of(model)
-    if surgery is None:
-        raise ModelError(
-            f"nothing was applied to this {type(model).__name__}. Call "
-            'surgery.apply(model, "misa") first.'
-        )
-    return surgery
 
 
 def _check_model(model: nn.Module) -> None:

@@ -159,6 +159,8 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
         _restore_checkpoints(body)
         simplify(body)
         body.recompile()
+    for method in surgery.methods:
+        method.reread(graph)
     rewriting = sorted((m for m in surgery.methods if m.rewrites), key=lambda m: m.order)
     if rewriting:
         _apply(rewriting, graph, inputs, surgery.taken)

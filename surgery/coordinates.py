@@ -230,6 +230,14 @@ def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
     return block.data_ptr() == part.data_ptr() and block.dtype == part.dtype
 
 
+def unique(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return the first piece of each parameter: several weights may share one coordinate."""
+    first: dict[int, Piece] = {}
+    for piece in pieces:
+        first.setdefault(id(piece.parameter), piece)
+    return list(first.values())
+
+
 class CoordinateTable(nn.Module):
     """Lists blocks and mapped coordinates in `model.parameters()`, where optimizers find them.
 
@@ -238,10 +246,7 @@ class CoordinateTable(nn.Module):
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__()
-        # Several pieces may share one parameter; it goes by the name of the first.
-        unique = {id(piece.parameter): piece for piece in reversed(list(pieces))}
-        listed = {piece.name: piece.parameter for piece in reversed(unique.values())}
-        self._parameters.update(listed)
+        self._parameters.update({piece.name: piece.parameter for piece in unique(pieces)})
 
     def forward(self, x: Any) -> Any:
         """Return x: an nn.Sequential calls all of its children."""

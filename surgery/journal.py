@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from surgery.coordinates import carry
 from surgery.errors import ModelError
-from surgery.state import Surgery, surgery_of
+from surgery.state import Surgery, applied
 from surgery.twopoint import TwoPoint
 
 
@@ -17,7 +17,7 @@ def journal(model: nn.Module) -> Tensor:
     With the pass's options they are the whole run; see `replay`. Raises ModelError if the model is
     not trained by such a pass.
     """
-    method = _method(_surgery(model))
+    method = _method(applied(model, "mezo"))
     return torch.tensor(method.journal, dtype=torch.float64).view(-1, _scalars(method) + 1)
 
 
@@ -29,7 +29,7 @@ def replay(model: nn.Module, steps: Tensor) -> nn.Module:
     On a CPU its weights are then those of the run, to the bit. Raises ModelError if the model has
     made steps already, or the journal is of another number of directions.
     """
-    surgery = _surgery(model)
+    surgery = applied(model, "mezo")
     method = _method(surgery)
     count = _scalars(method)
     if surgery.step:
@@ -57,15 +57,6 @@ def replay(model: nn.Module, steps: Tensor) -> nn.Module:
 
 def _scalars(method: TwoPoint) -> int:
     return method.beside[0].parameter.numel()
-
-
-def _surgery(model: nn.Module) -> Surgery:
-    surgery = surgery_of(model)
-    if surgery is None:
-        raise ModelError(
-            'nothing was applied to this model. Call surgery.apply(model, "mezo") first.'
-        )
-    return surgery
 
 
 def _method(surgery: Surgery) -> TwoPoint:

@@ -57,20 +57,25 @@ def _check(model: nn.Module, names: list[str], what: str, stacked: bool) -> None
                 f"{what}: {name} is tied to another weight, whose gradient would be lost. Leave it "
                 "out of targets=, or train it densely with always=[...]."
             )
-        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
-            raise TargetError(
-                f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
-                "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
-                "these."
-            )
-        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TargetError(
-                f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
-                "or train adapters on top of it."
-            )
+        check_steps(name, weight, what)
         if not _is_weight(model, name, stacked):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
             raise TargetError(
                 f"{what}: {name} belongs to {owner}, and only inputs of Linears can be projected. "
                 "Leave it out of targets=, or train it densely with always=[...]."
             )
+
+
+def check_steps(name: str, weight: nn.Parameter, what: str) -> None:
+    """Raise TargetError if a weight is of a kind that cannot take steps: quantised, float8."""
+    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+        raise TargetError(
+            f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
+            "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
+            "these."
+        )
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TargetError(
+            f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
+            "or train adapters on top of it."
+        )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from surgery.account import Kept, account
+from surgery.coordinates import unique
 
 if TYPE_CHECKING:
     from surgery.state import Surgery
@@ -210,7 +211,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
-        if method.name in surgery.taken and not method.alone:
+        if method.name in surgery.taken:
             lines.append((f"{method.name} takes away", _taken(surgery.taken[method.name])))
     lines += [
         ("optimizer steps", f"{surgery.step:,}"),
@@ -239,7 +240,7 @@ def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:
     ]
     parameters = storage_bytes(surgery.model.parameters())
     dense = sum(p.numel() * p.element_size() for p in weights)
-    active = {id(p.parameter): p.parameter for p in surgery.pieces if p.active}.values()
+    active = [p.parameter for p in unique(surgery.pieces) if p.active]
     live = sum(p.numel() * p.element_size() for p in active) if surgery.sites else dense
     held = sum(state_bytes(optimizer) for optimizer in surgery.optimizers)
     return (

@@ -47,6 +47,13 @@ def shuffled(names: Iterable[str], seed: int, *labels: str | int) -> list[str]:
     return sorted(names, key=lambda name: (bits(seed, *labels, name), name))
 
 
+def orthonormal(normal: Tensor) -> Tensor:
+    """Return a uniformly random orthonormal frame (n, r), float64, from normal numbers (n, r)."""
+    # The signs make the distribution uniform: LAPACK's own convention would not.
+    q, upper = torch.linalg.qr(normal.double())
+    return q * upper.diagonal().sign()
+
+
 def words(count: int, seed: int, *labels: str | int, start: int = 0, device: Any = "cpu") -> Tensor:
     """Return random 32-bit words as int64, numbers `start` to `start + count` of these labels.
 

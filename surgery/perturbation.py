@@ -191,12 +191,6 @@ class LowRank(Perturbation):
         return (y.to(wide(y)) + shift * functional.linear(thin, second)).to(y.dtype)
 
 
-def orthonormal(matrix: Tensor) -> Tensor:
-    """Return a uniformly random orthonormal frame (rows, rank) from a normal matrix."""
-    q, upper = torch.linalg.qr(matrix.double())
-    return (q * upper.diagonal().sign()).to(matrix.dtype)
-
-
 def spread(weight: Tensor, rank: int) -> float:
     """Return the factor that gives U Z V^T of orthonormal U, V entries of variance 1."""
     height, width = matrix_of(weight).shape

@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 
 from surgery import nodes
-from surgery.coordinates import CHUNK, site_of, wide
+from surgery.coordinates import site_of, wide
 from surgery.ledger import bodies
-from surgery.perturbation import LowRank, Perturbation
+from surgery.perturbation import LowRank, Perturbation, parts
 from surgery.regions import is_linear
 
 HALF = (torch.bfloat16, torch.float16)
@@ -85,30 +85,28 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return y
 
 
-def perturbed_embedding(ids: Tensor, weight: Tensor, padding: int | None = None) -> Tensor:
+def perturbed_embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Return rows of W with what is added to them; z is drawn for these rows only."""
     beside = found(weight)
-    y = functional.embedding(ids, weight.detach(), padding)
+    y = functional.embedding(ids, weight.detach())
     if beside is None or beside.probe.shift is None:
         return y
     if ids.numel() >= weight.shape[0]:
-        return functional.embedding(ids, beside.perturbed(weight.dtype), padding)
+        return functional.embedding(ids, beside.perturbed(weight.dtype))
     shift, slot, flat = beside.probe.shift, beside.probe.slot, ids.reshape(-1)
     if isinstance(shift, Tensor):
         z = beside.gather(slot, flat).view(y.shape)
         return y + shift.to(y.dtype) * z.to(y.dtype)
     rows = y.view(-1, weight.shape[1])
-    height = max(1, CHUNK // weight.shape[1])
-    for start in range(0, len(flat), height):
-        part = slice(start, start + height)
+    for part in parts(rows):
         torch.add(rows[part], beside.gather(slot, flat[part]), alpha=shift, out=rows[part])
     return y
 
 
 def perturb_reads(graph: GraphModule) -> None:
     """Let every read of a weight in a captured graph be a perturbed one, in place."""
-    while found := next(iter(bodies(graph)), None):
-        _inline(graph, *found)
+    while region := next(iter(bodies(graph)), None):
+        _inline(graph, *region)
     for gate in graph.graph.find_nodes(op="call_function", target=nodes.gate):
         for user in list(gate.users):
             if not _in_place_of(user, gate):
@@ -150,12 +148,11 @@ def _in_place_of(user: Node, gate: Node) -> bool:
     """Let a Linear or an embedding that reads the weight add what it has to add by itself."""
     args: tuple[Any, ...] = user.args
     if user.target is functional.embedding:
-        ids, weight, padding, *rest = (*args, None)[:4] if len(args) < 3 else args
-        padding = user.kwargs.get("padding_idx", padding)
-        others = [v for k, v in user.kwargs.items() if k != "padding_idx"]
-        if weight is not gate or any(rest) or any(others):
+        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
+        given |= user.kwargs  # of the rest, without autograd, only max_norm matters
+        if given["weight"] is not gate or given.get("max_norm") is not None:
             return False
-        user.target, user.args, user.kwargs = perturbed_embedding, (ids, gate, padding), {}
+        user.target, user.args, user.kwargs = perturbed_embedding, (given["input"], gate), {}
         return True
     if is_linear(user):
         source = args[1] if user.target is torch.addmm else args[0]

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from surgery.coordinates import Piece
+from surgery.coordinates import Piece, unique
 from surgery.errors import ModelError
 from surgery.memory import Bytes, Report, loss_of
 from surgery.registry import resolve
@@ -37,12 +37,12 @@ def plan(model: nn.Module, batch: Mapping[str, Any] | None, spec: Any, **options
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     total = sum(sizes.values())
     dense = sum(size for name, size in sizes.items() if flags[name])
-    active = {id(p.parameter): p.parameter for p in pieces if p.active}.values()
+    active = [p.parameter for p in unique(pieces) if p.active]
     live = sum(p.numel() * p.element_size() for p in active)
     live = live if pieces else dense
     saved = (None, None)
     lines = [("plan", "nothing was changed")]
-    rewriting = [method.name for method in methods if method.rewrites]
+    rewriting = [method.name for method in methods if method.rewrites or method.alone]
     if rewriting:
         unknown = f"not predicted for {', '.join(rewriting)}; surgery.report measures them"
         lines.append(("activations", unknown))

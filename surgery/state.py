@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from surgery.capture import Dispatch, unreached
-from surgery.coordinates import SITES, Piece, Site, carry, wide
-from surgery.errors import OptimizerError, SurgeryError, listed
+from surgery.coordinates import SITES, Piece, Site, carry, unique, wide
+from surgery.errors import ModelError, OptimizerError, SurgeryError, listed
 from surgery.ledger import Ledger
 
 _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
@@ -36,6 +36,9 @@ class Method:
     pieces: Sequence[Piece] = ()
     order: int = 0
     alone: bool = False  # whether it replaces backward, so that other passes have nothing to do
+
+    def reread(self, graph: GraphModule) -> None:
+        """Rewrite how one captured graph reads its weights, in place; before any `rewrite`."""
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
         """Rewrite one captured graph in place; its weights are read through gates already.
@@ -307,11 +310,6 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(grads, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def unique(pieces: Iterable[Piece]) -> Iterable[Piece]:
-    """Return the first piece of each parameter: several weights may share one coordinate."""
-    return {id(piece.parameter): piece for piece in reversed(list(pieces))}.values()
-
-
 def surgery_of(model: nn.Module) -> Surgery | None:
     """Return the surgery that was applied to this model, or to a model inside of it."""
     for module in model.modules():
@@ -319,3 +317,14 @@ def surgery_of(model: nn.Module) -> Surgery | None:
         if isinstance(dispatch, Dispatch):
             return dispatch.surgery
     return None
+
+
+def applied(model: nn.Module, example: str = "misa") -> Surgery:
+    """Return the surgery that was applied to this model, or raise ModelError."""
+    surgery = surgery_of(model)
+    if surgery is None:
+        raise ModelError(
+            f"nothing was applied to this {type(model).__name__}. Call "
+            f'surgery.apply(model, "{example}") first.'
+        )
+    return surgery

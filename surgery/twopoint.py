@@ -21,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from surgery import noise
-from surgery.coordinates import Piece, wide
+from surgery.coordinates import Piece, unique, wide
 from surgery.errors import ModelError, OptimizerError, SurgeryError
 from surgery.evaluation import Modes, Output, Same
-from surgery.ledger import Ledger
 from surgery.perturbing import perturb_reads
 from surgery.state import Method, Surgery
 
@@ -68,7 +67,7 @@ class TwoPoint(Method):
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.directions * self.ranks)
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+    def reread(self, graph: GraphModule) -> None:
         perturb_reads(graph)
 
     # -- one evaluation ----------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class TwoPoint(Method):
 
     @property
     def coordinates(self) -> Iterable[Tensor]:
-        return {id(piece.parameter): piece.parameter for piece in self.beside}.values()
+        return [piece.parameter for piece in unique(self.beside)]
 
     def before_step(self) -> None:
         if self.probed and all(parameter.grad is None for parameter in self.coordinates):
@@ -233,10 +232,9 @@ class _Attach(torch.autograd.Function):
         ctx: Any, method: TwoPoint, slots: Sequence[int], count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         kept = count * (1 + len(slots))
-        ctx.method, ctx.slots, ctx.count, ctx.used = method, slots, count, False
-        ctx.step, ctx.total = method.step, len(tensors)
+        ctx.method, ctx.slots, ctx.step, ctx.used = method, slots, method.step, False
+        ctx.kept = kept
         ctx.save_for_backward(*tensors[count:kept])
-        ctx.weights = len(tensors) - kept
         return tuple(value.view_as(value) for value in tensors[:count])
 
     @staticmethod
@@ -258,7 +256,7 @@ class _Attach(torch.autograd.Function):
             ]
             slopes.append(factor * torch.stack(each).sum())
         found = _to_coordinates(method, ctx.slots, slopes)
-        return None, None, None, *([None] * (ctx.total - ctx.weights)), *found
+        return None, None, None, *([None] * ctx.kept), *found
 
 
 def _to_coordinates(

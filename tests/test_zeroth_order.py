@@ -251,6 +251,17 @@ def test_rows_of_an_embedding_get_the_numbers_of_the_whole(kind):
 
 
 @zeroth
+def test_an_embedding_draws_for_the_rows_that_a_batch_reads(kind):
+    model = surgery.apply(make("llama", tie_word_embeddings=False), ZEROTH[kind](eps=0.1))
+    note = next(p.note for p in method_of(model, TwoPoint).beside if "embed_tokens" in p.weight)
+    gather, drawn = note.gather, []
+    note.gather = lambda slot, ids: drawn.append(len(ids)) or gather(slot, ids)
+    note.perturbed = None  # the whole is not to be formed
+    loss_of(model, inputs_of("llama")).backward()
+    assert drawn == [24, 24]
+
+
+@zeroth
 def test_a_step_touches_no_global_generator(kind):
     model = surgery.apply(make("plain"), ZEROTH[kind]())
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
