@@ -2,12 +2,12 @@
 
     python -m benchmarks.activation_memory [words of the parts]
 
-SmolLM2 (8 blocks, rows of 512 tokens, float32 and bfloat16), ViT-base (2 images) and BERT-base
-(2 x 128 tokens), the latter two with random weights. Every row runs the same batch in one process,
-forward and backward; times are ratios to eager, alternating, the median of seven rounds, in float32
-only (bfloat16 products are slow on this CPU for reasons of their own). Memory is the allocator's,
-weights left out; `live` is read while only the loss is held. Rows of ours are compared with what
-`surgery.report` says.
+SmolLM2 (8 blocks, rows of 512 tokens), ViT-base (images) and BERT-base (rows of 128 tokens), each in
+float32 and bfloat16, the latter two with random weights. Every row runs the same batch in one
+process, forward and backward; times are ratios to eager, alternating, the median of seven rounds.
+(A CPU without bfloat16 products spends most of them on conversions: its ratios are its own.) Memory
+is the allocator's, weights left out; `live` is read while only the loss is held. Rows of ours are
+compared with what `surgery.report` says.
 """
 
 from __future__ import annotations
@@ -132,22 +132,23 @@ def smollm2_case(dtype: torch.dtype, rows: int = 1) -> tuple[Any, dict[str, Any]
     return model.train().to(dtype), {"input_ids": ids, "labels": ids}
 
 
-def vit_case() -> tuple[Any, dict[str, Any]]:
+def vit_case(dtype: torch.dtype, images: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     config = transformers.ViTConfig(problem_type="single_label_classification")
-    batch = {"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor([1, 0])}
-    return transformers.ViTForImageClassification(config).train(), batch
+    pixels = torch.randn(images, 3, 224, 224).to(dtype)
+    batch = {"pixel_values": pixels, "labels": torch.arange(images) % 2}
+    return transformers.ViTForImageClassification(config).train().to(dtype), batch
 
 
-def bert_case() -> tuple[Any, dict[str, Any]]:
+def bert_case(dtype: torch.dtype, rows: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         problem_type="single_label_classification",
         # With dropout, torch's CPU attention takes its mathematical form, which CUDA's does not.
         attention_probs_dropout_prob=0.0,
     )
-    batch = {"input_ids": torch.randint(5, 30_000, (2, 128)), "labels": torch.tensor([1, 0])}
-    return transformers.BertForSequenceClassification(config).train(), batch
+    batch = {"input_ids": torch.randint(5, 30_000, (rows, 128)), "labels": torch.arange(rows) % 2}
+    return transformers.BertForSequenceClassification(config).train().to(dtype), batch
 
 
 def compare(
@@ -350,10 +351,20 @@ PARTS: dict[str, Callable[[], Any]] = {
     "SmolLM2, 8 blocks, 1 x 512, float32": lambda: compare(
         *smollm2_case(torch.float32), all_rows(LANGUAGE), timed=7
     ),
-    "ViT-base, 2 images, float32": lambda: compare(*vit_case(), all_rows(CLASSIFIERS), timed=7),
-    "BERT-base, 2 x 128, float32": lambda: compare(*bert_case(), all_rows(CLASSIFIERS), timed=7),
+    "ViT-base, 2 images, float32": lambda: compare(
+        *vit_case(torch.float32, 2), all_rows(CLASSIFIERS), timed=7
+    ),
+    "BERT-base, 2 x 128, float32": lambda: compare(
+        *bert_case(torch.float32, 2), all_rows(CLASSIFIERS), timed=7
+    ),
     "SmolLM2, 8 blocks, 1 x 512, bfloat16": lambda: compare(
-        *smollm2_case(torch.bfloat16), all_rows(LANGUAGE | HALF), timed=0
+        *smollm2_case(torch.bfloat16), all_rows(LANGUAGE | HALF), timed=7
+    ),
+    "ViT-base, 1 image, bfloat16": lambda: compare(
+        *vit_case(torch.bfloat16, 1), all_rows(CLASSIFIERS | HALF), timed=7
+    ),
+    "BERT-base, 1 x 128, bfloat16": lambda: compare(
+        *bert_case(torch.bfloat16, 1), all_rows(CLASSIFIERS | HALF), timed=7
     ),
     "SmolLM2, 8 blocks, 4 x 512, bfloat16": lambda: compare(
         *smollm2_case(torch.bfloat16, rows=4), {EAGER: lambda model: model} | OURS, timed=0

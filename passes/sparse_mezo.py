@@ -57,6 +57,7 @@ class SparseMezo(ZerothOrder):
 class Sparse(Perturbation):
     options: SparseMezo
     limit: float | None = None  # h
+    above: float = 0.0  # the number after h, in the dtype of steps
     round: int = 0
 
     def rows(self, slot: int, part: slice) -> Tensor:
@@ -77,19 +78,19 @@ class Sparse(Perturbation):
 
     def _small(self, z: Tensor, weight: Tensor) -> Tensor:
         """Return z where |W| <= h, else 0."""
+        self._renew()
         # What backward of hardtanh does, in one sweep; where(|W| <= h) takes 6 times as long.
         full = weight.to(wide(weight))
-        above = torch.nextafter(full.new_tensor(self.threshold), full.new_tensor(math.inf)).item()
-        return torch.ops.aten.hardtanh_backward(z.to(full.dtype), full, -above, above)
+        return torch.ops.aten.hardtanh_backward(z.to(full.dtype), full, -self.above, self.above)
 
-    @property
-    def threshold(self) -> float:
-        """h: an entry of the sample, so that it is a number of the weight's own dtype."""
+    def _renew(self) -> None:
+        """Take h if it is due: an entry of a sample, so it is a number of the weight's dtype."""
         options = self.options
         now = 0 if options.threshold == "fixed" else self.probe.step // options.period
         if self.limit is None or now != self.round:
             self.round, self.limit = now, self._quantile(now)
-        return self.limit
+            h = torch.tensor(self.limit, dtype=wide(self.current()))
+            self.above = torch.nextafter(h, torch.full_like(h, math.inf)).item()
 
     def _quantile(self, round: int) -> float:
         flat = matrix_of(self.current()).flatten()
