@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,54 +14,54 @@ from benchmarks.common import RESULTS
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 
-def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Draw bytes alive after forward against time, both over eager; names of ours in bold."""
+@contextmanager
+def picture(name: str, size: tuple[float, float], font: int = 8) -> Iterator[Any]:
+    """Give the axes of a picture, and write it as an SVG, the same bytes for the same data."""
     # By name: the type checker runs where the `bench` extra is not installed.
     matplotlib: Any = import_module("matplotlib")
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": 7}
+    matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": font}
     pyplot: Any = import_module("matplotlib.pyplot")
-    plain = {name: row for name, row in rows.items() if not name.endswith(", checkpointing")}
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, row in plain.items():
-        other = any(word in name for word in ("peft", "budget", "eager", "adapters in"))
-        other |= name == "checkpointing"
-        x, y = row["time_over_eager"], row["live_over_eager"]
-        axes.scatter(x, y, color="tab:gray" if other else "tab:blue", s=16)
-        axes.annotate(
-            name, (x, y), xytext=(4, 3), textcoords="offset points",
-            weight="normal" if other else "bold",
-        )  # fmt: skip
-    axes.set_xlabel("time of forward and backward over eager")
-    axes.set_ylabel("bytes alive after forward over eager")
-    axes.set_ylim(bottom=0)
-    axes.set_title(case)
+    figure, axes = pyplot.subplots(figsize=size)
+    yield axes
     PICTURES.mkdir(exist_ok=True)
-    name = case.split(",")[0].lower().replace("-", "_")
-    figure.savefig(PICTURES / f"activation_memory_{name}.svg", metadata={"Date": None})
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
     pyplot.close(figure)
+
+
+def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Draw bytes alive after forward against time, both over eager; names of ours in bold."""
+    plain = {name: row for name, row in rows.items() if not name.endswith(", checkpointing")}
+    name = case.split(",")[0].lower().replace("-", "_")
+    half = "_bfloat16" if "bfloat16" in case else ""
+    with picture(f"activation_memory_{name}{half}", (8, 5), font=7) as axes:
+        for name, row in plain.items():
+            other = any(word in name for word in ("peft", "budget", "eager", "adapters"))
+            other |= name == "checkpointing"
+            x, y = row["time_over_eager"], row["live_over_eager"]
+            axes.scatter(x, y, color="tab:gray" if other else "tab:blue", s=16)
+            axes.annotate(
+                name, (x, y), xytext=(4, 3), textcoords="offset points",
+                weight="normal" if other else "bold",
+            )  # fmt: skip
+        axes.set_xlabel("time of forward and backward over eager")
+        axes.set_ylabel("bytes alive after forward over eager")
+        axes.set_ylim(bottom=0)
+        axes.set_title(case)
 
 
 def accuracy(task: str, result: dict[str, Any]) -> None:
     """Draw the accuracy of few-shot training against forwards, a line for each method."""
-    matplotlib: Any = import_module("matplotlib")
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "surgery", "font.size": 8}
-    pyplot: Any = import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, row in result["rows"].items():
-        count = len(row["curve"]) - 1
-        forwards = [result["forwards"] * i / count for i in range(count + 1)]
-        first_order = row["forwards_of_a_step"] == 3
-        axes.plot(forwards, row["curve"], "--" if first_order else "-", marker=".", label=name)
-    axes.set_xlabel("forwards (a backward counts as two)")
-    axes.set_ylabel(f"accuracy, mean of {len(result['seeds'])} seeds")
-    axes.set_title(f"MiniLM on Reuters R8, {task}, {result['shots']} examples of each")
-    axes.legend()
-    PICTURES.mkdir(exist_ok=True)
-    name = f"few_shot_{task.replace(' ', '_')}.svg"
-    figure.savefig(PICTURES / name, metadata={"Date": None})
-    pyplot.close(figure)
+    with picture(f"few_shot_{task.replace(' ', '_')}", (7, 4.5)) as axes:
+        for name, row in result["rows"].items():
+            count = len(row["curve"]) - 1
+            forwards = [result["forwards"] * i / count for i in range(count + 1)]
+            first_order = row["forwards_of_a_step"] == 3
+            axes.plot(forwards, row["curve"], "--" if first_order else "-", marker=".", label=name)
+        axes.set_xlabel("forwards (a backward counts as two)")
+        axes.set_ylabel(f"accuracy, mean of {len(result['seeds'])} seeds")
+        axes.set_title(f"MiniLM on Reuters R8, {task}, {result['shots']} examples of each")
+        axes.legend()
 
 
 def draw(parts: dict[str, Any]) -> None:

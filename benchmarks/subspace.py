@@ -316,7 +316,7 @@ def summary(losses: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def sensitivity(steps: int = 600) -> dict[str, Any]:
+def sensitivity(steps: int = 400) -> dict[str, Any]:
     """One option changed at a time, at the learning rate that rso itself had."""
     lr = load(NAME)["parts"]["pretraining, loss"]["methods"]["rso"]["lr"]
     names = ["rso", *(f"rso, {name}" for name in VARIANTS)]

@@ -13,7 +13,7 @@ does not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,12 +86,15 @@ class Compression(Method):
         chosen = self._chosen(ledger)
         self.packed += len(chosen)
         wrapper = Wrapper(graph, ledger, chosen)
+        wrapped = 0
         for node in list(graph.graph.nodes):
             saved, called = ledger.saves.get(node, set()), name_of(node)
             is_mask = bool(saved) and called in SIGNS | MASKS and self.takes(node)
             if is_mask or saved & chosen:
                 self.masks += is_mask
-                wrapper.wrap(node, NodePacker(method=self, key=node.name, called=called))
+                wrapped += 1
+                key = f"{module_of(node)} {called} {wrapped}"  # a node's name differs by capture
+                wrapper.wrap(node, NodePacker(method=self, key=key, called=called))
 
     def _chosen(self, ledger: Ledger) -> set[int]:
         """Return the storages of activations that only operations of ours keep."""
@@ -138,6 +141,12 @@ class Compression(Method):
 
     def after_step(self, surgery: Surgery) -> None:
         self.step = surgery.step
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
 
     def lines(self) -> Iterable[tuple[str, str]]:
         bits = self.options.bits

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from surgery.coordinates import Piece, wide
+from surgery.distributed import rank_of_world
 from surgery.errors import TargetError
 from surgery.linears import check_steps
 from surgery.noise import Kind
 from surgery.perturbation import Perturbation
 from surgery.registry import check_types, demand, register
 from surgery.targets import Targets, select
-from surgery.twopoint import Estimate, TwoPoint, rank_of_world
+from surgery.twopoint import Estimate, TwoPoint
 
 # What a model is perturbed by, by kind of weight: the paper's own for full weights, LoRA, prefixes.
 EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}

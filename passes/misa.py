@@ -14,9 +14,9 @@ clipping and free of loss scaling; a drawn module that does not fit waits instea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -109,6 +109,7 @@ class Misa:
             draw=Draw(sampler=sampler, scores=scores),
             always=tuple(piece_of(n, model.get_parameter(n), None) for n in always),
             scores=scores,
+            learned={"scores": scores, "sampler": sampler},
             flush=self.flush,
             total=total,
         )
@@ -148,6 +149,15 @@ class MisaScores:
             self.raw[name] = beta * self.raw.get(name, 0.0) + (1 - beta) * value / self.steps
             self.rounds[name] = self.rounds.get(name, 0) + 1
         self.sums, self.steps = {}, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return all that was measured, of the round under way too."""
+        return {n: getattr(self, n) for n in ("raw", "rounds", "sums", "steps")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.raw, self.rounds = dict(state["raw"]), dict(state["rounds"])
+        self.sums, self.steps = dict(state["sums"]), state["steps"]
 
     def value(self, name: str) -> float | None:
         """Return the debiased G of a module, None before its first round."""

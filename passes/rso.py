@@ -183,6 +183,10 @@ class FrameMap:
     dense: bool = False
     scale: float = 1.0
 
+    @property
+    def origin(self) -> str:
+        return self.frame.name
+
     def share(self, other: Any) -> None:
         self.frame = other.frame
 

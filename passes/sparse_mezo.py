@@ -9,8 +9,9 @@ pseudocode lacks the absolute value.) With h fixed, a weight that grows beyond i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,15 @@ class Sparse(Perturbation):
             self.round, self.limit = now, self._quantile(now)
             h = torch.tensor(self.limit, dtype=wide(self.current()))
             self.above = torch.nextafter(h, torch.full_like(h, math.inf)).item()
+
+    def state(self) -> dict[str, Any]:
+        if self.limit is None:
+            return {}
+        return {"limit": self.limit, "above": self.above, "round": self.round}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.limit = None
+        vars(self).update(state)
 
     def _quantile(self, round: int) -> float:
         flat = matrix_of(self.current()).flatten()

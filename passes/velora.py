@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from surgery import noise
 from surgery.coordinates import Piece, wide
+from surgery.distributed import rank_of_world
 from surgery.errors import SurgeryError, listed
 from surgery.linears import inputs_of
 from surgery.registry import check_types, demand, register
@@ -113,6 +114,15 @@ class SubTokens(Projecting):
                 piece.parameter.detach().zero_()
         surgery.forget(self.projected)
 
+    def state(self) -> dict[str, Any]:
+        own = {p.note.origin: p.note.direction.vector for p in self.projected}
+        return super().state() | {"v": {name: v for name, v in own.items() if v is not None}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for piece in self.projected:
+            piece.note.direction.vector = state["v"].get(piece.note.origin)
+
     def lines(self) -> Iterable[tuple[str, str]]:
         yield from super().lines()
         if self.options.dense:
@@ -160,7 +170,7 @@ class Direction:
         if mask is not None and mask.numel() == x.shape[0]:
             x = x[mask.flatten() != 0]
         sums = _cut(x.sum(0, dtype=torch.float64)[None], self.width).sum((0, 1))
-        if distributed.is_available() and distributed.is_initialized():
+        if rank_of_world()[1] > 1:
             distributed.all_reduce(sums)  # normalised afterwards: the number of rows cancels
         norm = sums.norm()
         if not norm.isfinite() or not x.numel():
@@ -188,6 +198,10 @@ class SubTokenMap:
     @property
     def scale(self) -> float:
         return self.direction.method.options.scale
+
+    @property
+    def origin(self) -> str:
+        return self.direction.name
 
     def share(self, other: Any) -> None:
         self.direction = other.direction

@@ -1,5 +1,6 @@
 """Memory-efficient training by model surgery: `surgery.apply(model, "misa")`, then any loop."""
 
+import importlib as _importlib
 import warnings as _warnings
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
@@ -9,14 +10,19 @@ from surgery.api import coordinates as coordinates
 from surgery.api import remove as remove
 from surgery.api import report as report
 from surgery.api import step as step
+from surgery.checkpoint import load as load
+from surgery.checkpoint import save as save
+from surgery.checkpoint import saved_passes as saved_passes
 from surgery.coordinates import Coordinates as Coordinates
 from surgery.errors import CaptureError as CaptureError
+from surgery.errors import CheckpointError as CheckpointError
 from surgery.errors import ConflictError as ConflictError
 from surgery.errors import ModelError as ModelError
 from surgery.errors import OptimizerError as OptimizerError
 from surgery.errors import OptionError as OptionError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TargetError as TargetError
+from surgery.export import export as export
 from surgery.journal import journal as journal
 from surgery.journal import replay as replay
 from surgery.planning import plan as plan
@@ -24,6 +30,12 @@ from surgery.registry import available as available
 from surgery.registry import register as register
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> type:
+    if name == "TrainerCallback":  # loads transformers' Trainer, and with it a second of imports
+        return _importlib.import_module("surgery.trainer").TrainerCallback
+    raise AttributeError(f"module 'surgery' has no attribute {name!r}")
 
 
 def _warn_of_namesake() -> None:

@@ -37,7 +37,7 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
         passes=chosen,
         methods=methods,
         sites=sites,
-        required_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        required_grad=[(p, p.requires_grad) for p in model.parameters()],
     )
     blocks = [piece for site in sites if not site.whole for piece in site.pieces]
     if sites:
@@ -46,7 +46,8 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
             parameter.requires_grad_(name in whole)
     if blocks:
         model.add_module(TABLE, CoordinateTable(blocks))
-    Dispatch(model, surgery).install()
+    surgery.dispatch = Dispatch(model, surgery)
+    surgery.dispatch.install()
     surgery.bind()
     return model
 
@@ -59,10 +60,10 @@ def remove(model: nn.Module) -> nn.Module:
     surgery = applied(model)
     model = surgery.model
     surgery.release()
-    model.__dict__["forward"].uninstall()
+    surgery.dispatch.uninstall()
     model._modules.pop(TABLE, None)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(surgery.required_grad[name])
+    for parameter, required in surgery.required_grad:
+        parameter.requires_grad_(required)
     return model
 
 

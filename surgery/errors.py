@@ -34,6 +34,10 @@ class OptimizerError(SurgeryError):
     """An optimizer that cannot train what the passes want trained."""
 
 
+class CheckpointError(SurgeryError):
+    """A save that cannot be written, or one that is damaged, foreign, or of another run."""
+
+
 def near_misses(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return ' Did you mean a, b?' for the nearest of `known`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)

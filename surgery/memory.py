@@ -233,11 +233,7 @@ def _taken(count: int) -> str:
 
 
 def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:
-    weights = [
-        parameter
-        for name, parameter in surgery.model.named_parameters()
-        if surgery.required_grad.get(name)
-    ]
+    weights = [parameter for parameter, required in surgery.required_grad if required]
     parameters = storage_bytes(surgery.model.parameters())
     dense = sum(p.numel() * p.element_size() for p in weights)
     active = [p.parameter for p in unique(surgery.pieces) if p.active]
@@ -253,7 +249,7 @@ def _with_activations(
     surgery: Surgery, batch: dict[str, Any], before: Bytes, after: Bytes
 ) -> tuple[Bytes, Bytes, tuple[Kept, ...]]:
     model, device = surgery.model, device_of(surgery.model)
-    plain = model.__dict__["forward"].plain
+    plain = surgery.dispatch.plain
     with torch.random.fork_rng(), torch.enable_grad():
         surgery.calls, surgery.rehearsal = [], True
         try:
@@ -275,12 +271,11 @@ def _with_activations(
 
 @contextmanager
 def _as_before(surgery: Surgery) -> Any:
-    parameters = dict(surgery.model.named_parameters())
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    flags = [(parameter, parameter.requires_grad) for parameter, _ in surgery.required_grad]
     try:
-        for name, flag in surgery.required_grad.items():
-            parameters[name].requires_grad_(flag)
+        for parameter, required in surgery.required_grad:
+            parameter.requires_grad_(required)
         yield
     finally:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)

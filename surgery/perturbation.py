@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,14 @@ class Perturbation:
 
     def forget(self) -> None:
         """Let go of what was kept for the step that has been made."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs and cannot draw again."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.forget()
 
     def multiply(self, x: Tensor, transposed: bool, bias: Tensor | None) -> Tensor:
         """Return x (W + s z)^T + b, or x (W + s z) + b if transposed."""

@@ -34,6 +34,11 @@ class Projection(Map, Protocol):
     @property
     def scale(self) -> float: ...
 
+    @property
+    def origin(self) -> str:
+        """The weight whose C it uses: its own, or the first of those that read the same x."""
+        ...
+
     def compress(self, rows: Tensor) -> Tensor:
         """Map x (rows, in) to z (rows, k); without gradients."""
         ...

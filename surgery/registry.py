@@ -91,6 +91,37 @@ def _one(entry: Any, options: dict[str, Any]) -> Any:
     )
 
 
+def to_json(options: Any) -> dict[str, Any]:
+    """Return a pass as JSON: its name and all its options. A function is named, not kept."""
+    values = {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    return {"name": options.name, "options": values}
+
+
+def from_json(saved: dict[str, Any]) -> Any:
+    """Return the pass that `to_json` described.
+
+    Raises OptionError for a name or an option that is unknown here, and for an option that was a
+    function.
+    """
+    options = dict(saved["options"])
+    for option, value in options.items():
+        if isinstance(value, dict):
+            raise OptionError(
+                f"{saved['name']}: {option} was the function {value['function']}, which a file "
+                f"cannot hold. Give the pass yourself, with {option}=... as it was."
+            )
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return _one(saved["name"], given)
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_types(options: Any) -> None:
     """Raise OptionError if a field of a pass does not hold a value of its annotated type."""
     for name, expected in get_type_hints(type(options)).items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,12 +26,23 @@ class Scores(Protocol):
         """Fold what was observed in the round that ends now."""
 
 
+class Stateful(Protocol):
+    """What a method has learned or drawn so far, and cannot draw again."""
+
+    def state(self) -> dict[str, Any]:
+        """Return it: numbers and strings, nested by name."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Rounds(Method):
     """The state of a sampling pass: which units are trained, and when that changes.
 
     units: what is drawn, by name, each a set of coordinates. draw: round -> names of the units to
-    train in it. always: coordinates trained in every round.
+    train in it. always: coordinates trained in every round. learned: what a resumed run needs.
     """
 
     name: str
@@ -40,6 +51,7 @@ class Rounds(Method):
     draw: Callable[[int], Sequence[str]]
     always: tuple[Piece, ...] = ()
     scores: Scores | None = None
+    learned: Mapping[str, Stateful] = field(default_factory=dict)
     flush: bool = False
     total: int  # parameters of the model
     round: int = 0
@@ -102,6 +114,16 @@ class Rounds(Method):
         self._activate(self.draw(self.round))
         kept = frozenset() if self.flush else before & self.active
         surgery.forget(self._of((before | self.active) - kept))
+
+    def state(self) -> dict[str, Any]:
+        counters = {"round": self.round, "steps": self.steps, "active": sorted(self.active)}
+        return counters | {name: each.state() for name, each in self.learned.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.round, self.steps = state["round"], state["steps"]
+        self._activate(state["active"])
+        for name, each in self.learned.items():
+            each.restore(state[name])
 
     def lines(self) -> Iterable[tuple[str, str]]:
         share = sum(p.size for p in self._of(self.active)) / self.total

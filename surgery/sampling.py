@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from surgery import noise
 
@@ -77,6 +78,14 @@ class BudgetSampler:
         for name in chosen:
             self.visited[name] = round
         return list(chosen)
+
+    def state(self) -> dict[str, Any]:
+        """Return who waits and who was visited when."""
+        return {"waiting": self.waiting, "visited": self.visited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.waiting, self.visited = list(state["waiting"]), dict(state["visited"])
 
     def _join_overdue(self, round: int) -> None:
         overdue = [

@@ -75,6 +75,14 @@ class Method:
     def after_step(self, surgery: Surgery) -> None:
         """Do what is due after an optimizer step; `surgery.step` steps have been made."""
 
+    def state(self) -> dict[str, Any]:
+        """Return what resuming needs besides weights and coordinates: tensors, numbers, strings,
+        nested by name. What is drawn from seeds is left out."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned, right after `start` on a model of the same shapes."""
+
     def lines(self) -> Iterable[tuple[str, str]]:
         """Return what `report` says of the pass, as (label, value)."""
         return ()
@@ -88,7 +96,8 @@ class Surgery:
     passes: tuple[Any, ...]
     methods: tuple[Method, ...]
     sites: tuple[Site, ...]
-    required_grad: dict[str, bool]  # every parameter's flag before apply, for remove
+    required_grad: list[tuple[nn.Parameter, bool]]  # flags before apply, for remove
+    dispatch: Dispatch = field(init=False)
     step: int = 0
     skipped: int = 0  # steps whose gradients were NaN or infinite
     captures: int = 0
@@ -122,6 +131,9 @@ class Surgery:
     def bind(self) -> None:
         """Make sites and hooks point at the model's present parameters; cheap when they do."""
         self.measuring = False
+        for site in self.sites:
+            if site.whole and not site.current().requires_grad:  # as get_peft_model leaves it
+                site.current().requires_grad_(True)
         if self in LIVE and all(site.in_place() for site in self.sites):
             return
         self.release()
@@ -178,6 +190,7 @@ class Surgery:
             if not any(id(p) in held for p in self.model.parameters()):
                 return
             self._check_membership(optimizer, held)
+            self._check_fresh(optimizer)
             for method in self.methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
@@ -272,9 +285,23 @@ class Surgery:
                 f"{type(optimizer).__name__} steps this model but holds none of "
                 f"{len(missing)} coordinates, which no other optimizer holds either: "
                 f"{listed(missing.values())}. It was probably built before surgery.apply, or from "
-                "a part of the parameters. Build it afterwards: "
+                "a part of the parameters (get_peft_model after surgery.apply switches "
+                "requires_grad off). Build it afterwards, from all: "
                 "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
             )
+
+    def _check_fresh(self, optimizer: Optimizer) -> None:
+        stepped = [p for p in unique(self.pieces) if optimizer.state.get(p.parameter)]
+        if self.step or not stepped:
+            return
+        made = optimizer.state[stepped[0].parameter].get("step")
+        count = "steps" if made is None else f"{int(made)} steps"
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has made {count} already, with state for "
+            f"{stepped[0].name}, and the surgery none. If a run is resumed, give the surgery its "
+            "state too: surgery.load(model, folder, optimizer), or surgery.TrainerCallback() in a "
+            "Trainer. If not, build the optimizer after surgery.apply."
+        )
 
     def forget(self, pieces: Iterable[Piece]) -> None:
         """Free the optimizer state and the gradients of coordinates that leave or enter."""
@@ -313,9 +340,11 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
 def surgery_of(model: nn.Module) -> Surgery | None:
     """Return the surgery that was applied to this model, or to a model inside of it."""
     for module in model.modules():
-        dispatch = module.__dict__.get("forward")
-        if isinstance(dispatch, Dispatch):
-            return dispatch.surgery
+        forward = module.__dict__.get("forward")
+        while forward is not None and not isinstance(forward, Dispatch):
+            forward = getattr(forward, "__wrapped__", None)  # accelerate wraps it for autocast
+        if forward is not None:
+            return forward.surgery
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,17 @@ class Projecting(Method, ABC):
     @abstractmethod
     def redraw(self, surgery: Surgery) -> None:
         """Begin a round: another projection, coordinates from zero."""
+
+    def state(self) -> dict[str, Any]:
+        origins = {piece.weight: piece.note.origin for piece in self.projected}
+        return {"round": self.round, "steps": self.steps, "origins": origins}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.round, self.steps = state["round"], state["steps"]
+        notes = {piece.weight: piece.note for piece in self.projected}
+        for name, origin in state["origins"].items():
+            if name != origin:
+                notes[name].share(notes[origin])
 
     def lines(self) -> Iterable[tuple[str, str]]:
         numel = sum(piece.numel for piece in self.projected)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from surgery import noise
 from surgery.coordinates import Piece, unique, wide
+from surgery.distributed import rank_of_world
 from surgery.errors import ModelError, OptimizerError, SurgeryError
 from surgery.evaluation import Modes, Output, Same
 from surgery.perturbing import perturb_reads
@@ -88,7 +89,7 @@ class TwoPoint(Method):
         self.probed = self.probed or not surgery.rehearsal
         weights = [p.parameter for p in self.beside] if self.dense else [self.beside[0].parameter]
         flat = [value for each in slopes for value in each]
-        attached = _Attach.apply(self, slots, len(middle), *middle, *flat, *weights)
+        attached = _Attach.apply(self, slots, tuple(middle), len(flat), *flat, *weights)
         return last.with_values(attached)
 
     def _evaluate(
@@ -209,6 +210,17 @@ class TwoPoint(Method):
                 stacklevel=2,
             )
 
+    def state(self) -> dict[str, Any]:
+        notes = {p.weight: kept for p in self.beside if (kept := p.note.state())}
+        steps = torch.tensor(self.journal, dtype=torch.float64)
+        return {"step": self.step, "silent": self.silent, "journal": steps, "weights": notes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.step, self.silent, self.probed = state["step"], state["silent"], False
+        self.journal = [tuple(row) for row in state["journal"].tolist()]
+        for piece in self.beside:
+            piece.note.restore(state["weights"].get(piece.weight, {}))
+
     def lines(self) -> Iterable[tuple[str, str]]:
         numel = sum(piece.covers or piece.numel for piece in self.beside)
         runs = {"central": 2 * self.directions, "one_sided": self.directions + 1}
@@ -219,23 +231,16 @@ class TwoPoint(Method):
             yield "dense", "gradients and optimizer state have the size of the weights"
 
 
-def rank_of_world() -> tuple[int, int]:
-    """Return the rank of this process and the number of all: (0, 1) without torch.distributed."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, method: TwoPoint, slots: Sequence[int], count: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        kept = count * (1 + len(slots))
+        ctx: Any, method: TwoPoint, slots: Sequence[int], values: Sequence[Tensor], count: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.method, ctx.slots, ctx.step, ctx.used = method, slots, method.step, False
-        ctx.kept = kept
-        ctx.save_for_backward(*tensors[count:kept])
-        return tuple(value.view_as(value) for value in tensors[:count])
+        ctx.count = count
+        ctx.save_for_backward(*tensors[:count])
+        return tuple(values)  # no inputs of the node: loops may write into them (loss *= ...)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -256,7 +261,7 @@ class _Attach(torch.autograd.Function):
             ]
             slopes.append(factor * torch.stack(each).sum())
         found = _to_coordinates(method, ctx.slots, slopes)
-        return None, None, None, *([None] * ctx.kept), *found
+        return None, None, None, None, *([None] * ctx.count), *found
 
 
 def _to_coordinates(

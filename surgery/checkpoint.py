@@ -1,0 +1,302 @@
+"""Saving a run and going on with it, to the bit: `surgery.save`, `surgery.load`.
+
+A save holds the weights, the coordinates, what the passes have learned and counted, and the state
+of the optimizer and the schedule, all by name. Projections, directions and masks are drawn from
+seeds again. The state of torch's own generators (dropout) and of the data loader is the loop's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from surgery import record
+from surgery.coordinates import TABLE, unique
+from surgery.distributed import rank_of_world
+from surgery.errors import CheckpointError, listed
+from surgery.registry import from_json, to_json
+from surgery.state import Surgery, applied
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    weights: bool = True,
+) -> None:
+    """Write all that `surgery.load` needs to go on from here, at any optimizer step.
+
+    optimizer, scheduler: whatever has a state_dict. weights: False leaves them to whoever saves
+    them beside; `load` then checks that the model has them. Written in one piece: a save that was
+    there before stays intact until the new one is complete. On several ranks all call it, and rank
+    0 writes. Gradients of a step under way are not saved. Raises ModelError if nothing was applied,
+    CheckpointError if it cannot be written.
+    """
+    surgery = applied(model)
+    if surgery.stepped:
+        raise CheckpointError(
+            "some of the optimizers of this model have made their step, and others have not. Save "
+            "between steps."
+        )
+    rank, world = rank_of_world()
+    if rank == 0:
+        about, state = _about(surgery, weights), _state(surgery)
+        if weights:
+            state["weights"] = _once(_tensors(surgery.model))
+        if optimizer is not None:
+            state["optimizer"] = _optimizer_state(surgery, optimizer)
+        if scheduler is not None:
+            state["scheduler"] = dict(scheduler.state_dict())
+        record.write(Path(folder), about, state)
+    if world > 1:
+        distributed.barrier()
+
+
+@torch.no_grad()
+def load(
+    model: nn.Module, folder: str | Path, optimizer: Any = None, scheduler: Any = None
+) -> nn.Module:
+    """Take a model, its passes, an optimizer and a schedule to where they were saved.
+
+    model: of the same architecture, with the same passes applied (`surgery.saved_passes(folder)`).
+    optimizer: built from it as it was for the run; False leaves the saved state alone. Returns the
+    same model. All or nothing: raises ModelError if nothing was applied, CheckpointError if the
+    save is damaged or of another format, architecture, partition or passes, or was made with an
+    optimizer or a scheduler that is not given here.
+    """
+    surgery, folder = applied(model), Path(folder)
+    about, state = record.read(folder)
+    _check_passes(surgery, about["passes"], folder)
+    _check_shapes(about["weights"], _shapes(_tensors(surgery.model)), "weight")
+    _check_shapes(about["coordinates"], _shapes(_coordinates(surgery)), "coordinate")
+    _check_sums(about["sums"], _tensors(surgery.model))
+    wanted = [("optimizer", optimizer), ("scheduler", scheduler)]
+    for what, given in wanted:
+        if given is None and what in state:
+            raise CheckpointError(
+                f"{folder} holds the state of {_article(what)}, and none is given. Pass "
+                f"{what}={what}, or {what}=False to leave it."
+            )
+        if given not in (None, False) and what not in state:
+            raise CheckpointError(
+                f"{folder} was saved without {_article(what)}. Pass {what}=None, and it starts "
+                "anew."
+            )
+    if optimizer not in (None, False):
+        optimizer.load_state_dict(_for_optimizer(surgery, optimizer, state["optimizer"]))
+    if scheduler not in (None, False):
+        scheduler.load_state_dict(deepcopy(state["scheduler"]))
+    surgery.bind()
+    for own, saved in (
+        (_tensors(surgery.model), "weights"),
+        (_coordinates(surgery), "coordinates"),
+    ):
+        for name, tensor in state.get(saved, {}).items():
+            own[name].detach().copy_(tensor)
+    counts = state["surgery"]
+    surgery.step, surgery.skipped = counts["step"], counts["skipped"]
+    for piece in surgery.pieces:
+        piece.since = counts["since"][piece.name]
+        piece.parameter.grad = piece.norm = None
+    for method, saved in zip(surgery.methods, state["passes"], strict=True):
+        method.restore(saved)
+    return model
+
+
+def saved_passes(folder: str | Path) -> list[Any]:
+    """Return the passes of a save, as `surgery.apply` takes them.
+
+    Raises CheckpointError if there is no readable save, OptionError if this library does not know a
+    pass or one of its options.
+    """
+    return [from_json(each) for each in record.read_record(Path(folder))["passes"]]
+
+
+# -- what is saved ---------------------------------------------------------------------------------
+
+
+def _about(surgery: Surgery, weights: bool) -> dict[str, Any]:
+    tensors = _tensors(surgery.model)
+    return {
+        "library": version("model-surgery"),
+        "model": type(surgery.model).__name__,
+        "passes": [to_json(options) for options in surgery.passes],
+        "weights": _shapes(tensors),
+        "coordinates": _shapes(_coordinates(surgery)),
+        "sums": {} if weights else _sums(surgery, tensors),
+    }
+
+
+def _state(surgery: Surgery) -> dict[str, Any]:
+    return {
+        "surgery": {
+            "step": surgery.step,
+            "skipped": surgery.skipped,
+            "since": {piece.name: piece.since for piece in surgery.pieces},
+        },
+        "passes": [method.state() for method in surgery.methods],
+        "coordinates": _coordinates(surgery),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of the model holds, by name: parameters and persistent buffers."""
+    kept = set(model.state_dict(keep_vars=True))
+    both = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: tensor for name, tensor in both if name in kept and TABLE not in name}
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what is tied to one that comes before."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
+
+
+def _coordinates(surgery: Surgery) -> dict[str, Tensor]:
+    """Return the mapped coordinates by name; the others are weights or parts of them."""
+    return {p.name: p.parameter for p in unique(surgery.pieces) if p.map is not None}
+
+
+def _sums(surgery: Surgery, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return checksums of the weights that are trained."""
+    trained = {site.name for site in surgery.sites} or {
+        name for name, tensor in tensors.items() if tensor.requires_grad
+    }
+    return {n: record.checksum(t) for n, t in _once(tensors).items() if n in trained}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    return {name: [kinds[name], *tensor.shape] for name, tensor in tensors.items()}
+
+
+def _optimizer_state(surgery: Surgery, optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's state by the names of what it steps."""
+    found, own = optimizer.state_dict(), _names(surgery, optimizer)
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"params": names}
+        for group, names in zip(found["param_groups"], own, strict=True)
+    ]
+    places = _places(found, own)
+    states = {places[index]: state for index, state in found["state"].items() if state}
+    return {"kind": _kind(optimizer), "groups": groups, "states": states}
+
+
+def _names(surgery: Surgery, optimizer: Any) -> list[list[str]]:
+    """Return the names of the parameters in each group of an optimizer."""
+    found = surgery.model.named_parameters()
+    known = {id(p): name.removeprefix(f"{TABLE}.") for name, p in found}
+    strangers = sum(id(p) not in known for g in optimizer.param_groups for p in g["params"])
+    if strangers:
+        raise CheckpointError(
+            f"{_kind(optimizer)} holds {strangers} parameters that are not the model's, so their "
+            "state has no name. Make them part of the model, or give them their own optimizer."
+        )
+    return [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _places(found: Mapping[str, Any], names: Iterable[Iterable[str]]) -> dict[Any, str]:
+    """Return the name at each index of an optimizer's state_dict."""
+    return {
+        index: name
+        for group, own in zip(found["param_groups"], names, strict=True)
+        for index, name in zip(group["params"], own, strict=True)
+    }
+
+
+def _kind(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wraps one
+
+
+def _article(what: str) -> str:
+    return "an optimizer" if what == "optimizer" else f"a {what}"
+
+
+# -- whether it fits -------------------------------------------------------------------------------
+
+
+def _for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved state as this optimizer's load_state_dict takes it. Raises."""
+    if saved["kind"] != _kind(optimizer):
+        raise CheckpointError(
+            f"the save was made with {saved['kind']}, and {_kind(optimizer)} is given. Build the "
+            "optimizer as it was, or pass optimizer=False."
+        )
+    found, own = optimizer.state_dict(), _names(surgery, optimizer)
+    by_names = {frozenset(group["params"]): group for group in saved["groups"]}
+    groups = []
+    for group, names in zip(found["param_groups"], own, strict=True):
+        same = by_names.get(frozenset(names))
+        if same is None or len(found["param_groups"]) != len(saved["groups"]):
+            first = next((n for n in names if not any(n in each for each in by_names)), "")
+            raise CheckpointError(
+                f"the parameter groups of {_kind(optimizer)} are not those of the save"
+                + (f", which has no state for {first}" if first else "")
+                + ". Build them from the same parameters as before."
+            )
+        groups.append({**group, **same, "params": group["params"]})
+    states = {i: saved["states"][n] for i, n in _places(found, own).items() if n in saved["states"]}
+    return {**found, "param_groups": groups, "state": states}
+
+
+def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Path) -> None:
+    own = [to_json(options) for options in surgery.passes]
+    if own == saved:
+        return
+    names, others = ([each["name"] for each in passes] for passes in (own, saved))
+    if names != others:
+        raise CheckpointError(
+            f"{folder} was saved with {listed(others)}, and {listed(names)} was applied here. "
+            "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
+        )
+    for mine, theirs in zip(own, saved, strict=True):
+        for option in sorted(set(mine["options"]) | set(theirs["options"])):
+            here, there = mine["options"].get(option), theirs["options"].get(option)
+            if here != there:
+                raise CheckpointError(
+                    f"{folder} was saved with {mine['name']}({option}={there!r}), and "
+                    f"{option}={here!r} was applied here. "
+                    "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
+                )
+
+
+def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:
+    missing, extra = [n for n in saved if n not in own], [n for n in own if n not in saved]
+    if missing or extra:
+        raise CheckpointError(
+            f"the save is of another {'model' if what == 'weight' else 'partition'}: "
+            + (
+                f"{len(missing)} of its {what}s are not here, {missing[0]} first; "
+                if missing
+                else ""
+            )
+            + (f"{len(extra)} {what}s are not in it, {extra[0]} first; " if extra else "")
+            + "load the model that it was made from, and apply the same passes."
+        )
+    for name, shape in saved.items():
+        if shape != own[name]:
+            raise CheckpointError(
+                f"{name} is {own[name][0]} {tuple(own[name][1:])} here, {shape[0]} "
+                f"{tuple(shape[1:])} in the save. Load the model that it was made from."
+            )
+
+
+def _check_sums(saved: Mapping[str, str], own: Mapping[str, Tensor]) -> None:
+    changed = [name for name, digest in saved.items() if record.checksum(own[name]) != digest]
+    if changed:
+        raise CheckpointError(
+            "the save holds no weights (weights=False), and the model does not have those that it "
+            f"had then: {listed(changed)}. Load them first, from the checkpoint beside it."
+        )

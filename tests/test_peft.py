@@ -1,0 +1,171 @@
+"""PEFT: adapters of several kinds, surgery before or after them, on the base or the adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from laws import Moved, adamw, own, weights
+from models import batch, inputs_of, make
+
+import passes
+import surgery
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*scalars that"),
+    pytest.mark.filterwarnings("ignore:velora saves no activations"),
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.2},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "two adapters": {},
+}
+EXACT = {
+    "recompute": lambda: passes.Recompute(),
+    "chunked_loss": lambda: passes.ChunkedLoss(),
+    "misa, all at once": lambda: passes.Misa(budget=1.0),
+}
+BASE = r".*(q_proj|up_proj|down_proj)(\.base_layer)?"
+# what a pass trains -> (pass, what else must not move)
+MOVING = {
+    "misa of the adapters": lambda: passes.Misa(budget=0.05, period=2),
+    "misa of the base": lambda: passes.Misa(budget=0.2, period=2, targets=BASE),
+    "misa of both": lambda: passes.Misa(
+        budget=0.2, period=2, targets=f"{BASE}|.*lora_[AB].default"
+    ),
+    "velora of the adapters": lambda: passes.Velora(groups=4, always=".*lora_B.*"),
+    "velora of the base": lambda: passes.Velora(groups=4, targets=BASE),
+    "rso of the base, adapters frozen": lambda: passes.Rso(rank=2, period=2, targets=BASE),
+    "rso of the base, adapters trained": lambda: passes.Rso(
+        rank=2, period=2, targets=BASE, always=".*lora_[AB].default"
+    ),
+    "mezo of the adapters": lambda: passes.Mezo(),
+    "lozo of the base": lambda: passes.Lozo(targets=BASE),
+}
+
+
+def adapt(model, kind: str):
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, **KINDS[kind]
+    )
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, config)
+    if kind == "two adapters":
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    return model.train()
+
+
+def opened(model):
+    """Let the base be trained too: PEFT froze it."""
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name and any(n in name for n in ("q_proj", "up_proj", "down_proj")):
+            parameter.requires_grad_(True)
+    return model
+
+
+def steps(model, optimizer, count: int = 5) -> list[float]:
+    losses = []
+    for seed in range(count):
+        torch.manual_seed(seed)  # dropout
+        loss = model(**batch("llama", seed=seed)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_passes_leave_the_run_as_it_is(kind, name):
+    plain, ours = (adapt(make("llama"), kind) for _ in range(2))
+    surgery.apply(ours, EXACT[name]())
+    found = [steps(m, adamw(m)) for m in (plain, ours)]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    after = own(ours)
+    for key, parameter in plain.named_parameters():
+        # misa takes matrices; what else PEFT trains (DoRA's magnitudes) stays.
+        if name == "misa, all at once" and parameter.ndim < 2:
+            continue
+        torch.testing.assert_close(after[key], parameter, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MOVING)
+def test_each_pass_moves_what_it_trains_and_nothing_else(kind, name):
+    model = opened(adapt(make("llama"), kind)) if "base" in name or "both" in name else None
+    model = model or adapt(make("llama"), kind)
+    before = weights(model)
+    surgery.apply(model, MOVING[name]())
+    optimizer = adamw(model, lr=1e-2)
+    moved = Moved(model, optimizer)
+    optimizer.register_step_post_hook(moved.move)
+    steps(model, optimizer, 6)
+    trained = {c.weight for c in surgery.coordinates(model)}
+    assert trained
+    changed = set()
+    for key, parameter in own(model).items():
+        torch.testing.assert_close(parameter.detach(), moved.weights[key], msg=key)
+        if not torch.equal(parameter, before[key]):
+            changed.add(key)
+    assert changed <= trained
+    base, adapters = ({n for n in changed if ("lora_" in n) == yes} for yes in (False, True))
+    assert bool(base) == ("base" in name or "both" in name) or kind == "modules_to_save"
+    assert bool(adapters) == (("adapters" in name and "frozen" not in name) or "both" in name)
+    surgery.remove(model)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        expected = model(**batch("llama")).loss
+    assert torch.isfinite(expected) and not any("lora_" in n for n, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["recompute", "misa", "rso", "velora", "mezo"])
+def test_surgery_before_the_adapters(name):
+    """The base's weights are trained as surgery says, the adapters as PEFT says."""
+    specs = {
+        "recompute": passes.Recompute(),
+        "misa": passes.Misa(budget=0.2, period=2),
+        "rso": passes.Rso(rank=2, period=2),
+        "velora": passes.Velora(groups=4),
+        "mezo": passes.Mezo(),
+    }
+    model = make("llama")
+    flags = {id(p): p.requires_grad for p in model.parameters()}
+    surgery.apply(model, specs[name])
+    wrapped = adapt(model, "lora")
+    before = weights(wrapped)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    steps(wrapped, optimizer)
+    changed = {n for n, p in own(wrapped).items() if not torch.equal(p, before[n])}
+    assert any("lora_" in n for n in changed) == (name != "mezo")  # no gradient but its own
+    assert any("base_layer" in n for n in changed) == (name != "recompute")
+    surgery.remove(wrapped)
+    assert all(p.requires_grad == flags[id(p)] for p in wrapped.parameters() if id(p) in flags)
+
+
+def test_an_optimizer_built_from_what_peft_left_trainable_is_refused():
+    model = surgery.apply(make("llama"), "lisa", layers=1)
+    wrapped = adapt(model, "lora")
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    with pytest.raises(surgery.OptimizerError, match=r"get_peft_model after surgery\.apply"):
+        steps(wrapped, optimizer, 1)
+
+
+def test_switching_adapters_during_a_run():
+    model = adapt(make("llama"), "two adapters")
+    surgery.apply(model, passes.Recompute())
+    plain = adapt(make("llama"), "two adapters")
+    for each in (model, plain):
+        optimizer = adamw(each)
+        for adapter in ("default", "second", "default"):
+            each.set_adapter(adapter)
+            steps(each, optimizer, 2)
+        with each.disable_adapter():
+            assert torch.isfinite(each(**inputs_of("llama")).loss)
+    for key, parameter in plain.named_parameters():
+        torch.testing.assert_close(own(model)[key], parameter, rtol=1e-5, atol=1e-6, msg=key)

@@ -1,0 +1,160 @@
+"""The HF Trainer, plain: the plain loop's run, resumed and evaluated as its users do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import PASSES, own, state_of
+from models import FAMILIES, batch, make
+from transformers import Trainer, TrainingArguments
+
+import passes
+import surgery
+
+# AdamW over the scalars of zeroth-order passes; accelerate and transformers announce renamings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*scalars that"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory"),
+]
+ROWS = ["misa", "lisa", "velora", "rso", "misa_and_both", "compress", "mezo"]
+assert set(ROWS) <= set(PASSES) and "llama" in FAMILIES
+
+
+def data(count: int) -> list[dict[str, torch.Tensor]]:
+    """Rows with labels of different lengths, so that the mean over a step is not that of means."""
+    rows = batch("llama", rows=count, length=10, seed=3)
+    for i, labels in enumerate(rows["labels"]):
+        labels[: i % 4] = -100
+    return [{name: tensor[i] for name, tensor in rows.items()} for i in range(count)]
+
+
+def trainer_of(model, folder, callbacks=(), **options):
+    base = dict(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",  # its own default is fused, with other rounding
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    arguments = TrainingArguments(**base | options)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data(24),
+        eval_dataset=data(4),
+        callbacks=[*callbacks],
+    )
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def plain_loop(model, half: bool) -> list[float]:
+    """What the Trainer does, written down: mean over all labels of a step, clipping, schedule."""
+    decay = [p for n, p in model.named_parameters() if p.requires_grad and "norm" not in n]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and "norm" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / 6)
+    rows, losses = data(24), []
+    for step in range(6):
+        micro = [rows[4 * step + i : 4 * step + i + 2] for i in (0, 2)]
+        stacked = [{k: torch.stack([r[k] for r in part]) for k in part[0]} for part in micro]
+        count = sum((part["labels"][:, 1:] != -100).sum() for part in stacked)
+        total = 0.0
+        for part in stacked:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(**part, num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("setting", ["float32", "bf16 autocast", "checkpointing"])
+@pytest.mark.parametrize("row", ROWS)
+def test_the_plain_loop_gives_the_same_run(row, setting, tmp_path):
+    models = [make("llama", tie_word_embeddings=True) for _ in range(2)]
+    for model in models:
+        surgery.apply(model, PASSES[row]())
+    half = setting == "bf16 autocast"
+    checkpointing = setting == "checkpointing"
+    trainer = trainer_of(models[0], tmp_path, bf16=half, gradient_checkpointing=checkpointing)
+    trainer.train()
+    expected = plain_loop(models[1], half)
+    assert losses_of(trainer) == pytest.approx(expected, rel=2e-4)  # it logs four digits
+    for name, parameter in own(models[1]).items():
+        assert torch.equal(own(models[0])[name], parameter), name
+    assert state_of(models[0]).step == 6
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+    surgery.remove(models[0])
+    assert "forward" not in models[0].__dict__
+
+
+@pytest.mark.parametrize("row", ["misa", "velora_redrawn", "rso", "sparse_mezo"])
+def test_a_resumed_run_is_the_uninterrupted_one(row, tmp_path):
+    def begin(seed):
+        return surgery.apply(make("llama", seed), PASSES[row]())
+
+    whole = begin(0)
+    trainer_of(whole, tmp_path / "whole").train()
+    first = begin(0)
+    callback = surgery.TrainerCallback()
+    saving = dict(save_strategy="steps", save_steps=3)
+    trainer = trainer_of(first, tmp_path / "cut", [callback], **saving)
+    trainer.train()
+    assert (tmp_path / "cut" / "checkpoint-3" / "surgery_config.json").exists()
+    torch._dynamo.reset()
+    again = begin(5)
+    trainer = trainer_of(again, tmp_path / "cut", [surgery.TrainerCallback()], **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert state_of(again).step == 6
+    for name, parameter in own(whole).items():
+        assert torch.equal(own(again)[name], parameter), name
+
+
+def test_resuming_without_the_state_is_refused(tmp_path):
+    saving = dict(save_strategy="steps", save_steps=3)
+    trainer_of(surgery.apply(make("llama"), "badam"), tmp_path, **saving).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    model = surgery.apply(make("llama"), "badam")
+    trainer = trainer_of(model, tmp_path, [surgery.TrainerCallback()], **saving)
+    with pytest.raises(surgery.CheckpointError, match=r"resumes at step 3.*TrainerCallback\(\)"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = trainer_of(surgery.apply(make("llama"), "badam"), tmp_path, **saving)
+    with pytest.raises(surgery.OptimizerError, match=r"has made 3 steps .*surgery\.load"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_evaluation_and_the_best_model(tmp_path):
+    model = surgery.apply(make("llama"), passes.Misa(budget=0.2, period=2))
+    options = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        [surgery.TrainerCallback()],
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        learning_rate=0.5,
+        **options,
+    )
+    trainer.train()
+    evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert best != 6  # at such a learning rate
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-4)
