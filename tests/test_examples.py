@@ -54,6 +54,22 @@ def test_forwards_alone(method, tmp_path):
         assert file.get_tensor("journal").shape == (12, 5)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("example", "more"),
+    [("trainer", ["--pass", "rso"]), ("adapters", [])],
+)
+def test_integrations(example, more, tmp_path):
+    command = [sys.executable, "-m", f"examples.{example}", *more, "--layers", "2", "--steps", "6"]
+    command += ["--length", "32", "--out", str(tmp_path)]
+    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", run.stdout)
+    assert losses and float(losses[2]) < float(losses[1])
+    assert losses[3] == losses[2]
+
+
 def test_the_command_line_lists_the_passes():
     found = CliRunner().invoke(app, ["list"])
     assert found.exit_code == 0

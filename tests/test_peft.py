@@ -15,7 +15,7 @@ import surgery
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*scalars that"),
-    pytest.mark.filterwarnings("ignore:velora saves no activations"),
+    pytest.mark.filterwarnings("ignore:(velora|rso) saves no activations"),
 ]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -95,9 +95,34 @@ def test_exact_passes_leave_the_run_as_it_is(kind, name):
         torch.testing.assert_close(after[key], parameter, rtol=1e-5, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MOVING)
-def test_each_pass_moves_what_it_trains_and_nothing_else(kind, name):
+# DoRA reads the base's weight itself, for its norm, beside the Linear.
+REFUSED = {
+    (name, "dora"): match
+    for name, match in {
+        "misa of the base": "the forward went around surgery",
+        "misa of both": "the forward went around surgery",
+        "velora of the base": "not reached by the rewrite|not read by a Linear of its own",
+        "rso of the base, adapters frozen": "not reached by the rewrite",
+        "rso of the base, adapters trained": "not reached by the rewrite",
+    }.items()
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED)
+def test_what_does_not_compose_is_refused_by_name(name, kind):
+    model = opened(adapt(make("llama"), kind))
+    before = weights(model)
+    surgery.apply(model, MOVING[name]())
+    with pytest.raises(surgery.SurgeryError, match=REFUSED[name, kind]):
+        steps(model, adamw(model), 1)
+    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
+    surgery.remove(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in MOVING for k in KINDS if (n, k) not in REFUSED]
+)
+def test_each_pass_moves_what_it_trains_and_nothing_else(name, kind):
     model = opened(adapt(make("llama"), kind)) if "base" in name or "both" in name else None
     model = model or adapt(make("llama"), kind)
     before = weights(model)

@@ -88,13 +88,16 @@ def plain_loop(model, half: bool) -> list[float]:
 @pytest.mark.parametrize("setting", ["float32", "bf16 autocast", "checkpointing"])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_plain_loop_gives_the_same_run(row, setting, tmp_path):
-    models = [make("llama", tie_word_embeddings=True) for _ in range(2)]
+    # The Trainer switches the cache off, which changes what there is to pack or to recompute.
+    models = [make("llama", tie_word_embeddings=True, use_cache=False) for _ in range(2)]
     for model in models:
         surgery.apply(model, PASSES[row]())
     half = setting == "bf16 autocast"
     checkpointing = setting == "checkpointing"
     trainer = trainer_of(models[0], tmp_path, bf16=half, gradient_checkpointing=checkpointing)
     trainer.train()
+    if checkpointing:
+        models[1].gradient_checkpointing_enable({"use_reentrant": False})
     expected = plain_loop(models[1], half)
     assert losses_of(trainer) == pytest.approx(expected, rel=2e-4)  # it logs four digits
     for name, parameter in own(models[1]).items():
