@@ -23,6 +23,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 
 from surgery import nodes
 from surgery.coordinates import TABLE
+from surgery.distributed import check_wrapping
 from surgery.errors import CaptureError, listed
 from surgery.ledger import Ledger
 from surgery.reentrant import Workarounds
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
 
 # specialize_float: a float read from a module's globals would otherwise become an input of the
-# graph, which fails inside checkpointed regions (GPT-2's GELU) in torch 2.13.
+# graph, which fails inside checkpointed regions (GPT-2's GELU) in torch 2.13. optimize_ddp: would
+# cut the graph at the buckets of DistributedDataParallel, and rewrites with it.
 _DYNAMO = {
+    "optimize_ddp": False,
     "specialize_float": True,
     "fail_on_recompile_limit_hit": True,
     "accumulated_recompile_limit": 1 << 16,
@@ -98,6 +101,7 @@ class Dispatch:
             return self.plain(*args, **kwargs)
         self.workarounds.take_off()
         self.surgery.bind()
+        check_wrapping(self.surgery.pieces)
         self.surgery.before_forward(self.plain, args, kwargs)
         captured = self._captured or self._capture()
         try:

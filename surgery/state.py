@@ -325,7 +325,9 @@ def _after_accumulate(
         )
     if piece.watched and not surgery.measuring:
         surgery.measuring = True
-        torch.autograd.Variable._execution_engine.queue_callback(surgery.measure_norms)
+        # Twice: behind what DistributedDataParallel queues, to put averaged gradients in place.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: engine.queue_callback(surgery.measure_norms))
 
 
 def _norms(grads: list[Tensor]) -> Sequence[Tensor]:

@@ -1,0 +1,89 @@
+"""Two processes under DistributedDataParallel: the step of one process on the joined batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import run_two_ranks
+from models import make
+from torch.nn.parallel import DistributedDataParallel
+
+import passes
+import surgery
+
+SCRIPT = """
+    import sys; sys.path.insert(0, "tests")
+    import torch
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+    from laws import PASSES, own, state_of
+    from models import make, inputs_of, loss_of
+    import passes, surgery
+
+    rank = int(sys.argv[1])
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+
+    def run(row, wrap):
+        torch._dynamo.reset()
+        model = make("plain").double()
+        surgery.apply(model, PASSES[row]())
+        outer = DistributedDataParallel(model, find_unused_parameters=True) if wrap else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        sent = []
+        if wrap:
+            def hook(_, bucket):
+                sent.append(bucket.buffer().numel())
+                future = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+                return future.then(lambda f: f.value()[0] / 2)
+            outer.register_comm_hook(None, hook)
+        drawn = []
+        for seed in range(11):  # five rounds of two steps are drawn
+            tokens = inputs_of("plain", rows=4, seed=seed)["tokens"]
+            mine = tokens.chunk(2)[rank] if wrap else tokens
+            loss_of(outer, {"tokens": mine}).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            drawn.append([c.active for c in surgery.coordinates(model)])
+        assert state_of(model).step == 11
+        return {n: p.detach().clone() for n, p in own(model).items()}, drawn, sent
+
+    for row in ROWS:
+        both, drawn, sent = run(row, True)
+        alone, expected, _ = run(row, False)
+        assert drawn == expected, row
+        for name in alone:
+            torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
+            others = [torch.empty_like(both[name]) for _ in range(2)]
+            distributed.all_gather(others, both[name].contiguous())
+            assert torch.equal(others[0], others[1]), (row, name)
+        dense = sum(p.numel() for p in alone.values())
+        if row in ("rso", "velora"):  # only what stands for the weights travels
+            assert sum(sent) / 11 < 0.6 * dense, (row, sum(sent) / 11, dense)
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [["misa", "misa_always", "lisa", "badam"], ["rso", "velora", "misa_and_both", "misa_of_rso"]],
+    ids=str,
+)
+def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):
+    run_two_ranks(SCRIPT.replace("ROWS", repr(rows)), tmp_path)
+
+
+def test_a_wrap_that_would_wait_forever_is_refused(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = surgery.apply(make("plain"), passes.Misa(budget=0.2))
+        tokens = torch.zeros(2, 6, dtype=torch.long)
+        with pytest.raises(surgery.ModelError, match="find_unused_parameters=True"):
+            DistributedDataParallel(model)(tokens, tokens)
+        everything = surgery.apply(make("plain"), passes.Misa(budget=1.0))
+        DistributedDataParallel(everything)(tokens, tokens).backward()
+    finally:
+        torch.distributed.destroy_process_group()
