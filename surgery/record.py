@@ -150,18 +150,23 @@ def _forget(partial: Path) -> None:
 # -- values and tensors nested, as JSON beside a flat dict of tensors ------------------------------
 
 
-def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as JSON; its tensors go into a dict, under the place where they stood."""
+def encode(
+    value: Any, place: str, tensors: dict[str, Tensor], held: dict[int, str] | None = None
+) -> Any:
+    """Return a value as JSON; its tensors go into a dict, under the place where they stood.
+
+    held: the place of each storage in the dict, where no two tensors share one.
+    """
+    held = {} if held is None else held
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().contiguous()
-        return {"tensor": place}
+        return {"tensor": _placed(value.detach(), place, tensors, held)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        found = [encode(each, f"{place}/{i}", tensors) for i, each in enumerate(value)]
+        found = [encode(each, f"{place}/{i}", tensors, held) for i, each in enumerate(value)]
         return found if isinstance(value, list) else {"tuple": found}
     if isinstance(value, Mapping):
-        made = [[k, encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]
+        made = [[k, encode(v, f"{place}/{k}", tensors, held)] for k, v in value.items()]
         if all(isinstance(k, str) for k in value):
             return {"dict": dict(made)}
         return {"counter" if isinstance(value, Counter) else "items": made}
@@ -169,6 +174,17 @@ def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         f"{place.lstrip('/')} is a {type(value).__name__}, which a checkpoint cannot hold without "
         "pickling. It holds tensors, numbers, strings, lists and dicts of these."
     )
+
+
+def _placed(tensor: Tensor, place: str, tensors: dict[str, Tensor], held: dict[int, str]) -> str:
+    storage = tensor.untyped_storage().data_ptr()
+    other = held.setdefault(storage, place) if tensor.numel() else place
+    if other != place:
+        if tensors[other].is_set_to(tensor):  # bitsandbytes has one table for all weights
+            return other
+        tensor = tensor.clone()
+    tensors[place] = tensor.contiguous()
+    return place
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
