@@ -131,9 +131,11 @@ class Surgery:
     def bind(self) -> None:
         """Make sites and hooks point at the model's present parameters; cheap when they do."""
         self.measuring = False
-        for site in self.sites:
-            if site.whole and not site.current().requires_grad:  # as get_peft_model leaves it
-                site.current().requires_grad_(True)
+        for piece in unique(self.pieces):
+            if (
+                not piece.parameter.requires_grad
+            ):  # get_peft_model switches off what it did not make
+                piece.parameter.requires_grad_(True)
         if self in LIVE and all(site.in_place() for site in self.sites):
             return
         self.release()
