@@ -26,7 +26,7 @@ $(VENV)/.wheels: $(VENV)/.base
 	touch $@
 
 $(VENV)/.quantised: $(VENV)/.wheels
-	$(PIP) install -e ".[quantised]" -c constraints.txt
+	$(PIP) install -e ".[quantised,trainers]" -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.wheels

@@ -22,7 +22,8 @@ import passes
 import surgery
 from benchmarks.common import save
 from examples.real import kjv, smollm2, token_rows
-from surgery.coordinates import Piece, carry
+from surgery.carrying import carry
+from surgery.coordinates import Piece
 from surgery.state import surgery_of
 
 STEPS, RATES = 100, (1e-4, 1e-3)

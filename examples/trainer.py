@@ -24,7 +24,7 @@ def trainer_of(method: str, layers: int | None, steps: int, length: int, out: Pa
     model: Any
     model, tokenizer = smollm2(layers)
     rows = token_rows(kjv(), tokenizer, length, 4 * steps + 8)
-    data: list[Any] = [{"input_ids": row, "labels": row} for row in rows]
+    data: Any = [{"input_ids": row, "labels": row} for row in rows]
     surgery.apply(model, method)
     arguments = TrainingArguments(
         output_dir=str(out),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from passes.mezo import Mezo
 from surgery import noise
-from surgery.coordinates import matrix_of
+from surgery.coordinates import matrix_shape
 from surgery.perturbation import LowRank, Perturbation
 from surgery.registry import demand, register
 from surgery.twopoint import TwoPoint
@@ -40,7 +40,7 @@ class Lozo(Mezo):
 
     def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
         weight = owner.get_parameter(name.rpartition(".")[2])
-        if weight.ndim < 2 or min(matrix_of(weight).shape) <= self.rank:
+        if weight.ndim < 2 or min(matrix_shape(weight)) <= self.rank:
             return super().beside(name, owner, method)
         return self.thin(name, owner, method)
 
@@ -54,7 +54,7 @@ class Lazy(LowRank):
     options: Lozo
 
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
-        height, width = matrix_of(self.current()).shape
+        height, width = matrix_shape(self.current())
         round = self.probe.step // self.options.period
         right = noise.bits(self.options.seed, "V", self.name, round, slot)
         left = self.normal(height, self.key(slot, "U"))

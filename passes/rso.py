@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from surgery import noise
+from surgery import noise, sharding
 from surgery.errors import SurgeryError
 from surgery.linears import inputs_of
 from surgery.registry import check_types, demand, register
@@ -115,8 +115,8 @@ class Subspaces(Projecting):
             piece.parameter.grad = None
             for optimizer in surgery.optimizers:
                 held = optimizer.state.get(piece.parameter)
-                if held:
-                    move(held, before, frame.matrix)
+                if held:  # rows are moved one by one: of those that this rank holds
+                    move(sharding.local_state(held), before, frame.matrix)
         if move is None:
             surgery.forget(self.projected)
 

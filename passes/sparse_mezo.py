@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from passes.mezo import ZerothOrder
-from surgery import noise
-from surgery.coordinates import matrix_of, wide
+from surgery import noise, sharding
+from surgery.coordinates import matrix_of, matrix_shape, wide
 from surgery.perturbation import Perturbation
 from surgery.registry import demand, register
 from surgery.twopoint import TwoPoint
@@ -62,13 +62,13 @@ class Sparse(Perturbation):
     round: int = 0
 
     def rows(self, slot: int, part: slice) -> Tensor:
-        z, weight = super().rows(slot, part), matrix_of(self.current())
+        z, weight = super().rows(slot, part), self.current()
         if self.options.mask == "random":
-            start, stop, _ = part.indices(weight.shape[0])
-            width = weight.shape[1]
+            height, width = matrix_shape(weight)
+            start, stop, _ = part.indices(height)
             random = noise.sixteen(start * width, (stop - start) * width, self._mask, weight.device)
             return z.masked_fill_((random >= self._share).view(z.shape), 0.0)
-        return self._small(z, weight[part])
+        return self._small(z, sharding.rows_of(weight, part))
 
     def gather(self, slot: int, ids: Tensor) -> Tensor:
         z, weight = super().gather(slot, ids), self.current()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from passes.lozo import Lozo
 from surgery import noise
-from surgery.coordinates import matrix_of, wide
+from surgery.coordinates import matrix_shape, wide
 from surgery.perturbation import LowRank, spread
 from surgery.registry import register
 from surgery.twopoint import TwoPoint
@@ -43,7 +43,7 @@ class Framed(LowRank):
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
         weight, round = self.current(), self.probe.step // self.options.period
         if slot not in self.frames or self.frames[slot][0] != round:
-            height, width = matrix_of(weight).shape
+            height, width = matrix_shape(weight)
             left, right = (
                 noise.orthonormal(
                     self.normal(n, noise.bits(self.options.seed, side, self.name, round, slot))

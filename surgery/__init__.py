@@ -28,6 +28,7 @@ from surgery.journal import replay as replay
 from surgery.planning import plan as plan
 from surgery.registry import available as available
 from surgery.registry import register as register
+from surgery.stateful import Stateful as Stateful
 
 __version__ = "0.1.0"
 

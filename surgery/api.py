@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from surgery import clock, memory
 from surgery.capture import Dispatch
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
+from surgery.distributed import check_layout
 from surgery.errors import ConflictError, ModelError, OptimizerError
 from surgery.registry import resolve
 from surgery.state import Surgery, applied, surgery_of
@@ -37,7 +38,11 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
         passes=chosen,
         methods=methods,
         sites=sites,
-        required_grad=[(p, p.requires_grad) for p in model.parameters()],
+        required_grad=[
+            (owner, key, p.requires_grad)
+            for owner in model.modules()
+            for key, p in owner.named_parameters(recurse=False)
+        ],
     )
     blocks = [piece for site in sites if not site.whole for piece in site.pieces]
     if sites:
@@ -62,7 +67,7 @@ def remove(model: nn.Module) -> nn.Module:
     surgery.release()
     surgery.dispatch.uninstall()
     model._modules.pop(TABLE, None)
-    for parameter, required in surgery.required_grad:
+    for parameter, required in surgery.flags():
         parameter.requires_grad_(required)
     return model
 
@@ -132,6 +137,7 @@ def _check_model(model: nn.Module) -> None:
             "gradients. Apply first, wrap afterwards: surgery.apply(model, ...), then "
             f"{type(model).__name__}(model)."
         )
+    check_layout(model)
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")

@@ -22,11 +22,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 
 from surgery import nodes
-from surgery.coordinates import TABLE
-from surgery.distributed import check_wrapping
+from surgery.coordinates import TABLE, site_of
+from surgery.distributed import check_layout, check_wrapping
 from surgery.errors import CaptureError, listed
 from surgery.ledger import Ledger
 from surgery.reentrant import Workarounds
+from surgery.sharding import is_cut_block
 from surgery.simplify import simplify
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Dispatch:
         self.surgery = surgery
         self.replaced: Callable[..., Any] | None = model.__dict__.get("forward")
         self.workarounds = Workarounds(model)
+        self.leaves: dict[nn.Module, Leaf] = {}
         self._captured: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +79,9 @@ class Dispatch:
     def uninstall(self) -> None:
         """Give the place back."""
         self.workarounds.restore()
+        for module in self.leaves:
+            del module.__dict__["forward"]
+        self.leaves.clear()
         del self.model.__dict__["forward"]
         if self.replaced is not None:
             self.model.__dict__["forward"] = self.replaced
@@ -100,10 +105,16 @@ class Dispatch:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
         self.workarounds.take_off()
-        self.surgery.bind()
-        check_wrapping(self.surgery.pieces)
+        if not self.surgery.reached:  # once: each look costs a walk over all parameters
+            check_layout(self.model)
+        self.surgery.bind(forward=True)
+        check_wrapping(piece for site in self.surgery.sites for piece in site.pieces)
         self.surgery.before_forward(self.plain, args, kwargs)
         captured = self._captured or self._capture()
+        if self.surgery.cut and not self.leaves:
+            self.leaves = leaves(self.surgery, self._compiled)
+        self.surgery.running = True
+        self.surgery.forwards += not self.surgery.rehearsal
         try:
             with torch._dynamo.config.patch(_DYNAMO | {"ignore_logging_functions": _once()}):
                 output = self.surgery.drive(lambda: captured(*args, **kwargs))
@@ -114,19 +125,55 @@ class Dispatch:
                 "likely cause is a Python number, string or flag among the inputs that changes at "
                 "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
             ) from error
+        finally:
+            self.surgery.running = False
         self.surgery.check_reached()
         return output
 
     def _capture(self) -> Callable[..., Any]:
-        captured: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
-            self.plain,
+        self._captured = captured = self._compiled(self.plain)
+        return captured
+
+    def _compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(  # pyright: ignore[reportCallIssue]
+            forward,
             backend=_backend(self.surgery),
             dynamic=True,
             recompile_limit=STRUCTURES,
             isolate_recompiles=True,
         )
-        self._captured = captured
-        return captured
+
+
+class Leaf:
+    """What `module.forward` is of an embedding, a norm or a head outside of the blocks of FSDP2.
+
+    Dynamo gives up the function that calls the blocks in a loop, for the hooks of FSDP2 inside of
+    it, and does not look at modules of torch.nn that such a function calls.
+    """
+
+    def __init__(self, forward: Callable[..., Any], captured: Any, surgery: Surgery) -> None:
+        self.forward, self.captured = forward, captured
+        self.surgery = weakref.ref(surgery)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        surgery = self.surgery()
+        running = surgery is not None and surgery.running
+        return (self.captured if running else self.forward)(*args, **kwargs)
+
+
+def leaves(surgery: Surgery, compiled: Callable[..., Any]) -> dict[nn.Module, Leaf]:
+    """Put `Leaf` in place of the forward of modules whose weights a function given up may read."""
+    inside = [m for m in surgery.model.modules() if m is not surgery.model and is_cut_block(m)]
+    covered = {id(own) for block in inside for own in block.modules()}
+    found: dict[nn.Module, Leaf] = {}
+    for module in surgery.model.modules() if inside else ():
+        reads = any(site_of(p) is not None for p in module.parameters(recurse=False))
+        known = type(module).__module__.startswith("torch.nn.")
+        if reads and known and id(module) not in covered and "forward" not in module.__dict__:
+            forward = MethodType(type(module).forward, module)
+            found[module] = Leaf(forward, compiled(forward), surgery)
+            module.__dict__["forward"] = found[module]
+    return found
 
 
 def _backend(surgery: Surgery) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:

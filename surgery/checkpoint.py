@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
 
-from surgery import record
+from surgery import record, sharding
 from surgery.coordinates import TABLE, unique
-from surgery.distributed import rank_of_world
+from surgery.distributed import on_first_rank
 from surgery.errors import CheckpointError, listed
 from surgery.registry import from_json, to_json
 from surgery.state import Surgery, applied
@@ -45,18 +48,20 @@ def save(
             "some of the optimizers of this model have made their step, and others have not. Save "
             "between steps."
         )
-    rank, world = rank_of_world()
-    if rank == 0:
-        about, state = _about(surgery, weights), _state(surgery)
-        if weights:
-            state["weights"] = _once(_tensors(surgery.model))
-        if optimizer is not None:
-            state["optimizer"] = _optimizer_state(surgery, optimizer)
-        if scheduler is not None:
-            state["scheduler"] = dict(scheduler.state_dict())
-        record.write(Path(folder), about, state)
-    if world > 1:
-        distributed.barrier()
+    surgery.bind()
+    tensors, state = _tensors(surgery.model), state_of(surgery)
+    about = about_of(surgery, tensors)
+    if weights:
+        state["weights"] = _once(tensors)
+    if optimizer is not None:
+        state["optimizer"] = _optimizer_state(surgery, optimizer)
+    if scheduler is not None:
+        state["scheduler"] = dict(scheduler.state_dict())
+    sums = {} if weights else _sums(surgery, tensors)
+    with on_first_rank() as first:
+        whole = tree_map(partial(sharding.gathered, keep=first), state)  # on all ranks
+        if first:
+            record.write(Path(folder), about | {"sums": sums}, whole)
 
 
 @torch.no_grad()
@@ -73,12 +78,10 @@ def load(
     """
     surgery, folder = applied(model), Path(folder)
     about, state = record.read(folder)
-    _check_passes(surgery, about["passes"], folder)
-    _check_shapes(about["weights"], _shapes(_tensors(surgery.model)), "weight")
-    _check_shapes(about["coordinates"], _shapes(_coordinates(surgery)), "coordinate")
-    _check_sums(about["sums"], _tensors(surgery.model))
-    wanted = [("optimizer", optimizer), ("scheduler", scheduler)]
-    for what, given in wanted:
+    check(surgery, about, folder)
+    weights = _tensors(surgery.model)
+    _check_sums(about["sums"], weights)
+    for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None and what in state:
             raise CheckpointError(
                 f"{folder} holds the state of {_article(what)}, and none is given. Pass "
@@ -93,20 +96,9 @@ def load(
         optimizer.load_state_dict(_for_optimizer(surgery, optimizer, state["optimizer"]))
     if scheduler not in (None, False):
         scheduler.load_state_dict(deepcopy(state["scheduler"]))
-    surgery.bind()
-    for own, saved in (
-        (_tensors(surgery.model), "weights"),
-        (_coordinates(surgery), "coordinates"),
-    ):
-        for name, tensor in state.get(saved, {}).items():
-            own[name].detach().copy_(tensor)
-    counts = state["surgery"]
-    surgery.step, surgery.skipped = counts["step"], counts["skipped"]
-    for piece in surgery.pieces:
-        piece.since = counts["since"][piece.name]
-        piece.parameter.grad = piece.norm = None
-    for method, saved in zip(surgery.methods, state["passes"], strict=True):
-        method.restore(saved)
+    for name, tensor in state.get("weights", {}).items():
+        sharding.take(weights[name], tensor)
+    restore(surgery, state)
     return model
 
 
@@ -122,19 +114,39 @@ def saved_passes(folder: str | Path) -> list[Any]:
 # -- what is saved ---------------------------------------------------------------------------------
 
 
-def _about(surgery: Surgery, weights: bool) -> dict[str, Any]:
-    tensors = _tensors(surgery.model)
+def about_of(surgery: Surgery, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return what a save is of: passes, and shapes of weights and coordinates."""
+    tensors = _tensors(surgery.model) if tensors is None else tensors
+    kind = type(surgery.model)
     return {
         "library": version("model-surgery"),
-        "model": type(surgery.model).__name__,
+        # fully_shard makes a class of its own from that of the model
+        "model": (kind.__mro__[2] if issubclass(kind, FSDPModule) else kind).__name__,
         "passes": [to_json(options) for options in surgery.passes],
         "weights": _shapes(tensors),
         "coordinates": _shapes(_coordinates(surgery)),
-        "sums": {} if weights else _sums(surgery, tensors),
     }
 
 
-def _state(surgery: Surgery) -> dict[str, Any]:
+@torch.no_grad()
+def restore(surgery: Surgery, state: Mapping[str, Any]) -> None:
+    """Take back what `state_of` returned; coordinates whole, or cut as they are here."""
+    surgery.bind()
+    own = _coordinates(surgery)
+    for name, tensor in state["coordinates"].items():
+        if tensor is not own[name]:
+            sharding.take(own[name], tensor)
+    counts = state["surgery"]
+    surgery.step, surgery.skipped = counts["step"], counts["skipped"]
+    for piece in surgery.pieces:
+        piece.since = counts["since"][piece.name]
+        piece.parameter.grad = piece.norm = None
+    for method, saved in zip(surgery.methods, state["passes"], strict=True):
+        method.restore(saved)
+
+
+def state_of(surgery: Surgery) -> dict[str, Any]:
+    """Return what a run needs to go on, besides weights and optimizers."""
     return {
         "surgery": {
             "step": surgery.step,
@@ -171,10 +183,11 @@ def _coordinates(surgery: Surgery) -> dict[str, Tensor]:
 
 def _sums(surgery: Surgery, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return checksums of the weights that are trained."""
-    trained = {site.name for site in surgery.sites} or {
-        name for name, tensor in tensors.items() if tensor.requires_grad
-    }
-    return {n: record.checksum(t) for n, t in _once(tensors).items() if n in trained}
+    # By identity: PEFT renames the weights that it wraps after surgery was applied.
+    sites = {id(site.current()) for site in surgery.sites}
+    trained = sites or {id(tensor) for tensor in tensors.values() if tensor.requires_grad}
+    once = {n: sharding.whole(t) for n, t in _once(tensors).items() if id(t) in trained}
+    return {name: record.checksum(tensor) for name, tensor in once.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -196,8 +209,7 @@ def _optimizer_state(surgery: Surgery, optimizer: Any) -> dict[str, Any]:
 
 def _names(surgery: Surgery, optimizer: Any) -> list[list[str]]:
     """Return the names of the parameters in each group of an optimizer."""
-    found = surgery.model.named_parameters()
-    known = {id(p): name.removeprefix(f"{TABLE}.") for name, p in found}
+    known = {id(p): name for name, p in _known(surgery).items()}
     strangers = sum(id(p) not in known for g in optimizer.param_groups for p in g["params"])
     if strangers:
         raise CheckpointError(
@@ -205,6 +217,10 @@ def _names(surgery: Surgery, optimizer: Any) -> list[list[str]]:
             "state has no name. Make them part of the model, or give them their own optimizer."
         )
     return [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _known(surgery: Surgery) -> dict[str, nn.Parameter]:
+    return {n.removeprefix(f"{TABLE}."): p for n, p in surgery.model.named_parameters()}
 
 
 def _places(found: Mapping[str, Any], names: Iterable[Iterable[str]]) -> dict[Any, str]:
@@ -234,7 +250,7 @@ def _for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) -
             f"the save was made with {saved['kind']}, and {_kind(optimizer)} is given. Build the "
             "optimizer as it was, or pass optimizer=False."
         )
-    found, own = optimizer.state_dict(), _names(surgery, optimizer)
+    found, own, known = optimizer.state_dict(), _names(surgery, optimizer), _known(surgery)
     by_names = {frozenset(group["params"]): group for group in saved["groups"]}
     groups = []
     for group, names in zip(found["param_groups"], own, strict=True):
@@ -247,11 +263,28 @@ def _for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) -
                 + ". Build them from the same parameters as before."
             )
         groups.append({**group, **same, "params": group["params"]})
-    states = {i: saved["states"][n] for i, n in _places(found, own).items() if n in saved["states"]}
+    states = {
+        i: {key: _cut_like(value, known[n]) for key, value in saved["states"][n].items()}
+        for i, n in _places(found, own).items()
+        if n in saved["states"]
+    }
     return {**found, "param_groups": groups, "state": states}
 
 
-def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Path) -> None:
+def _cut_like(value: Any, parameter: Tensor) -> Any:
+    same = isinstance(value, Tensor) and value.shape == parameter.shape
+    return sharding.like(value, parameter) if same else value
+
+
+def check(surgery: Surgery, about: Mapping[str, Any], folder: Any) -> None:
+    """Raise CheckpointError if a save is not of this model, its passes and their coordinates."""
+    _check_passes(surgery, about["passes"], folder)
+    own = about_of(surgery)
+    _check_shapes(about["weights"], own["weights"], "weight")
+    _check_shapes(about["coordinates"], own["coordinates"], "coordinate")
+
+
+def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Any) -> None:
     own = [to_json(options) for options in surgery.passes]
     if own == saved:
         return
@@ -294,7 +327,9 @@ def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -
 
 
 def _check_sums(saved: Mapping[str, str], own: Mapping[str, Tensor]) -> None:
-    changed = [name for name, digest in saved.items() if record.checksum(own[name]) != digest]
+    changed = [
+        n for n, digest in saved.items() if record.checksum(sharding.whole(own[n])) != digest
+    ]
     if changed:
         raise CheckpointError(
             "the save holds no weights (weights=False), and the model does not have those that it "

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from surgery import noise
+from surgery import sharding
 
 Index: TypeAlias = tuple[int | slice, ...]
 
 TABLE = "surgery_coordinates"  # name of the child module that lists blocks in model.parameters()
-CHUNK = 1 << 18  # entries of a 16-bit weight that are rounded at a time: they stay in the cache
 
 
 class Map(Protocol):
@@ -65,7 +64,8 @@ class Coordinates:
 class Piece:
     """A coordinate and what is known of it at run time. A mapped one starts from zero.
 
-    index: of a block; None for a whole weight and for a mapped coordinate. map: of a mapped one.
+    index: of a block; None for a whole weight and for a mapped coordinate. twin: what a forward
+    reads where FSDP2 has left only a part of the parameter on this rank. map: of a mapped one.
     covers: parameters of the weight that a mapped one stands for. note: what the nodes of the pass
     find here.
     """
@@ -73,6 +73,7 @@ class Piece:
     weight: str
     index: Index | None
     parameter: nn.Parameter
+    twin: nn.Parameter | None = field(default=None, repr=False)  # freed between forwards
     map: Map | None = None
     covers: int = 0
     prox: float = 0.0  # decay of a mapped coordinate in each step, times its learning rate
@@ -80,6 +81,7 @@ class Piece:
     since: int = 0  # the optimizer step at which a mapped one last started from zero
     note: Any = None
     active: bool = False
+    reached: bool = False  # whether a node of its pass has run on its weight
     watched: bool = False  # whether a pass wants the norm of its gradient
     norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
     version: int = -1  # of the gradient when `norm` was taken: clipping and unscaling raise it
@@ -88,6 +90,16 @@ class Piece:
     def name(self) -> str:
         mapped = "" if self.map is None else " (mapped)"
         return self.weight + (_subscript(self.index) if self.index is not None else mapped)
+
+    @property
+    def key(self) -> str:
+        """Its name in the table: torch's checkpoints take dots for levels of modules."""
+        return self.name.replace(".", "/")
+
+    @property
+    def read(self) -> nn.Parameter:
+        """What a forward reads and autograd gives a gradient to."""
+        return self.parameter if self.twin is None else self.twin
 
     @property
     def numel(self) -> int:
@@ -120,12 +132,13 @@ class Site:
     pieces: tuple[Piece, ...]
     reached: bool = False  # whether a captured graph has read this weight through a gate
     weight: Callable[[], Tensor | None] = field(default=lambda: None)  # weak reference
+    twin: Callable[[], Tensor | None] = field(default=lambda: None)  # what a forward reads instead
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"weight": None, "reached": False}
+        return self.__dict__ | {"weight": None, "twin": None, "reached": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"weight": lambda: None}
+        self.__dict__ |= state | {"weight": lambda: None, "twin": lambda: None}
 
     def __post_init__(self) -> None:
         self.key = self.name.rpartition(".")[2]
@@ -143,25 +156,38 @@ class Site:
         `model.to(...)` moves a weight and its blocks apart; `load_state_dict(assign=True)` replaces
         the object.
         """
-        weight = self.owner._parameters[self.key]
-        if self.weight() is not weight:
+        weight = self.owner._parameters.get(self.key)
+        if weight is None:
+            raise sharding.flattened(self.name)
+        if self.weight() is not weight and self.twin() is not weight:
+            return False
+        if sharding.is_cut(weight) and self.twin() is None:
             return False
         if self.map is not None:
             return True
         return self.whole or all(_views(piece, weight) for piece in self.pieces)
 
-    def bind(self) -> None:
+    def bind(self, twins: sharding.Twins) -> None:
         """Register the weight for `nodes.gate` and let the blocks view it (again)."""
-        weight = self.current()
+        weight, twin = twins.get((id(self.owner), self.key), (self.current(), None))
         self.weight = weakref.ref(weight)
         SITES[weight] = weakref.ref(self)
+        if twin is not None:
+            self.twin = weakref.ref(twin)
+            SITES[twin] = weakref.ref(self)
         for piece in self.pieces:
-            if piece.map is not None:
-                piece.parameter.data = piece.parameter.detach().to(weight.device, wide(weight))
-            elif piece.index is None:
-                piece.parameter = weight
-            else:
+            if piece.index is not None:
                 piece.parameter.data = weight.detach()[piece.index]
+            elif piece.map is None:
+                piece.parameter, piece.twin = weight, twin
+            elif not sharding.is_cut(piece.parameter):
+                piece.parameter.data = piece.parameter.detach().to(weight.device, wide(weight))
+
+    def release(self) -> None:
+        """Let `nodes.gate` forget the weight."""
+        for weight in (self.weight(), self.twin()):
+            if weight is not None:
+                SITES.pop(weight, None)
 
 
 # weight -> weak reference to its Site, for all models. Weak on both sides: a Site leads back to the
@@ -185,42 +211,10 @@ def matrix_of(weight: Tensor) -> Tensor:
     return weight.detach().view(-1, weight.shape[-1] if weight.ndim else 1)
 
 
-@torch.no_grad()
-def carry(
-    piece: Piece, weight: Tensor, old: Tensor, new: Tensor, step: int, decay: float = 0.0
-) -> None:
-    """Take a weight from W0 + map(old) to W0 + map(new), in float32.
-
-    decay: the share of the weight that is taken off before. Into bfloat16 and float16 the sum is
-    rounded at random, by numbers that stay the same while W0 does: they tell W0 from the weight, so
-    however many steps were made, what is added to W0 is rounded once. With decay W0 changes, and
-    each step is rounded by itself, by the number of the optimizer step.
-    """
-    assert piece.map is not None
-    matrix, delta = matrix_of(weight), new - old
-    matrix = matrix.t() if piece.map.transposed else matrix
-    out, width = matrix.shape
-    if wide(weight) == weight.dtype:
-        if decay:
-            matrix *= 1.0 - decay
-        piece.map.add_into(matrix, delta)
-        return
-    if not decay and not bool(delta.any()):
-        return
-    key = step if decay else piece.since
-    both = noise.words(out + width, 0, "carry", piece.weight, key, device=weight.device)
-    rows, columns = both[:out], both[out:]
-    fresh = bool(decay) or not bool(old.any())
-    height = max(1, CHUNK // width)
-    for start in range(0, out, height):
-        part = slice(start, start + height)
-        if fresh:
-            exact = piece.map.change(delta, part).add_(matrix[part].float(), alpha=1.0 - decay)
-        else:
-            gone = piece.map.change(old, part)
-            exact = noise.before_rounding(matrix[part], gone, rows[part], columns)
-            exact += piece.map.change(new, part)
-        noise.round_into(matrix[part], exact, rows[part], columns)
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Return the shape of `matrix_of`, of all of a weight that is cut too."""
+    width = weight.shape[-1] if weight.ndim else 1
+    return (weight.numel() // width if width else 0), width
 
 
 def _views(piece: Piece, weight: nn.Parameter | None) -> bool:
@@ -246,7 +240,7 @@ class CoordinateTable(nn.Module):
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__()
-        self._parameters.update({piece.name: piece.parameter for piece in unique(pieces)})
+        self._parameters.update({piece.key: piece.parameter for piece in unique(pieces)})
 
     def forward(self, x: Any) -> Any:
         """Return x: an nn.Sequential calls all of its children."""

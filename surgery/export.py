@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import Tensor, distributed, nn
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
 
+from surgery import sharding
 from surgery.api import remove
-from surgery.distributed import rank_of_world
+from surgery.distributed import on_first_rank
 from surgery.errors import CheckpointError, OptionError
 from surgery.registry import to_json
 from surgery.state import Surgery, applied
@@ -44,27 +45,40 @@ def export(
     plain = _unwrapped(model, surgery)
     if merge and not _adapted(plain):
         raise OptionError("merge=True adds PEFT adapters to the base, and this model has none.")
-    rank, world = rank_of_world()
-    if rank == 0:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-                _write(plain, Path(made), folder, merge, max_shard_size)
-                (Path(made) / "README.md").write_text(_card(plain, surgery))
-                _move(Path(made), folder)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"could not export to {folder}: {error}. Free some space, or give a folder that "
-                "can be written to."
-            ) from error
-    if world > 1:
-        distributed.barrier()
+    cut = sharding.is_sharded(plain)
+    if cut and _adapted(plain):
+        raise CheckpointError(
+            "PEFT adapters on a model that FSDP2 shards cannot be exported. surgery.save it, load "
+            "that in one process without fully_shard, and export there."
+        )
+    with on_first_rank() as first:
+        state = sharding.whole_state(plain, first) if cut else None  # on all ranks
+        if first:
+            _export(plain, surgery, folder, merge, max_shard_size, state)
+
+
+def _export(
+    model: Any, surgery: Surgery, folder: Path, merge: bool, shards: str, state: Any
+) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+            if state is None:
+                _write(model, Path(made), folder, merge, shards)
+            else:
+                _write_plain(model, Path(made), state, shards)
+            (Path(made) / "README.md").write_text(_card(model, surgery))
+            _move(Path(made), folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not export to {folder}: {error}. Free some space, or give a folder that can be "
+            "written to."
+        ) from error
 
 
 def _unwrapped(model: nn.Module, surgery: Surgery) -> nn.Module:
     """Return the model without data-parallel wrappers, with the adapters that are around it."""
-    outer = [m for m in model.modules() if _adapted(m) or m is surgery.model]
-    return outer[0]
+    return next(m for m in model.modules() if _adapted(m) or m is surgery.model)
 
 
 def _adapted(model: nn.Module) -> bool:
@@ -87,10 +101,21 @@ def _write(model: Any, made: Path, folder: Path, merge: bool, shards: str) -> No
 
 def _write_plain(model: Any, made: Path, state: dict[str, Tensor] | None, shards: str) -> None:
     if not hasattr(model, "save_pretrained"):
-        save_model(model, str(made / "model.safetensors"))
+        if state is None:
+            save_model(model, str(made / "model.safetensors"))
+        else:
+            save_file(_untied(state), made / "model.safetensors")
         return
     with _not_quantised(model):
         model.save_pretrained(made, state_dict=state, max_shard_size=shards)
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what is tied to one that comes before, as `save_model` does."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: state[name] for name in first.values()}
 
 
 def _merged(model: Any) -> Any:
@@ -119,8 +144,8 @@ def _not_quantised(model: Any) -> Iterator[None]:
     if getattr(kind, "value", kind) != "gguf":
         yield
         return
-    had = {name: name in vars(model) for name in ("hf_quantizer", "quantization_method")}
-    before = {name: vars(model)[name] for name, there in had.items() if there}
+    names = ("hf_quantizer", "quantization_method")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
     for name in before:
         delattr(model, name)
     if settings is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surgery.coordinates import carry
+from surgery.carrying import carry
 from surgery.errors import ModelError
 from surgery.state import Surgery, applied
 from surgery.twopoint import TwoPoint

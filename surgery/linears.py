@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from surgery import sharding
 from surgery.errors import TargetError
 from surgery.targets import (
     Targets,
@@ -68,7 +69,8 @@ def _check(model: nn.Module, names: list[str], what: str, stacked: bool) -> None
 
 def check_steps(name: str, weight: nn.Parameter, what: str) -> None:
     """Raise TargetError if a weight is of a kind that cannot take steps: quantised, float8."""
-    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+    foreign = is_traceable_wrapper_subclass(weight) and not sharding.is_cut(weight)
+    if not weight.is_floating_point() or foreign:
         raise TargetError(
             f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
             "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "

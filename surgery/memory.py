@@ -233,7 +233,7 @@ def _taken(count: int) -> str:
 
 
 def _predicted(surgery: Surgery) -> tuple[Bytes, Bytes]:
-    weights = [parameter for parameter, required in surgery.required_grad if required]
+    weights = [parameter for parameter, required in surgery.flags() if required]
     parameters = storage_bytes(surgery.model.parameters())
     dense = sum(p.numel() * p.element_size() for p in weights)
     active = [p.parameter for p in unique(surgery.pieces) if p.active]
@@ -271,9 +271,9 @@ def _with_activations(
 
 @contextmanager
 def _as_before(surgery: Surgery) -> Any:
-    flags = [(parameter, parameter.requires_grad) for parameter, _ in surgery.required_grad]
+    flags = [(parameter, parameter.requires_grad) for parameter, _ in surgery.flags()]
     try:
-        for parameter, required in surgery.required_grad:
+        for parameter, required in surgery.flags():
             parameter.requires_grad_(required)
         yield
     finally:

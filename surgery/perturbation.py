@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery import noise
-from surgery.coordinates import matrix_of, wide
+from surgery.coordinates import matrix_of, matrix_shape, wide
 
 BAND = 1 << 19  # entries that z is drawn for at a time: 2 MB, the size of a cache
 
@@ -59,8 +59,8 @@ class Perturbation:
 
     def rows(self, slot: int, part: slice) -> Tensor:
         """Return rows of z as a matrix (n, width), at least float32."""
-        weight = matrix_of(self.current())
-        height, width = weight.shape
+        weight = self.current()
+        height, width = matrix_shape(weight)
         start, stop, _ = part.indices(height)
         count = (stop - start) * width
         key, device = self.key(slot), weight.device
@@ -122,8 +122,10 @@ class Perturbation:
     # -- the map of the coordinates ----------------------------------------------------------------
 
     def change(self, delta: Tensor, part: slice) -> Tensor:
-        matrix = matrix_of(self.current())[part]
-        total = torch.zeros(matrix.shape, dtype=delta.dtype, device=matrix.device)
+        weight = self.current()
+        height, width = matrix_shape(weight)
+        count = len(range(*part.indices(height)))
+        total = torch.zeros(count, width, dtype=delta.dtype, device=weight.device)
         for slot, value in enumerate(delta.tolist()):
             if value:
                 total.add_(self.rows(slot, part), alpha=value * self.probe.scale)
@@ -201,5 +203,5 @@ class LowRank(Perturbation):
 
 def spread(weight: Tensor, rank: int) -> float:
     """Return the factor that gives U Z V^T of orthonormal U, V entries of variance 1."""
-    height, width = matrix_of(weight).shape
+    height, width = matrix_shape(weight)
     return math.sqrt(height * width) / rank

@@ -67,7 +67,7 @@ def projected(
     piece = _reached(weight)
     if z is None or piece is None:
         return linear(x, weight, bias, transposed)
-    return _Projected.apply(x, z, weight.detach(), bias, piece.parameter, piece.note)
+    return _Projected.apply(x, z, weight.detach(), bias, piece.read, piece.note)
 
 
 def projected_experts(
@@ -77,7 +77,7 @@ def projected_experts(
     piece = _reached(weight)
     if z is None or piece is None:
         return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
-    return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, piece.parameter, fused)
+    return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, piece.read, fused)
 
 
 def _reached(weight: Tensor) -> Piece | None:
@@ -87,6 +87,7 @@ def _reached(weight: Tensor) -> Piece | None:
         return None
     site.reached = True
     piece = site.pieces[0]
+    piece.reached = True
     return piece if piece.note is not None and piece.active else None
 
 
@@ -132,10 +133,8 @@ class _Projected(torch.autograd.Function):
 
 @dataclass(eq=False, kw_only=True)
 class Rewritten:
-    """Weights whose Linears were rewritten, and those of them whose x something else keeps, by what
-    operation."""
+    """Weights whose Linears were rewritten and whose x something else keeps, by what operation."""
 
-    names: set[str] = field(default_factory=set)
     kept: dict[str, str] = field(default_factory=dict)
 
 
@@ -214,12 +213,11 @@ def _root(node: Node) -> Node:
 
 
 def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rewritten) -> None:
-    """Note which weights were reached, and where x is kept in spite of its projection."""
+    """Note where x is kept in spite of its projection."""
     for node in graph.graph.nodes:
         if node.target not in (projected, projected_experts) or node.args[2] not in names:
             continue
         x, _, weight, *_ = node.args
-        found.names.add(names[weight])
         mine = ledger.outputs[_root(x)] - ledger.free
         others = [n for n, saved in ledger.saves.items() if saved & mine and n is not node]
         if others:

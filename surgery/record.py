@@ -56,7 +56,7 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
         ) from error
     finally:
         for partial in partials:
-            _forget(partial)
+            partial.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,11 +140,6 @@ def _replace(partial: Path, target: Path) -> None:
     with partial.open("rb+") as opened:
         os.fsync(opened.fileno())
     partial.replace(target)
-
-
-def _forget(partial: Path) -> None:
-    if partial.exists():  # only after an error
-        partial.unlink()
 
 
 # -- values and tensors nested, as JSON beside a flat dict of tensors ------------------------------

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from surgery import sharding
 from surgery.capture import Dispatch, unreached
-from surgery.coordinates import SITES, Piece, Site, carry, unique, wide
+from surgery.carrying import carry
+from surgery.coordinates import TABLE, Piece, Site, unique
+from surgery.distributed import average_replicated, check_cut, replicated, take_cut
 from surgery.errors import ModelError, OptimizerError, SurgeryError, listed
+from surgery.gradients import finite, norms
 from surgery.ledger import Ledger
-
-_LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
 
 LIVE: weakref.WeakSet[Surgery] = weakref.WeakSet()  # what the clock's global hooks serve
 
@@ -96,7 +98,7 @@ class Surgery:
     passes: tuple[Any, ...]
     methods: tuple[Method, ...]
     sites: tuple[Site, ...]
-    required_grad: list[tuple[nn.Parameter, bool]]  # flags before apply, for remove
+    required_grad: list[tuple[nn.Module, str, bool]]  # flags before apply, for remove
     dispatch: Dispatch = field(init=False)
     step: int = 0
     skipped: int = 0  # steps whose gradients were NaN or infinite
@@ -109,7 +111,11 @@ class Surgery:
     refused: bool = False  # the step under way was skipped
     rehearsal: bool = False  # a forward of `report`, which must leave no trace
     before: dict[int, Tensor] = field(default_factory=dict)  # mapped coordinates before the step
-    measuring: bool = False  # norms will be taken when the backward under way ends
+    ending: bool = False  # `end_backward` will be called when the backward under way ends
+    running: bool = False  # a training forward is under way
+    forwards: int = 0  # training forwards since the last step
+    cut: bool = False  # FSDP2 shards the model
+    replicated: Sequence[Piece] = ()  # that each rank holds whole beside weights that FSDP2 cut
     taken: dict[str, int] = field(default_factory=dict)  # pass -> bytes its rewrites take away
     calls: list[tuple[GraphModule, Sequence[Any]]] | None = None  # graphs run, while one listens
     handles: list[Any] = field(default_factory=list)
@@ -126,24 +132,40 @@ class Surgery:
     def pieces(self) -> list[Piece]:
         return [piece for site in self.sites for piece in site.pieces]
 
+    def flags(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the model's own parameters, each with its requires_grad before apply."""
+        found = [(owner._parameters.get(key), flag) for owner, key, flag in self.required_grad]
+        once = {
+            id(parameter): (parameter, flag) for parameter, flag in found if parameter is not None
+        }
+        return list(once.values())
+
     # -- binding to the tensors of the model ---------------------------------------------------
 
-    def bind(self) -> None:
-        """Make sites and hooks point at the model's present parameters; cheap when they do."""
-        self.measuring = False
-        for piece in unique(self.pieces):
-            if (
-                not piece.parameter.requires_grad
-            ):  # get_peft_model switches off what it did not make
+    def bind(self, forward: bool = False) -> None:
+        """Make sites and hooks point at the model's present parameters; cheap when they do.
+
+        forward: whether a forward is under way, in which FSDP2 shows whole weights.
+        """
+        self.ending = False
+        for piece in self.pieces:
+            if not piece.parameter.requires_grad:  # as get_peft_model leaves all but its own
                 piece.parameter.requires_grad_(True)
         if self in LIVE and all(site.in_place() for site in self.sites):
             return
         self.release()
+        twins = sharding.twins(self.model, forward)
+        pieces = unique(self.pieces)
+        check_cut(self.sites, twins)
+        if twins:
+            take_cut(pieces, self.pieces, self.model._modules.get(TABLE), twins)
         for site in self.sites:
-            site.bind()
-        for piece in unique(self.pieces):
+            site.bind(twins)
+        self.cut = bool(twins)
+        self.replicated = replicated(pieces) if twins else ()
+        for piece in pieces:
             hook = partial(_after_accumulate, weakref.ref(piece), weakref.ref(self))
-            self.handles.append(piece.parameter.register_post_accumulate_grad_hook(hook))
+            self.handles.append(piece.read.register_post_accumulate_grad_hook(hook))
         LIVE.add(self)
 
     def before_forward(self, plain: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -167,9 +189,7 @@ class Surgery:
             handle.remove()
         self.handles.clear()
         for site in self.sites:
-            weight = site.weight()
-            if weight is not None:
-                SITES.pop(weight, None)
+            site.release()
         LIVE.discard(self)
 
     def check_reached(self) -> None:
@@ -188,6 +208,9 @@ class Surgery:
     def before_step(self, optimizer: Optimizer, loss_scale: float) -> None:
         """Check an optimizer at its first step; drop the gradients of a step that is not finite."""
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        self.refused = not self.forwards and _only_makes_state(optimizer)
+        if self.refused:
+            return
         if optimizer not in self.optimizers:
             if not any(id(p) in held for p in self.model.parameters()):
                 return
@@ -196,10 +219,16 @@ class Surgery:
             for method in self.methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
+        if (
+            not self.reached
+            and any(p.grad is not None for p in held.values())
+            and not any(piece.parameter.grad is not None for piece in self.pieces)
+        ):
+            raise around("no gradient has reached a coordinate")
         for method in self.methods:
             method.before_step()
         self.loss_scale = loss_scale
-        self.refused = not self._finite(held)
+        self.refused = not finite([p for p in unique(self.pieces) if id(p.parameter) in held])
         if self.refused:
             self.skipped += 1
             for parameter in held.values():
@@ -222,55 +251,44 @@ class Surgery:
         if not wanted <= self.stepped:
             return
         self.stepped.clear()
-        self.step += 1
+        self.step, self.forwards = self.step + 1, 0
         for method in self.methods:
             method.after_step(self)
         self.driving.clear()
 
     def _carry(self, optimizer: Optimizer) -> None:
-        groups = optimizer.param_groups if self.before else ()
-        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        for piece in unique(self.pieces) if self.before else ():
-            if piece.prox and id(piece.parameter) in self.before:
-                piece.parameter.detach().mul_(1.0 - rates[id(piece.parameter)] * piece.prox)
-        for site in self.sites if self.before else ():
+        if not self.before:
+            return
+        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+        for piece in unique(self.pieces):
+            key, now = id(piece.parameter), piece.parameter.detach()
+            if key not in self.before:
+                continue
+            if piece.prox:
+                now.mul_(1.0 - rates[key] * piece.prox)
+            moved[key] = (sharding.whole(self.before[key]), sharding.whole(now))
+        for site in self.sites:
             for piece in site.pieces:
-                before, now = self.before.get(id(piece.parameter)), piece.parameter.detach()
-                if before is not None:
-                    decay = rates[id(piece.parameter)] * piece.weight_decay
-                    carry(piece, site.current(), before, now, self.step, decay)
+                key, weight = id(piece.parameter), site.weight()
+                if key in moved and weight is not None:
+                    decay = rates[key] * piece.weight_decay
+                    carry(piece, weight, *moved[key], self.step, decay)
         self.before = {}
 
-    def measure_norms(self) -> None:
+    def end_backward(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
-        self.measuring = False
+        self.ending = False
+        if self.replicated:
+            average_replicated(self.replicated, self.sites)
         seen = [
             (piece, grad)
             for piece in self.pieces
             if piece.watched and piece.active and (grad := piece.parameter.grad) is not None
         ]
-        norms = _norms([grad for _, grad in seen])
-        for (piece, grad), norm in zip(seen, norms, strict=True):
-            piece.norm, piece.version = norm, grad._version
-
-    def _finite(self, held: dict[int, Tensor]) -> bool:
-        """Whether all gradients that are about to be stepped are finite."""
-        norms: list[Tensor] = []
-        changed: list[Tensor] = []
-        for piece in unique(self.pieces):
-            grad = piece.parameter.grad
-            if grad is None or not piece.active or id(piece.parameter) not in held:
-                continue
-            if piece.norm is not None and piece.version == grad._version:
-                norms.append(piece.norm)
-            else:
-                changed.append(grad)
-        # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
-        norms += [grad.sum(dtype=wide(grad)) for grad in changed if grad.numel() > _LARGE]
-        norms += _norms([grad for grad in changed if grad.numel() <= _LARGE])
-        devices = {norm.device for norm in norms}
-        groups = [torch.stack([n for n in norms if n.device == d]) for d in devices]
-        return all(bool(group.isfinite().all()) for group in groups)
+        found = norms([grad for _, grad in seen])
+        for (piece, grad), norm in zip(seen, found, strict=True):
+            piece.norm, piece.version = norm, sharding.version(grad)
 
     def _check_membership(self, optimizer: Optimizer, held: dict[int, Tensor]) -> None:
         missing = {id(p.parameter): p.name for p in self.pieces if id(p.parameter) not in held}
@@ -321,24 +339,31 @@ def _after_accumulate(
     if piece is None or surgery is None:
         return
     if not piece.active:
-        raise SurgeryError(
-            f"a gradient reached {piece.name}, which is not being trained now: the forward went "
-            "around surgery. Call the model itself, model(...), and not one of its parts."
-        )
-    if piece.watched and not surgery.measuring:
-        surgery.measuring = True
-        # Twice: behind what DistributedDataParallel queues, to put averaged gradients in place.
+        raise around(f"a gradient reached {piece.name}, which is not being trained now")
+    if (piece.watched or surgery.replicated) and not surgery.ending:
+        surgery.ending = True
+        # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
         engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: engine.queue_callback(surgery.measure_norms))
+        engine.queue_callback(lambda: engine.queue_callback(surgery.end_backward))
 
 
-def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
-    # One kernel a device for all of them; torch's public get_total_norm keeps only their norm.
-    if not grads:
-        return []
-    double = any(grad.dtype == torch.float64 for grad in grads)
-    dtype = torch.float64 if double else torch.float32
-    return torch._foreach_norm(grads, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether a step has rate zero and gradients of zeros: torch.distributed.checkpoint makes the
+    state of an optimizer so, to load into."""
+    if any(group.get("lr", 1.0) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    there = [sharding.local(grad) for grad in grads if grad is not None]
+    return bool(there) and not any(bool(grad.any()) for grad in there)
+
+
+def around(what: str) -> SurgeryError:
+    """Return the error for a forward that was not ours."""
+    return SurgeryError(
+        f"{what}: the forward went around surgery. Call the model itself, model(...), and not one "
+        "of its parts. If something has put its own forward in place of the model's (SFTTrainer of "
+        "TRL does), apply surgery after it: surgery.apply(trainer.model, ...)."
+    )
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:

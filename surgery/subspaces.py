@@ -107,7 +107,7 @@ class Projecting(Method, ABC):
         project_linears(graph, inputs, wanted, self.found, self.shared)
 
     def check_reached(self) -> None:
-        missing = [p.weight for p in self.projected if p.weight not in self.found.names]
+        missing = [piece.weight for piece in self.projected if not piece.reached]
         if missing:
             raise CaptureError(
                 f"{self.name}: {listed(missing)} is not read by a Linear of its own in the "

@@ -19,9 +19,9 @@ class TrainerCallback(Callback):
         Trainer(model=model, callbacks=[surgery.TrainerCallback()], ...)
 
     Weights (but those of a PEFT base, which it does not save), optimizer, schedule and generators
-    are the Trainer's. folder: the checkpoint that is
-    resumed from, if it does not lie in `output_dir`. Raises CheckpointError when a run is resumed
-    from a checkpoint without the surgery's state, or with other weights.
+    are the Trainer's. folder: the checkpoint that is resumed from, if it does not lie in
+    `output_dir`. Raises CheckpointError when a run is resumed from a checkpoint without the
+    surgery's state, or with other weights.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

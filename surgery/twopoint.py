@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from surgery import noise
+from surgery import noise, sharding
 from surgery.coordinates import Piece, unique, wide
 from surgery.distributed import rank_of_world
 from surgery.errors import ModelError, OptimizerError, SurgeryError
@@ -87,7 +87,7 @@ class TwoPoint(Method):
         with torch.no_grad():
             last, middle, slopes = self._evaluate(same, slots)
         self.probed = self.probed or not surgery.rehearsal
-        weights = [p.parameter for p in self.beside] if self.dense else [self.beside[0].parameter]
+        weights = [p.read for p in self.beside] if self.dense else [self.beside[0].read]
         flat = [value for each in slopes for value in each]
         attached = _Attach.apply(self, slots, tuple(middle), len(flat), *flat, *weights)
         return last.with_values(attached)
@@ -186,7 +186,7 @@ class TwoPoint(Method):
             scalars = self.beside[0].parameter
             groups = [group for optimizer in surgery.driving for group in optimizer.param_groups]
             rates = [g["lr"] for g in groups if any(p is scalars for p in g["params"])]
-            self.journal.append((*scalars.tolist(), float(rates[0])))
+            self.journal.append((*sharding.whole(scalars.detach()).tolist(), float(rates[0])))
             scalars.detach().zero_()  # they stand for other directions from now on
             surgery.forget(self.beside[:1])
         self.advance()
@@ -199,8 +199,8 @@ class TwoPoint(Method):
             piece.note.forget()
 
     def _listen(self) -> None:
-        grads = [parameter.grad for parameter in self.coordinates]
-        heard = any(grad is not None and bool(grad.any()) for grad in grads)
+        grads = [sharding.whole(p.grad) for p in self.coordinates if p.grad is not None]
+        heard = any(bool(grad.any()) for grad in grads)
         self.silent = 0 if heard or not self.probed else self.silent + 1
         if self.silent == SILENT:
             warnings.warn(

@@ -92,6 +92,29 @@ def batch(
     return made
 
 
+KINDS: dict[str, dict[str, Any]] = {  # of PEFT adapters
+    "lora": {},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.2},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "two adapters": {},
+}
+
+
+def adapt(model: Any, kind: str) -> Any:
+    """Put adapters that change the outputs on every Linear of a language model."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    config = LoraConfig(**options | KINDS[kind])
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    if kind == "two adapters":
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    return model.train()
+
+
 class Wide(nn.Module):
     """A Linear on an input of any shape."""
 

@@ -14,16 +14,13 @@ import surgery
 SCRIPT = """
     import sys; sys.path.insert(0, "tests")
     import torch
-    from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
     from laws import PASSES, own, state_of
     from models import make, inputs_of, loss_of
-    import passes, surgery
+    from ranks import assert_same, begin, count_sent
+    import surgery
 
-    rank = int(sys.argv[1])
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    rank = begin()
 
     def run(row, wrap):
         torch._dynamo.reset()
@@ -31,13 +28,7 @@ SCRIPT = """
         surgery.apply(model, PASSES[row]())
         outer = DistributedDataParallel(model, find_unused_parameters=True) if wrap else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-        sent = []
-        if wrap:
-            def hook(_, bucket):
-                sent.append(bucket.buffer().numel())
-                future = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-                return future.then(lambda f: f.value()[0] / 2)
-            outer.register_comm_hook(None, hook)
+        sent = count_sent(outer) if wrap else []
         drawn = []
         for seed in range(11):  # five rounds of two steps are drawn
             tokens = inputs_of("plain", rows=4, seed=seed)["tokens"]
@@ -56,9 +47,7 @@ SCRIPT = """
         assert drawn == expected, row
         for name in alone:
             torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
-            others = [torch.empty_like(both[name]) for _ in range(2)]
-            distributed.all_gather(others, both[name].contiguous())
-            assert torch.equal(others[0], others[1]), (row, name)
+            assert_same(both[name], (row, name))
         dense = sum(p.numel() for p in alone.values())
         if row in ("rso", "velora"):  # only what stands for the weights travels
             assert sum(sent) / 11 < 0.6 * dense, (row, sum(sent) / 11, dense)

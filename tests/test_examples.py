@@ -18,20 +18,32 @@ from surgery.cli import app
 ROOT = Path(__file__).parent.parent
 
 
+def run(command: list[str]) -> str:
+    """Run an example with its arguments; return what it prints."""
+    example, *arguments = command
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     "method",
     ["misa", "lisa,recompute", "badam,recompute,chunked_loss,compress", "velora,chunked_loss"],
 )
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
-    command = [sys.executable, "-m", "examples.finetune", "--layers", "4", "--steps", "8"]
+    command = ["finetune", "--layers", "4", "--steps", "8"]
     command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
-    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", run.stdout)
+    output = run(command)
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
-    totals = re.search(r"total\D+([\d.,]+) MB\D+([\d.,]+) MB", run.stdout)
+    totals = re.search(r"total\D+([\d.,]+) MB\D+([\d.,]+) MB", output)
     assert totals and float(totals[2].replace(",", "")) < float(totals[1].replace(",", ""))
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
@@ -43,12 +55,10 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize("method", ["mezo", "lozo"])
 def test_forwards_alone(method, tmp_path):
-    command = [sys.executable, "-m", "examples.forwards_only", "--pass", method, "--layers", "2"]
+    command = ["forwards_only", "--pass", method, "--layers", "2"]
     command += ["--steps", "12", "--length", "32", "--out", str(tmp_path)]
-    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", run.stdout)
+    output = run(command)
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     with safe_open(tmp_path / "journal.safetensors", "pt") as file:
         assert file.get_tensor("journal").shape == (12, 5)
@@ -60,12 +70,10 @@ def test_forwards_alone(method, tmp_path):
     [("trainer", ["--pass", "rso"]), ("adapters", [])],
 )
 def test_integrations(example, more, tmp_path):
-    command = [sys.executable, "-m", f"examples.{example}", *more, "--layers", "2", "--steps", "6"]
+    command = [example, *more, "--layers", "2", "--steps", "6"]
     command += ["--length", "32", "--out", str(tmp_path)]
-    environment = os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", run.stdout)
+    output = run(command)
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     assert losses[3] == losses[2]
 

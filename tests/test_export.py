@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from laws import PASSES, adamw, own, train
-from models import FAMILIES, batch, make
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import FAMILIES, adapt, batch, make
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import passes
@@ -88,30 +88,15 @@ def test_a_plain_module(tmp_path):
     assert "library_name: pytorch" in (tmp_path / "README.md").read_text()
 
 
-def adapted(order: str, spec, **options):
-    """A Llama under LoRA, with surgery before or after."""
-    model = make("llama")
-    config = LoraConfig(
-        **{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | options
-    )
-    if order == "before":
-        surgery.apply(model, spec)
-    model = get_peft_model(model, config)
-    if order == "after":
-        surgery.apply(model, spec)
-    return model.train()
-
-
-BASE = passes.Misa(budget=0.2, period=2, targets=["q_proj", "up_proj"])
-
-
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str
-)
-def test_a_base_and_its_adapters(order, options, tmp_path):
-    spec = passes.Recompute()
-    model = adapted(order, spec, **options)
+@pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
+def test_a_base_and_its_adapters(order, kind, tmp_path):
+    model = make("llama")
+    if order == "before":
+        surgery.apply(model, "recompute")
+    model = adapt(model, kind)
+    if order == "after":
+        surgery.apply(model, "recompute")
     train(model, "llama", 2)
     surgery.export(model, tmp_path)
     base = loaded(transformers.AutoModelForCausalLM, tmp_path)

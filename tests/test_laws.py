@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import random
 
 import numpy as np
@@ -298,74 +295,6 @@ def test_11_accelerate_gives_the_plain_loop(row):
         optimizer.zero_grad()
     for name, parameter in own(plain).items():
         assert torch.equal(parameter, own(prepared)[name]), name
-
-
-@pytest.mark.parametrize(
-    ("row", "family"),
-    [(row, "plain") for row in PASSES]
-    + [(row, "graph") for row in ("misa", "lisa", "badam")]
-    + [("misa", "llama"), ("misa_flush", "llama"), ("misa", "gpt2")],
-)
-def test_14_deepcopy_is_an_independent_surgery(row, family):
-    model = make(family)
-    surgery.apply(model, PASSES[row]())
-    optimizer = train(model, family, 3)
-    twin = copy.deepcopy(model)
-    twin_optimizer = adamw(twin)
-    names = dict(twin.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter in optimizer.state:
-            twin_optimizer.state[names[name]] = copy.deepcopy(optimizer.state[parameter])
-    before = weights(model)
-    for seed in range(4):
-        torch.manual_seed(seed)  # the same dropout masks
-        train(twin, family, 1, twin_optimizer)
-    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
-    for seed in range(4):
-        torch.manual_seed(seed)
-        train(model, family, 1, optimizer)
-    for name, parameter in own(model).items():
-        assert torch.equal(parameter, own(twin)[name]), name
-
-
-@pytest.mark.parametrize(
-    ("row", "family", "dump"),
-    [(row, "plain", "pickle") for row in PASSES]
-    + [("misa", "gpt2", "torch"), ("lisa", "plain", "torch"), ("badam", "gpt2", "pickle")],
-)
-def test_14_pickle(row, family, dump):
-    model = make(family).eval()
-    surgery.apply(model, PASSES[row]())
-    train(model, family, 3)
-    if dump == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    for each in (model, twin):
-        train(each, family, 3)
-    for name, parameter in own(model).items():
-        assert torch.equal(parameter, own(twin)[name]), name
-
-
-@rows
-def test_14_train_and_eval(row):
-    model = make("gpt2")
-    surgery.apply(model, PASSES[row]())
-    inputs = inputs_of("gpt2")
-    model.eval()
-    expected = model(**inputs).loss
-    with torch.no_grad():
-        plain = model(**inputs).loss
-    if row in ZEROTH:
-        torch.testing.assert_close(plain, expected.detach(), rtol=1e-3, atol=1e-4)
-    else:
-        assert torch.equal(plain, expected)
-    model.train()
-    assert not torch.equal(model(**inputs).loss, expected)  # dropout
-    assert model.training
 
 
 @rows_and_families

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import peft
 import pytest
 import torch
 from laws import Moved, adamw, own, weights
-from models import batch, inputs_of, make
+from models import KINDS, adapt, batch, inputs_of, make
 
 import passes
 import surgery
@@ -17,13 +14,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*scalars that"),
     pytest.mark.filterwarnings("ignore:(velora|rso) saves no activations"),
 ]
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "dropout": {"lora_dropout": 0.2},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "two adapters": {},
-}
 EXACT = {
     "recompute": passes.Recompute,
     "chunked_loss": passes.ChunkedLoss,
@@ -32,7 +22,7 @@ EXACT = {
 # what PEFT trains besides matrices of the blocks
 ALSO = {"dora": ".*lora_magnitude_vector.*", "modules_to_save": ".*modules_to_save.default"}
 BASE = r".*(q_proj|up_proj|down_proj)(\.base_layer)?"
-# what a pass trains -> (pass, what else must not move)
+# what is trained -> the pass
 MOVING = {
     "misa of the adapters": lambda: passes.Misa(budget=0.05, period=2),
     "misa of the base": lambda: passes.Misa(budget=0.2, period=2, targets=BASE),
@@ -48,18 +38,6 @@ MOVING = {
     "mezo of the adapters": lambda: passes.Mezo(),
     "lozo of the base": lambda: passes.Lozo(targets=BASE),
 }
-
-
-def adapt(model, kind: str):
-    config = peft.LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights=False, **KINDS[kind]
-    )
-    torch.manual_seed(1)
-    model = peft.get_peft_model(model, config)
-    if kind == "two adapters":
-        model.add_adapter("second", config)
-        model.base_model.set_adapter(["default", "second"])
-    return model.train()
 
 
 def opened(model):
@@ -100,7 +78,6 @@ def test_exact_passes_leave_the_run_as_it_is(name, kind):
 REFUSED = {
     "misa of the base": "the forward went around surgery",
     "rso of the base, adapters frozen": "not reached by the rewrite",
-    "velora of the adapters": "not read by a Linear of its own",
 }
 
 
@@ -119,11 +96,11 @@ def test_what_does_not_compose_with_dora_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(n, k) for n in MOVING for k in KINDS if k != "dora"]
-    + [("misa of the adapters", "dora"), ("mezo of the adapters", "dora")],
+    + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora")],
 )
 def test_each_pass_moves_what_it_trains_and_nothing_else(name, kind):
-    model = opened(adapt(make("llama"), kind)) if "base" in name or "both" in name else None
-    model = model or adapt(make("llama"), kind)
+    model = adapt(make("llama"), kind)
+    model = opened(model) if "base" in name or "both" in name else model
     before = weights(model)
     surgery.apply(model, MOVING[name]())
     optimizer = adamw(model, lr=1e-2)

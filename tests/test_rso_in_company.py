@@ -94,10 +94,9 @@ RANK = """
     sys.path[:0] = ["tests"]
     import surgery
     from models import inputs_of, loss_of, make
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from ranks import assert_same, begin, count_sent
     from torch.nn.parallel import DistributedDataParallel
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    rank = begin()
     batches = [inputs_of("llama", rows=4, seed=seed) for seed in range(5)]
 
     def train(model, cut):
@@ -108,12 +107,8 @@ RANK = """
             optimizer.zero_grad()
 
     model = surgery.apply(make("llama").double(), "rso", rank=4, period=2)
-    sent = []
-    def hook(state, bucket):
-        sent.append(bucket.buffer().numel())
-        return allreduce_hook(state, bucket)
     parallel = DistributedDataParallel(model)
-    parallel.register_comm_hook(None, hook)
+    sent = count_sent(parallel)
     train(parallel, lambda v: v.chunk(2)[rank])
     numbers = sum(c.parameter.numel() for c in surgery.coordinates(model))
     assert sum(sent) == len(batches) * numbers, (sent, numbers)
@@ -122,9 +117,7 @@ RANK = """
     for name in [name for name, _ in make("llama").named_parameters()]:
         weight = alone.get_parameter(name)
         torch.testing.assert_close(model.get_parameter(name), weight, msg=name)
-        other = [torch.empty_like(weight) for _ in range(2)]
-        dist.all_gather(other, model.get_parameter(name).detach())
-        assert torch.equal(*other), name
+        assert_same(model.get_parameter(name), name)
     print("equal")
     dist.destroy_process_group()
 """

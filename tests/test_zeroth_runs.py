@@ -272,15 +272,12 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(tmp_path):
         import sys
         sys.path[:0] = ["tests", "."]
         import torch
-        from torch import distributed
         from torch.nn.parallel import DistributedDataParallel
         from models import make, inputs_of, loss_of
+        from ranks import assert_same, begin, count_sent
         import passes, surgery
 
-        rank = int(sys.argv[1])
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-        torch.set_num_threads(1)
+        rank = begin()
 
         def run(options, wrap):
             torch._dynamo.reset()
@@ -288,13 +285,7 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(tmp_path):
             surgery.apply(model, options)
             outer = DistributedDataParallel(model) if wrap else model
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            sent = []
-            if wrap:
-                def hook(_, bucket):
-                    sent.append(bucket.buffer().numel())
-                    future = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-                    return future.then(lambda f: f.value()[0] / 2)
-                outer.register_comm_hook(None, hook)
+            sent = count_sent(outer) if wrap else []
             for seed in range(4):
                 tokens = inputs_of("plain", rows=4, seed=seed)["tokens"]
                 own = tokens.chunk(2)[rank] if wrap else tokens
@@ -313,9 +304,7 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(tmp_path):
         assert sent == [4] * 4, sent
         for result in (both, own):
             for value in result.values():
-                others = [torch.empty_like(value) for _ in range(2)]
-                distributed.all_gather(others, value.contiguous())
-                assert torch.equal(others[0], others[1])
+                assert_same(value)
         assert not torch.equal(own["embed.weight"], both["embed.weight"])
         print("equal")
         """

@@ -1,0 +1,99 @@
+"""What the scripts of tests on two processes share; `laws.run_two_ranks` runs them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import passes
+from surgery import sharding
+from surgery.coordinates import TABLE
+
+
+def begin() -> int:
+    """Join the other process; return our rank."""
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    return rank
+
+
+def count_sent(outer: DistributedDataParallel) -> list[int]:
+    """Return a list that grows by the numbers of each bucket that is sent."""
+    sent: list[int] = []
+
+    def hook(state, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+
+    outer.register_comm_hook(None, hook)
+    return sent
+
+
+def assert_same(value: torch.Tensor, label: object = "") -> None:
+    """Both processes hold the same bits."""
+    others = [torch.empty_like(value) for _ in range(2)]
+    distributed.all_gather(others, value.detach().contiguous())
+    assert torch.equal(*others), label
+
+
+# -- FSDP2 -----------------------------------------------------------------------------------------
+
+# Rows whose weights are drawn as a whole: FSDP2 cuts them in its own way.
+SHARDED = {
+    "misa": lambda: passes.Misa(budget=0.6, period=2, always=".*norm.*"),
+    "lisa": lambda: passes.Lisa(layers=1, period=2),
+    "badam": lambda: passes.BAdam(period=2),
+    "velora": lambda: passes.Velora(groups=4, period=2),
+    "rso": lambda: passes.Rso(rank=4, period=2),
+    "rso_transport": lambda: passes.Rso(rank=4, period=2, state="transport", weight_decay=0.1),
+    "misa_of_rso": lambda: [passes.Misa(budget=0.5, period=2), passes.Rso(rank=4, period=3)],
+    "recompute": lambda: passes.Recompute(),
+    "all": lambda: [
+        passes.Misa(budget=0.3, period=2),
+        passes.Rso(rank=4, period=3),
+        passes.Recompute(),
+        passes.ChunkedLoss(),
+    ],
+    "mezo": lambda: passes.Mezo(eps=1e-4, directions=2, weight_decay=0.1),
+    "sparse_mezo": lambda: passes.SparseMezo(
+        keep_fraction=0.5, eps=1e-4, threshold="period", period=2
+    ),
+    "lozo": lambda: passes.Lozo(eps=1e-4, period=2),
+    "subzero": lambda: passes.SubZero(eps=1e-4, rank=4, period=2),
+}
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """`fully_shard` each block, then the whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in getattr(model, "blocks", None) or model.get_submodule("model.layers"):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the model's own weights, whole, without the table's."""
+    found = {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
+    return {n: sharding.whole(p.detach()).clone() for n, p in found.items()}
+
+
+def count_scattered() -> list[int]:
+    """Return a list that grows by the numbers of each gradient that FSDP2 sends."""
+    sent: list[int] = []
+    plain = distributed.reduce_scatter_single
+
+    def counting(*args: object, **kwargs: object) -> object:
+        source = kwargs.get("input", args[1] if len(args) > 1 else None)
+        assert isinstance(source, torch.Tensor)
+        sent.append(source.numel())
+        return plain(*args, **kwargs)
+
+    distributed.reduce_scatter_single = counting
+    return sent

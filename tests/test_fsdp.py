@@ -1,0 +1,288 @@
+"""Two processes under FSDP2: the run of one process on the joined batch, saves and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from laws import adamw, run_two_ranks, state_of, weights
+from models import inputs_of, loss_of, make
+from ranks import SHARDED
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import passes
+import surgery
+
+HEAD = """
+    import sys; sys.path.insert(0, "tests")
+    import torch
+    from laws import state_of
+    from models import make, inputs_of, loss_of
+    from ranks import SHARDED, assert_same, begin, count_scattered, shard, whole_weights
+    import surgery
+
+    rank = begin()
+
+    def optimizer_of(model, row):
+        if row in ("mezo", "sparse_mezo", "lozo", "subzero"):
+            return torch.optim.SGD(model.parameters(), lr=1e-2)
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+    def steps(model, optimizer, seeds, split, family="plain"):
+        drawn = []
+        for seed in seeds:
+            inputs = inputs_of(family, rows=4, seed=seed)
+            mine = {k: v.chunk(2)[rank] for k, v in inputs.items()} if split else inputs
+            loss_of(model, mine).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            drawn.append([c.active for c in surgery.coordinates(model)])
+        return drawn
+
+    def start(row, order, family="plain", **options):
+        torch._dynamo.reset()
+        model = make(family, **options).double()
+        if order == "shard, apply":
+            shard(model)
+        surgery.apply(model, SHARDED[row]())
+        if order == "apply, shard":
+            shard(model)
+        return model, optimizer_of(model, row)
+"""
+
+EQUAL = (
+    HEAD
+    + """
+    for row in ROWS:
+        alone, optimizer = start(row, None)
+        expected = steps(alone, optimizer, range(11), False)  # five rounds of two steps are drawn
+        for order in ("apply, shard", "shard, apply"):
+            both, optimizer = start(row, order)
+            sent = count_scattered()
+            drawn = steps(both, optimizer, range(11), True)
+            assert state_of(both).step == 11 and drawn == expected, (row, order)
+            found = whole_weights(both)
+            for name, value in whole_weights(alone).items():
+                torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=row)
+                assert_same(found[name], (row, name))
+            active = sum(c.parameter.numel() for c in surgery.coordinates(both) if c.active)
+            if row in ("rso", "mezo"):  # what travels is what is trained, up to padding
+                assert all(n <= active + 16 for n in sent), (row, order, sent, active)
+            if row == "misa":
+                dense = sum(p.numel() for p in alone.parameters())
+                assert 0 < sum(sent) / 11 < 0.62 * dense, (sent, dense)
+            surgery.remove(both)
+    print("equal")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["misa", "lisa", "badam", "velora"],
+        ["rso", "rso_transport", "misa_of_rso", "recompute"],
+        ["mezo", "sparse_mezo", "lozo", "subzero"],
+    ],
+    ids=str,
+)
+def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):
+    assert set(rows) <= set(SHARDED)
+    run_two_ranks(EQUAL.replace("ROWS", repr(rows)), tmp_path)
+
+
+LLAMA = (
+    HEAD
+    + """
+    alone, optimizer = start("all", None, "llama", use_cache=False)
+    steps(alone, optimizer, range(5), False, "llama")
+    both, optimizer = start("all", "apply, shard", "llama", use_cache=False)
+    steps(both, optimizer, range(5), True, "llama")
+    assert state_of(both).captures <= 6  # the blocks share one
+    found = whole_weights(both)
+    for name, value in whole_weights(alone).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
+    surgery.export(both, FOLDER)
+    import json, pathlib, transformers
+    if rank == 0:
+        assert json.loads(pathlib.Path(FOLDER, "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLM"
+        ]
+        plain = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float64)
+        for name, value in plain.named_parameters():
+            assert torch.equal(value, found[name]), name
+    print("equal")
+"""
+)
+
+
+def test_a_transformer_is_trained_and_exported(tmp_path):
+    run_two_ranks(LLAMA.replace("FOLDER", repr(str(tmp_path / "out"))), tmp_path)
+
+
+SAVED = (
+    HEAD
+    + """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, get_state_dict, set_state_dict,
+    )
+
+    folder = FOLDER
+
+    def state_of_all(model, optimizer):
+        own, moments = get_state_dict(model, optimizer)
+        return {"model": own, "optimizer": moments, "surgery": surgery.Stateful(model)}
+
+    for row in ("misa", "rso", "mezo"):
+        model, optimizer = start(row, "apply, shard")
+        steps(model, optimizer, range(3), True)
+        surgery.save(model, f"{folder}/{row}", optimizer)
+        surgery.save(model, f"{folder}/{row}_beside", optimizer, weights=False)
+        dcp.save(state_of_all(model, optimizer), checkpoint_id=f"{folder}/{row}_dcp")
+        saved = whole_weights(model)
+        steps(model, optimizer, range(3, 8), True)
+        expected = whole_weights(model)
+
+        again, fresh = start(row, "shard, apply" if row == "misa" else "apply, shard")
+        surgery.load(again, f"{folder}/{row}", fresh)
+        steps(again, fresh, range(3, 8), True)
+        for name, value in whole_weights(again).items():
+            assert torch.equal(value, expected[name]), (row, name)
+
+        other, fresh = start(row, "apply, shard")
+        state = state_of_all(other, fresh)
+        # Of what is not being trained now, nothing was saved.
+        planner = DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(state, checkpoint_id=f"{folder}/{row}_dcp", planner=planner)
+        set_state_dict(
+            other, fresh, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),
+        )
+        for name, value in whole_weights(other).items():
+            assert torch.equal(value, saved[name]), (row, name)
+        assert state_of(other).step == 3
+        steps(other, fresh, range(3, 8), True)
+        for name, value in whole_weights(other).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
+        if rank == 0:
+            torch.save(expected, f"{folder}/{row}.pt")
+    print("equal")
+"""
+)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_saves_are_resumed_on_another_number_of_ranks(tmp_path):
+    """Two ranks save; two go on to the bit, by our file and torch's; one process goes on too."""
+    run_two_ranks(SAVED.replace("FOLDER", repr(str(tmp_path))), tmp_path)
+    for row in ("misa", "rso", "mezo"):
+        torch._dynamo.reset()
+        model = surgery.apply(make("plain").double(), SHARDED[row]())
+        optimizer = (
+            torch.optim.SGD(model.parameters(), lr=1e-2)
+            if row == "mezo"
+            else torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        )
+        if row == "rso":
+            _load_distributed(model, optimizer, tmp_path / f"{row}_dcp")
+        else:
+            surgery.load(model, tmp_path / row, optimizer)
+        with pytest.raises(surgery.CheckpointError, match="does not have those"):
+            surgery.load(
+                surgery.apply(make("plain", seed=5).double(), SHARDED[row]()),
+                tmp_path / f"{row}_beside",
+                False,
+            )
+        for seed in range(3, 8):
+            loss_of(model, inputs_of("plain", rows=4, seed=seed)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        expected = torch.load(tmp_path / f"{row}.pt", weights_only=True)
+        for name, value in weights(model).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
+
+
+def _load_distributed(model, optimizer, folder):
+    own, moments = get_state_dict(model, optimizer)
+    state = {"model": own, "optimizer": moments, "surgery": surgery.Stateful(model)}
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=folder, planner=planner)
+    set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=moments)
+
+
+@pytest.fixture(scope="module")  # meshes outlive their group: a second one in a process would crash
+def alone(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def blocks_of(model, mesh):
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return model
+
+
+def test_what_fsdp_would_break_is_refused(alone):
+    tokens = inputs_of("plain")["tokens"]
+    parts = surgery.apply(make("plain"), passes.Misa(budget=0.2))
+    fully_shard(blocks_of(parts, alone), mesh=alone)
+    with pytest.raises(surgery.ModelError, match=r"in parts, .*\[.*\] first"):
+        parts(tokens, tokens)
+    outside = surgery.apply(make("plain"), passes.Misa(budget=0.6, always=["embed.weight"]))
+    with pytest.raises(surgery.ModelError, match=r"fully_shard\(model\)"):
+        blocks_of(outside, alone)(tokens, tokens)
+    mixed = fully_shard(blocks_of(make("plain"), alone), mesh=alone)
+    with pytest.raises(surgery.ModelError, match=r"Call surgery.apply first"):
+        surgery.apply(mixed, passes.Rso(rank=4, always=".*norm.*"))
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(alone):
+    model = surgery.apply(make("plain"), passes.Misa(budget=0.6))
+    fully_shard(blocks_of(model, alone), mesh=alone)
+    optimizer = adamw(model)
+    tokens = inputs_of("plain")["tokens"]
+    model(tokens, tokens).backward()
+    before = {n: p.full_tensor().clone() for n, p in model.named_parameters()}
+    poisoned = next(c.parameter for c in surgery.coordinates(model) if c.active)
+    poisoned.grad.to_local().view(-1)[0] = float("nan")
+    optimizer.step()
+    assert state_of(model).skipped == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name])
+
+
+def test_fsdp1_is_refused():
+    """It cannot be built on a CPU: the wrapper without its work, then what that leaves behind."""
+    outer = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(outer)
+    outer.module = make("plain")
+    with pytest.raises(surgery.ModelError, match=r"FSDP1.*fully_shard"):
+        surgery.apply(outer, "misa", budget=0.6)
+    model = surgery.apply(make("plain"), passes.Velora(groups=4))
+    flat = model.blocks[0].up._parameters.pop("weight").detach()
+    model.blocks[0].up.weight = flat  # a view of the flat parameter, in forward
+    tokens = inputs_of("plain")["tokens"]
+    with pytest.raises(surgery.ModelError, match=r"blocks.0.up.weight is not a param.*FSDP1"):
+        model(tokens, tokens)
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_deepspeed_is_refused(mark):
+    """What ZeRO-3 (ds_id) and ZeRO-1/2 (_hp_mapping) leave on parameters; it is not installed."""
+    model = make("plain")
+    setattr(model.blocks[0].up.weight, mark, 3)
+    with pytest.raises(surgery.ModelError, match="DeepSpeed"):
+        surgery.apply(model, "misa", budget=0.5)
+    tokens = inputs_of("plain")["tokens"]
+    later = surgery.apply(make("plain"), "misa", budget=0.6)
+    setattr(later.blocks[0].up.weight, mark, 3)
+    with pytest.raises(surgery.ModelError, match="DeepSpeed"):
+        later(tokens, tokens)

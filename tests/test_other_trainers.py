@@ -1,0 +1,128 @@
+"""TRL's SFTTrainer and Lightning Fabric: the plain loop's run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from laws import PASSES, own, state_of
+from lightning_fabric import Fabric
+from models import VOCAB, batch, make
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import surgery
+
+# The packages announce renamings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory"),
+]
+ROWS = ["misa", "rso", "recompute", "mezo"]
+STEPS, BATCH, LR = 5, 2, 0.1
+
+
+def begin(row: str):
+    """A surgery, its optimizer not yet built; the cache is off, as trainers switch it off."""
+    return surgery.apply(make("llama", use_cache=False), PASSES[row]())
+
+
+def batches() -> list[torch.Tensor]:
+    return list(batch("llama", rows=STEPS * BATCH, length=10, seed=3)["input_ids"].split(BATCH))
+
+
+def plain_loop(model, clip: float | None = None) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    losses = []
+    for ids in batches():
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_run(model, other) -> None:
+    assert state_of(model).step == state_of(other).step == STEPS
+    for name, parameter in own(other).items():
+        torch.testing.assert_close(own(model)[name], parameter, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_fabric(row):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = begin(row)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(trained, lr=LR))
+    losses = []
+    for ids in batches():
+        loss = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    other = begin(row)
+    assert losses == plain_loop(other)
+    assert_same_run(model, other)
+
+
+def sft(model, folder) -> SFTTrainer:
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
+        pad_token="w0",
+        eos_token="w1",
+    )
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        optim="sgd",  # its head rounds in its own way, and Adam's first steps are signs
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+    )
+    rows = [{"input_ids": ids.tolist()} for part in batches() for ids in part]
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("row", ["misa", "rso", "recompute"])
+def test_sft_trainer(row, tmp_path):
+    """It has a forward of its own, with a fused head: surgery comes afterwards, and captures it."""
+    trainer = sft(make("llama", use_cache=False), tmp_path)
+    surgery.apply(trainer.model, PASSES[row]())
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    other = begin(row)
+    assert logged == pytest.approx(plain_loop(other, clip=1.0), rel=2e-4)  # it logs four digits
+    assert_same_run(trainer.model, other)
+
+
+def test_sft_trainer_on_a_model_that_has_surgery_already(tmp_path):
+    with pytest.raises(surgery.SurgeryError, match=r"went around surgery.*after it"):
+        sft(begin("misa"), tmp_path).train()
+
+
+def test_forwards_alone_cannot_perturb_the_fused_head_of_sft_trainer(tmp_path):
+    trainer = sft(make("llama", use_cache=False), tmp_path)
+    surgery.apply(trainer.model, PASSES["mezo"]())
+    with pytest.raises(surgery.CaptureError, match=r"lm_head\.weight"):
+        trainer.train()
