@@ -108,7 +108,7 @@ class Dispatch:
         if not self.surgery.reached:  # once: each look costs a walk over all parameters
             check_layout(self.model)
         self.surgery.bind(forward=True)
-        check_wrapping(piece for site in self.surgery.sites for piece in site.pieces)
+        check_wrapping(self.surgery.pieces)
         self.surgery.before_forward(self.plain, args, kwargs)
         captured = self._captured or self._capture()
         if self.surgery.cut and not self.leaves:

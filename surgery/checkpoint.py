@@ -52,7 +52,7 @@ def save(
     tensors, state = _tensors(surgery.model), state_of(surgery)
     about = about_of(surgery, tensors)
     if weights:
-        state["weights"] = _once(tensors)
+        state["weights"] = record.untied(tensors)
     if optimizer is not None:
         state["optimizer"] = _optimizer_state(surgery, optimizer)
     if scheduler is not None:
@@ -168,14 +168,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both if name in kept and TABLE not in name}
 
 
-def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what is tied to one that comes before."""
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
-    return {name: tensors[name] for name in first.values()}
-
-
 def _coordinates(surgery: Surgery) -> dict[str, Tensor]:
     """Return the mapped coordinates by name; the others are weights or parts of them."""
     return {p.name: p.parameter for p in unique(surgery.pieces) if p.map is not None}
@@ -186,7 +178,7 @@ def _sums(surgery: Surgery, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     # By identity: PEFT renames the weights that it wraps after surgery was applied.
     sites = {id(site.current()) for site in surgery.sites}
     trained = sites or {id(tensor) for tensor in tensors.values() if tensor.requires_grad}
-    once = {n: sharding.whole(t) for n, t in _once(tensors).items() if id(t) in trained}
+    once = {n: sharding.whole(t) for n, t in record.untied(tensors).items() if id(t) in trained}
     return {name: record.checksum(tensor) for name, tensor in once.items()}
 
 

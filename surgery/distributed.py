@@ -77,7 +77,7 @@ def take_cut(
     """Let mapped coordinates be the parameters that `fully_shard` has put into the table.
 
     first: the pieces that gave their names to the table's parameters. Raises ModelError if a weight
-    is trained in parts, or is cut along another dimension than its first.
+    is trained in parts.
     """
     parts = [piece for piece in pieces if piece.index is not None]
     if parts:
@@ -95,11 +95,11 @@ def take_cut(
 def check_cut(sites: Iterable[Site], twins: sharding.Twins) -> None:
     """Raise ModelError if a weight is a DTensor in another way than `fully_shard` makes them."""
     for site in sites:
-        weight = site.current()
-        sharded, whole = twins.get((id(site.owner), site.key), (weight, None))
+        place = (id(site.owner), site.key)
+        sharded, whole = twins.get(place, (site.current(), None))
         if not isinstance(sharded, DTensor):
             continue
-        if isinstance(whole, DTensor) or (id(site.owner), site.key) not in twins:
+        if isinstance(whole, DTensor) or place not in twins:
             raise ModelError(
                 f"{site.name} is a DTensor in forward too: tensor parallelism is not supported. "
                 "Shard by FSDP2 alone, torch.distributed.fsdp.fully_shard(model)."

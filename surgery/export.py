@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from surgery import sharding
+from surgery import record, sharding
 from surgery.api import remove
 from surgery.distributed import on_first_rank
 from surgery.errors import CheckpointError, OptionError
@@ -104,18 +104,10 @@ def _write_plain(model: Any, made: Path, state: dict[str, Tensor] | None, shards
         if state is None:
             save_model(model, str(made / "model.safetensors"))
         else:
-            save_file(_untied(state), made / "model.safetensors")
+            save_file(record.untied(state), made / "model.safetensors")
         return
     with _not_quantised(model):
         model.save_pretrained(made, state_dict=state, max_shard_size=shards)
-
-
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what is tied to one that comes before, as `save_model` does."""
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: state[name] for name in first.values()}
 
 
 def _merged(model: Any) -> Any:

@@ -19,10 +19,8 @@ def norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
         return []
     # One kernel a device for all of them; torch's public get_total_norm keeps only their norm.
     double = any(grad.dtype == torch.float64 for grad in grads)
-    own, dtype = (
-        [sharding.local(grad) for grad in grads],
-        torch.float64 if double else torch.float32,
-    )
+    dtype = torch.float64 if double else torch.float32
+    own = [sharding.local(grad) for grad in grads]
     found = list(torch._foreach_norm(own, 2, dtype))  # pyright: ignore[reportPrivateImportUsage]
     cut = [place for place, grad in enumerate(grads) if sharding.is_cut(grad)]
     if cut:
@@ -52,6 +50,8 @@ def finite(pieces: Sequence[Piece]) -> bool:
     devices = {norm.device for norm in known}
     groups = [torch.stack([n for n in known if n.device == d]) for d in devices]
     good = all(bool(group.isfinite().all()) for group in groups)
-    grads = [piece.parameter for piece in pieces]
-    bad = torch.tensor([float(not good)], device=grads[0].device) if grads else torch.zeros(1)
-    return not bool(sharding.add_up(bad, grads))
+    cut = [piece.parameter for piece in pieces if sharding.is_cut(piece.parameter)]
+    if not cut:
+        return good
+    bad = torch.tensor([float(not good)], device=cut[0].device)
+    return not bool(sharding.add_up(bad, cut))

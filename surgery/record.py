@@ -142,6 +142,14 @@ def _replace(partial: Path, target: Path) -> None:
     partial.replace(target)
 
 
+def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what is tied to one that comes before."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
+
+
 # -- values and tensors nested, as JSON beside a flat dict of tensors ------------------------------
 
 

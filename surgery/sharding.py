@@ -51,6 +51,23 @@ def is_cut_block(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def flattened(name: str) -> ModelError:
+    """Return the error for a weight that is no longer a parameter of its module."""
+    return ModelError(
+        f"{name} is not a parameter of its module any more: FullyShardedDataParallel (FSDP1) or "
+        "DeepSpeed has flattened it together with others, so it cannot be trained by itself. Use "
+        "FSDP2, torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2)."
+    )
+
+
+# -- what this rank holds --------------------------------------------------------------------------
+
+
+def is_cut(t: Any) -> bool:
+    """Whether this rank holds only a part of it."""
+    return isinstance(t, DTensor)
+
+
 def local(t: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, sharing its storage: all of it if it is not cut."""
     return t.to_local() if isinstance(t, DTensor) else t
@@ -68,16 +85,6 @@ def version(t: Tensor) -> int:
     return local(t)._version
 
 
-def whole(t: Tensor) -> Tensor:
-    """Return all of a tensor; on all ranks, if it is cut."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def is_cut(t: Any) -> bool:
-    """Whether this rank holds only a part of it."""
-    return isinstance(t, DTensor)
-
-
 def part_of(weight: Tensor) -> tuple[Tensor, int, int]:
     """Return what this rank holds of a weight, as a matrix sharing its storage (those of experts
     under one another, a vector as one row), and the row and column of the whole where it begins."""
@@ -86,6 +93,34 @@ def part_of(weight: Tensor) -> tuple[Tensor, int, int]:
         return own.view(1, -1), 0, _first(weight)
     between = weight.shape[1:-1].numel()
     return own.view(-1, own.shape[-1]), _first(weight) * between, 0
+
+
+def rows_of(weight: Tensor, part: slice) -> Tensor:
+    """Return rows of a weight as a matrix, which this rank must hold."""
+    matrix, top, _ = part_of(weight)
+    start, stop, _ = part.indices(top + matrix.shape[0])
+    return matrix[start - top : stop - top]
+
+
+def _first(t: Tensor) -> int:
+    """Return the place of this rank's first entry along the first dimension."""
+    start, length = 0, t.shape[0] if t.ndim else 0
+    if not isinstance(t, DTensor):
+        return start
+    for dim, placement in enumerate(t.placements):
+        if placement.is_shard():
+            height = -(-length // t.device_mesh.size(dim))  # as torch.chunk cuts
+            begin = min(length, height * t.device_mesh.get_local_rank(dim))
+            start, length = start + begin, min(height, length - begin)
+    return start
+
+
+# -- whole values ---------------------------------------------------------------------------------
+
+
+def whole(t: Tensor) -> Tensor:
+    """Return all of a tensor; on all ranks, if it is cut."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def gathered(t: Any, keep: bool) -> Any:
@@ -112,11 +147,6 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Any]:
     return found
 
 
-def take(t: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a tensor, into what this rank holds of it."""
-    local(t.detach()).copy_(local(like(value, t)))
-
-
 def like(value: Tensor, t: Tensor) -> Tensor:
     """Return a whole value, which all ranks have, cut as a tensor is."""
     if not isinstance(t, DTensor) or isinstance(value, DTensor):
@@ -124,34 +154,25 @@ def like(value: Tensor, t: Tensor) -> Tensor:
     return distribute_tensor(value.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
 
 
-def rows_of(weight: Tensor, part: slice) -> Tensor:
-    """Return rows of a weight as a matrix, which this rank must hold."""
-    matrix, top, _ = part_of(weight)
-    start, stop, _ = part.indices(top + matrix.shape[0])
-    return matrix[start - top : stop - top]
+def take(t: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a tensor, into what this rank holds of it."""
+    local(t.detach()).copy_(local(like(value, t)))
 
 
-def _first(t: Tensor) -> int:
-    """Return the place of this rank's first entry along the first dimension."""
-    start, length = 0, t.shape[0] if t.ndim else 0
-    for dim, placement in enumerate(t.placements if isinstance(t, DTensor) else ()):
-        if placement.is_shard() and isinstance(t, DTensor):
-            height = -(-length // t.device_mesh.size(dim))  # as torch.chunk cuts
-            begin = min(length, height * t.device_mesh.get_local_rank(dim))
-            start, length = start + begin, min(height, length - begin)
-    return start
+# -- sums over ranks ------------------------------------------------------------------------------
 
 
-def add_up(values: Tensor, like: Iterable[Tensor], maximum: bool = False) -> Tensor:
-    """Return values (n,) of this rank's parts, added up (or the largest) over those who hold them.
+def add_up(values: Tensor, like: Iterable[Tensor]) -> Tensor:
+    """Return values (n,) of this rank's parts, added up over those who hold them.
 
     like: what they were taken from; all on one mesh. Unchanged if none of it is cut.
     """
-    kind = distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM
     cut = next((t for t in like if isinstance(t, DTensor)), None)
-    for dim, placement in enumerate(() if cut is None else cut.placements):
-        if cut is not None and placement.is_shard():
-            distributed.all_reduce(values, kind, group=cut.device_mesh.get_group(dim))
+    if cut is None:
+        return values
+    for dim, placement in enumerate(cut.placements):
+        if placement.is_shard():
+            distributed.all_reduce(values, group=cut.device_mesh.get_group(dim))
     return values
 
 
@@ -168,12 +189,3 @@ def average(parameters: Sequence[nn.Parameter], like: DTensor) -> None:
             grad.copy_(part.view_as(grad))
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
-
-
-def flattened(name: str) -> ModelError:
-    """Return the error for a weight that is no longer a parameter of its module."""
-    return ModelError(
-        f"{name} is not a parameter of its module any more: FullyShardedDataParallel (FSDP1) or "
-        "DeepSpeed has flattened it together with others, so it cannot be trained by itself. Use "
-        "FSDP2, torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2)."
-    )

@@ -49,11 +49,11 @@ class Stateful:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         surgery = applied(self.model)
+        if surgery.stepped:
+            raise CheckpointError("load between steps: some optimizers have made theirs already.")
         rest = state["rest"]
-        size = int.from_bytes(rest[:8], "little")
+        size = int.from_bytes(rest[:8], "little")  # safetensors reads this header of files only
         values = json.loads(json.loads(rest[8 : 8 + size])["__metadata__"]["values"])
         check(surgery, values["about"], WHAT)
         found = record.decode(values["state"], load(rest))
-        if surgery.stepped:
-            raise CheckpointError("load between steps: some optimizers have made theirs already.")
         restore(surgery, found | {"coordinates": state["coordinates"]})

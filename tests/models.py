@@ -115,6 +115,16 @@ def adapt(model: Any, kind: str) -> Any:
     return model.train()
 
 
+QUIET: dict[str, Any] = {  # arguments of every Trainer: rows in order, a loss for each step
+    "train_sampling_strategy": "sequential",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
 class Wide(nn.Module):
     """A Linear on an input of any shape."""
 

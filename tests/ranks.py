@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from laws import ZEROTH
+from models import inputs_of, loss_of, make
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import passes
+import surgery
 from surgery import sharding
 from surgery.coordinates import TABLE
 
@@ -68,6 +80,61 @@ SHARDED = {
     "lozo": lambda: passes.Lozo(eps=1e-4, period=2),
     "subzero": lambda: passes.SubZero(eps=1e-4, rank=4, period=2),
 }
+
+
+def start(row: str, order: str | None, family: str = "plain", **options: Any) -> Any:
+    """Return a model with a pass, sharded before or after it (None: not), and its optimizer."""
+    torch._dynamo.reset()
+    model = make(family, **options).double()
+    if order == "shard, apply":
+        shard(model)
+    surgery.apply(model, SHARDED[row]())
+    if order == "apply, shard":
+        shard(model)
+    if row in ZEROTH:
+        return model, torch.optim.SGD(model.parameters(), lr=1e-2)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+
+def steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    seeds: Iterable[int],
+    rank: int | None,
+    family: str = "plain",
+) -> list[list[bool]]:
+    """Train on the batch of each seed, or a rank's half of it; return what was drawn."""
+    drawn = []
+    for seed in seeds:
+        inputs = inputs_of(family, rows=4, seed=seed)
+        if rank is not None:
+            inputs = {k: v.chunk(2)[rank] for k, v in inputs.items()}
+        loss_of(model, inputs).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        drawn.append([c.active for c in surgery.coordinates(model)])
+    return drawn
+
+
+def state_of_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what torch.distributed.checkpoint saves of a run, and loads into."""
+    own, moments = get_state_dict(model, optimizer)
+    return {"model": own, "optimizer": moments, "surgery": surgery.Stateful(model)}
+
+
+def load_distributed(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
+    """Load such a save; of what was not being trained then, nothing was saved."""
+    state = state_of_all(model, optimizer)
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=folder, planner=planner)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )
 
 
 def shard(model: nn.Module) -> nn.Module:

@@ -35,7 +35,15 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return total
 
 
-def assert_same_step(eager: nn.Module, ours: nn.Module, inputs, context=None) -> None:
+# Where transformers cannot look at values, it passes a mask and repeated keys to the attention that
+# is causal by itself in eager: on some CPUs another kernel, with other last bits.
+MASKED = 1e-6
+
+
+def assert_same_step(
+    eager: nn.Module, ours: nn.Module, inputs, context=None, tolerance: float = 0.0
+) -> None:
+    """tolerance: of gradients, as a share of the largest entry."""
     losses = []
     for model in (eager, ours):
         model.zero_grad()
@@ -51,7 +59,8 @@ def assert_same_step(eager: nn.Module, ours: nn.Module, inputs, context=None) ->
     found = gradients(ours)
     for name, parameter in eager.named_parameters():
         if parameter.grad is not None:
-            assert torch.equal(parameter.grad, found[name]), name
+            atol = tolerance * float(parameter.grad.abs().max())
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=atol, msg=name)
 
 
 def captures(model: nn.Module) -> int:
@@ -76,7 +85,7 @@ def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
 def test_padding_masks(family):
     eager = make(family)
     ours = train_everything(copy.deepcopy(eager))
-    assert_same_step(eager, ours, inputs_of(family, padding="none"))
+    assert_same_step(eager, ours, inputs_of(family, padding="none"), tolerance=MASKED)
     first = captures(ours)
     for padding in ("left", "right"):
         assert_same_step(eager, ours, inputs_of(family, padding=padding, rows=3, length=15))
@@ -93,9 +102,9 @@ def test_gradient_checkpointing(family, reentrant):
     if family == "t5":
         # Eager's reentrant kind sums the gradient of the shared embedding in another order.
         eager.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_step(eager, ours, inputs_of(family))
+    assert_same_step(eager, ours, inputs_of(family), tolerance=MASKED)
     assert captures(ours) == 1
-    assert_same_step(eager, ours, inputs_of(family, rows=3, length=17))
+    assert_same_step(eager, ours, inputs_of(family, rows=3, length=17), tolerance=MASKED)
     assert captures(ours) == 1
 
 

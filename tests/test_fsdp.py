@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from laws import adamw, run_two_ranks, state_of, weights
-from models import inputs_of, loss_of, make
-from ranks import SHARDED
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from models import inputs_of, make
+from ranks import SHARDED, load_distributed, start, steps
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import passes
@@ -19,38 +16,13 @@ HEAD = """
     import sys; sys.path.insert(0, "tests")
     import torch
     from laws import state_of
-    from models import make, inputs_of, loss_of
-    from ranks import SHARDED, assert_same, begin, count_scattered, shard, whole_weights
+    from ranks import (
+        assert_same, begin, count_scattered, load_distributed, start, state_of_all, steps,
+        whole_weights,
+    )
     import surgery
 
     rank = begin()
-
-    def optimizer_of(model, row):
-        if row in ("mezo", "sparse_mezo", "lozo", "subzero"):
-            return torch.optim.SGD(model.parameters(), lr=1e-2)
-        return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-
-    def steps(model, optimizer, seeds, split, family="plain"):
-        drawn = []
-        for seed in seeds:
-            inputs = inputs_of(family, rows=4, seed=seed)
-            mine = {k: v.chunk(2)[rank] for k, v in inputs.items()} if split else inputs
-            loss_of(model, mine).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-            drawn.append([c.active for c in surgery.coordinates(model)])
-        return drawn
-
-    def start(row, order, family="plain", **options):
-        torch._dynamo.reset()
-        model = make(family, **options).double()
-        if order == "shard, apply":
-            shard(model)
-        surgery.apply(model, SHARDED[row]())
-        if order == "apply, shard":
-            shard(model)
-        return model, optimizer_of(model, row)
 """
 
 EQUAL = (
@@ -58,11 +30,11 @@ EQUAL = (
     + """
     for row in ROWS:
         alone, optimizer = start(row, None)
-        expected = steps(alone, optimizer, range(11), False)  # five rounds of two steps are drawn
+        expected = steps(alone, optimizer, range(11), None)  # five rounds of two steps are drawn
         for order in ("apply, shard", "shard, apply"):
             both, optimizer = start(row, order)
             sent = count_scattered()
-            drawn = steps(both, optimizer, range(11), True)
+            drawn = steps(both, optimizer, range(11), rank)
             assert state_of(both).step == 11 and drawn == expected, (row, order)
             found = whole_weights(both)
             for name, value in whole_weights(alone).items():
@@ -98,9 +70,9 @@ LLAMA = (
     HEAD
     + """
     alone, optimizer = start("all", None, "llama", use_cache=False)
-    steps(alone, optimizer, range(5), False, "llama")
+    steps(alone, optimizer, range(5), None, "llama")
     both, optimizer = start("all", "apply, shard", "llama", use_cache=False)
-    steps(both, optimizer, range(5), True, "llama")
+    steps(both, optimizer, range(5), rank, "llama")
     assert state_of(both).captures <= 6  # the blocks share one
     found = whole_weights(both)
     for name, value in whole_weights(alone).items():
@@ -127,46 +99,31 @@ SAVED = (
     HEAD
     + """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import DefaultLoadPlanner
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions, get_state_dict, set_state_dict,
-    )
 
     folder = FOLDER
 
-    def state_of_all(model, optimizer):
-        own, moments = get_state_dict(model, optimizer)
-        return {"model": own, "optimizer": moments, "surgery": surgery.Stateful(model)}
-
     for row in ("misa", "rso", "mezo"):
         model, optimizer = start(row, "apply, shard")
-        steps(model, optimizer, range(3), True)
+        steps(model, optimizer, range(3), rank)
         surgery.save(model, f"{folder}/{row}", optimizer)
         surgery.save(model, f"{folder}/{row}_beside", optimizer, weights=False)
         dcp.save(state_of_all(model, optimizer), checkpoint_id=f"{folder}/{row}_dcp")
         saved = whole_weights(model)
-        steps(model, optimizer, range(3, 8), True)
+        steps(model, optimizer, range(3, 8), rank)
         expected = whole_weights(model)
 
         again, fresh = start(row, "shard, apply" if row == "misa" else "apply, shard")
         surgery.load(again, f"{folder}/{row}", fresh)
-        steps(again, fresh, range(3, 8), True)
+        steps(again, fresh, range(3, 8), rank)
         for name, value in whole_weights(again).items():
             assert torch.equal(value, expected[name]), (row, name)
 
         other, fresh = start(row, "apply, shard")
-        state = state_of_all(other, fresh)
-        # Of what is not being trained now, nothing was saved.
-        planner = DefaultLoadPlanner(allow_partial_load=True)
-        dcp.load(state, checkpoint_id=f"{folder}/{row}_dcp", planner=planner)
-        set_state_dict(
-            other, fresh, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False),
-        )
+        load_distributed(other, fresh, f"{folder}/{row}_dcp")
         for name, value in whole_weights(other).items():
             assert torch.equal(value, saved[name]), (row, name)
         assert state_of(other).step == 3
-        steps(other, fresh, range(3, 8), True)
+        steps(other, fresh, range(3, 8), rank)
         for name, value in whole_weights(other).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
         if rank == 0:
@@ -181,15 +138,9 @@ def test_saves_are_resumed_on_another_number_of_ranks(tmp_path):
     """Two ranks save; two go on to the bit, by our file and torch's; one process goes on too."""
     run_two_ranks(SAVED.replace("FOLDER", repr(str(tmp_path))), tmp_path)
     for row in ("misa", "rso", "mezo"):
-        torch._dynamo.reset()
-        model = surgery.apply(make("plain").double(), SHARDED[row]())
-        optimizer = (
-            torch.optim.SGD(model.parameters(), lr=1e-2)
-            if row == "mezo"
-            else torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-        )
+        model, optimizer = start(row, None)
         if row == "rso":
-            _load_distributed(model, optimizer, tmp_path / f"{row}_dcp")
+            load_distributed(model, optimizer, str(tmp_path / f"{row}_dcp"))
         else:
             surgery.load(model, tmp_path / row, optimizer)
         with pytest.raises(surgery.CheckpointError, match="does not have those"):
@@ -198,22 +149,10 @@ def test_saves_are_resumed_on_another_number_of_ranks(tmp_path):
                 tmp_path / f"{row}_beside",
                 False,
             )
-        for seed in range(3, 8):
-            loss_of(model, inputs_of("plain", rows=4, seed=seed)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
+        steps(model, optimizer, range(3, 8), None)
         expected = torch.load(tmp_path / f"{row}.pt", weights_only=True)
         for name, value in weights(model).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
-
-
-def _load_distributed(model, optimizer, folder):
-    own, moments = get_state_dict(model, optimizer)
-    state = {"model": own, "optimizer": moments, "surgery": surgery.Stateful(model)}
-    planner = DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=folder, planner=planner)
-    set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=moments)
 
 
 @pytest.fixture(scope="module")  # meshes outlive their group: a second one in a process would crash

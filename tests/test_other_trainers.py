@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from laws import PASSES, own, state_of
 from lightning_fabric import Fabric
-from models import VOCAB, batch, make
+from models import QUIET, VOCAB, batch, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -85,12 +85,7 @@ def sft(model, folder) -> SFTTrainer:
         optim="sgd",  # its head rounds in its own way, and Adam's first steps are signs
         learning_rate=LR,
         lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
+        **QUIET,
         bf16=False,
         gradient_checkpointing=False,
         max_length=None,

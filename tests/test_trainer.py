@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import PASSES, own, state_of
-from models import FAMILIES, batch, make
+from models import FAMILIES, QUIET, batch, make
 from transformers import Trainer, TrainingArguments
 
 import passes
@@ -38,14 +38,8 @@ def trainer_of(model, folder, callbacks=(), **options):
         optim="adamw_torch",  # its own default is fused, with other rounding
         learning_rate=1e-2,
         weight_decay=0.1,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
     )
-    arguments = TrainingArguments(**base | options)
+    arguments = TrainingArguments(**QUIET | base | options)
     return Trainer(
         model=model,
         args=arguments,
