@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from surgery.errors import CheckpointError, listed
 
 FORMAT = 1
 RECORD = "surgery_config.json"
+PARTIAL = ".surgery.partial"  # folder of what is being written; safetensors has temporaries too
 FILES = ("surgery_state.safetensors", "surgery_state_2.safetensors")  # used in turn
 KEYS = {"format", "library", "model", "passes", "weights", "coordinates", "sums", "state", "sha256"}
 BLOCK = 1 << 22  # bytes hashed at a time
@@ -36,17 +38,19 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
     """
     tensors: dict[str, Tensor] = {}
     values = json.dumps(encode(state, "", tensors))
-    partials: list[Path] = []
+    partial = folder / PARTIAL
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
         used = _used(folder)
         name = next(file for file in FILES if file != used)
-        partials = [folder / f".{each}.partial" for each in (name, RECORD)]
-        save_file(tensors, partials[0], {"values": values})
-        about = {"file": name, "bytes": partials[0].stat().st_size, "sha256": _hash(partials[0])}
-        _replace(partials[0], folder / name)
-        partials[1].write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
-        _replace(partials[1], folder / RECORD)
+        save_file(tensors, partial / name, {"values": values})
+        about = {"file": name, "bytes": (partial / name).stat().st_size}
+        about["sha256"] = _hash(partial / name)
+        _replace(partial / name, folder / name)
+        (partial / RECORD).write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
+        _replace(partial / RECORD, folder / RECORD)
         if used is not None:
             (folder / used).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -55,8 +59,7 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
             "some space or give a folder that can be written to, and call surgery.save again."
         ) from error
     finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

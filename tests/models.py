@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 logging.set_verbosity_error()
 
-VOCAB = 96
+VOCAB, LAYERS = 96, 2
 _DECODER = dict(
     vocab_size=VOCAB,
     hidden_size=32,
     intermediate_size=80,
-    num_hidden_layers=3,
+    num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=128,
@@ -25,15 +25,15 @@ _ENCODER = dict(
     vocab_size=VOCAB,
     hidden_size=32,
     intermediate_size=80,
-    num_hidden_layers=3,
+    num_hidden_layers=LAYERS,
     num_attention_heads=4,
     max_position_embeddings=128,
 )
 _OPT = {k: v for k, v in _ENCODER.items() if k != "intermediate_size"} | {"ffn_dim": 80}
-_GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128)
-_T5 = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=80, num_layers=3, num_heads=4)
+_GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=128)
+_T5 = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=80, num_layers=LAYERS, num_heads=4)
 _ONE_LABEL = "single_label_classification"
-_VIT = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)
+_VIT = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=LAYERS, num_attention_heads=4)
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import laws, method_of, state_of
-from models import inputs_of, loss_of, make
+from models import LAYERS, inputs_of, loss_of, make
 from torch import nn
 
 import passes
@@ -195,8 +195,9 @@ def test_one_packed_copy_for_all_that_keep_a_value():
     for one in found.kept:
         if one.where.split(".")[-1] in kept:
             kept[one.where.split(".")[-1]] += one.bytes
-            assert one.kept_by == "linear" and one.count == 3 * 3  # codes, lowest, step a block
-    assert kept == {"q_proj": 3 * rows * (width + 2 * 4), "k_proj": 0, "v_proj": 0}
+            # codes, lowest and step in each block
+            assert one.kept_by == "linear" and one.count == 3 * LAYERS
+    assert kept == {"q_proj": LAYERS * rows * (width + 2 * 4), "k_proj": 0, "v_proj": 0}
 
 
 def test_inside_checkpointing():

@@ -35,10 +35,10 @@ def run(command: list[str]) -> str:
 @pytest.mark.real
 @pytest.mark.parametrize(
     "method",
-    ["misa", "lisa,recompute", "badam,recompute,chunked_loss,compress", "velora,chunked_loss"],
+    ["misa,recompute,chunked_loss,compress", "velora"],
 )
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
-    command = ["finetune", "--layers", "4", "--steps", "8"]
+    command = ["finetune", "--layers", "2", "--steps", "8"]
     command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
     output = run(command)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
@@ -49,13 +49,12 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
         tmp_path, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert loaded.config.num_hidden_layers == 4
+    assert loaded.config.num_hidden_layers == 2
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("method", ["mezo", "lozo"])
-def test_forwards_alone(method, tmp_path):
-    command = ["forwards_only", "--pass", method, "--layers", "2"]
+def test_forwards_alone(tmp_path):
+    command = ["forwards_only", "--pass", "lozo", "--layers", "2"]
     command += ["--steps", "12", "--length", "32", "--out", str(tmp_path)]
     output = run(command)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)

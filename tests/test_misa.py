@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from models import inputs_of, loss_of, make
+from models import LAYERS, inputs_of, loss_of, make
 from torch import nn
 
 import passes
@@ -265,13 +265,13 @@ def test_modules_of_fused_weights_are_their_parts():
     assert block == [(32, 32), (32, 32), (16, 32), (16, 32), (80, 32), (80, 32), (32, 80)]
     mixtral = units("mixtral")
     assert sum("layers.0.mlp.experts.gate_up_proj" in n for n in mixtral) == 4
-    assert len(units("llama")) == 3 * 7
+    assert len(units("llama")) == LAYERS * 7
 
 
 def test_sizes_alone_do_not_make_a_weight_fused():
     # 2 x 16 + 2 x 16 = 64 rows: what a fused query, key and value would have.
     llama = units("llama", hidden_size=32, intermediate_size=64)
-    assert len(llama) == 3 * 7
+    assert len(llama) == LAYERS * 7
 
 
 def test_oversized_weights_are_split_into_blocks_that_fit():

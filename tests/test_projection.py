@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from laws import method_of
-from models import Wide, inputs_of, loss_of, make
+from models import LAYERS, Wide, inputs_of, loss_of, make
 from torch import nn
 
 import passes
@@ -74,7 +74,7 @@ def test_a_projected_weight_may_read_what_another_one_made(chosen, checkpointing
     plain = copy.deepcopy(model)
     surgery.apply(model, chosen)
     found = {c.weight for c in surgery.coordinates(model)}
-    assert len(found) == 2 * 7 * 3  # A and, with more than 2 inputs, B too
+    assert len(found) == 2 * 7 * LAYERS  # A and, with more than 2 inputs, B too
     loss, expected = loss_of(model, inputs_of("llama")), loss_of(plain, inputs_of("llama"))
     assert torch.equal(loss, expected)
     loss.backward()
@@ -156,7 +156,7 @@ def test_under_quantised_bases_adapters_are_projected(kind, tmp_path):
     assert torch.equal(loss, expected)
     loss.backward()
     exact = [c for c in surgery.coordinates(model) if "lora_B" in c.weight]
-    assert len(exact) == 7 * 3
+    assert len(exact) == 7 * LAYERS
     for c in exact:
         torch.testing.assert_close(c.parameter.grad, full[c.weight], rtol=1e-4, atol=1e-6)
 
@@ -183,7 +183,7 @@ def test_experts_gradients_are_those_of_the_equations(dtype):
     expected.backward()
     found = {c.weight: c.parameter.grad for c in surgery.coordinates(model)}
     experts = [name for name in found if "experts" in name]
-    assert len(experts) == 2 * 3
+    assert len(experts) == 2 * LAYERS
     for name in experts:
         grad = plain.get_parameter(name).grad
         wanted = torch.einsum("eoi,ri->eor", grad.float(), bases(model)[name])
@@ -224,7 +224,7 @@ def test_of_experts_only_the_projected_rows_are_kept():
     rows = 4 * 32 * 2  # each token goes to two experts
     eager = measure(lambda: loss_of(plain, inputs), CPU).live
     # gone at least: what both products of the experts read, but for its 4 projections
-    assert eager - live >= 3 * rows * (64 + 160 - 2 * 4) * 4
+    assert eager - live >= LAYERS * rows * (64 + 160 - 2 * 4) * 4
 
 
 def test_velora_leaves_experts_frozen_and_refuses_them_by_name():

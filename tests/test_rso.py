@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from laws import Moved, method_of, optimizer_of, train
-from models import inputs_of, loss_of, make
+from models import LAYERS, inputs_of, loss_of, make
 from torch import nn
 
 import passes
@@ -105,14 +105,16 @@ def test_projections_have_the_identity_as_their_mean(projection):
     assert (mean - torch.eye(32)).abs().max() < 4.5 * math.sqrt(2 / 8 / draws)
 
 
-@pytest.mark.parametrize(("share", "distinct"), [(True, 4 * 3), (False, 7 * 3), ("width", 2)])
+@pytest.mark.parametrize(
+    ("share", "distinct"), [(True, 4 * LAYERS), (False, 7 * LAYERS), ("width", 2)]
+)
 def test_who_shares_a_projection(share, distinct):
     model = surgery.apply(make("llama"), "rso", rank=4, share=share)
     inputs = inputs_of("llama", rows=2, length=12)
     loss_of(model, inputs).backward()
     assert len({id(p.note.frame) for p in method_of(model, Subspaces).projected}) == distinct
     z = [kept for kept in surgery.report(model, inputs).kept if kept.made_by == "project"]
-    readers = 7 * 3 if share is False else 4 * 3  # one z for each x, whatever P is
+    readers = (7 if share is False else 4) * LAYERS  # one z for each x, whatever P is
     assert sum(kept.count for kept in z) == readers
     assert sum(kept.bytes for kept in z) == readers * 24 * 4 * 4
 
@@ -141,7 +143,7 @@ def test_bytes_of_gradient_optimizer_and_activations():
     loss_of(model, inputs).backward()
     found = surgery.report(model, inputs)
     numbers = sum(c.parameter.numel() for c in surgery.coordinates(model))
-    assert numbers == 3 * 4 * (32 + 16 + 16 + 32 + 80 + 80 + 32)
+    assert numbers == LAYERS * 4 * (32 + 16 + 16 + 32 + 80 + 80 + 32)
     assert (found.after.gradients, found.after.optimizer) == (4 * numbers, 8 * numbers)
     live = measure(lambda: loss_of(model, inputs), torch.device("cpu")).live
     assert found.after.activations == live
@@ -214,7 +216,7 @@ def test_state_at_the_end_of_a_round():
             optimizer.zero_grad()
         assert bool(any(optimizer.state.values())) == kept
         assert all(not c.parameter.any() for c in surgery.coordinates(model))
-    assert len(seen) == 7 * 3
+    assert len(seen) == 7 * LAYERS
     assert all(not same and old == new for _, old, new, same in seen)
 
 

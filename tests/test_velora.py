@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from laws import method_of, optimizer_of, run_two_ranks
-from models import Wide, inputs_of, loss_of, make
+from models import LAYERS, Wide, inputs_of, loss_of, make
 from torch import nn
 from torch.nn import functional
 
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_the_equations(family, groups, dense):
     surgery.apply(model, "velora", groups=groups, init="random", dense=dense, scale=0.5)
     loss_of(model, inputs).backward()
     v = vectors(model)
-    assert len(v) >= 12
+    assert len(v) >= 4 * LAYERS
     for c in surgery.coordinates(model):
         x, g = expected[c.weight]
         small = 0.5 * g.t() @ kronecker(x, v[c.weight].double())
@@ -143,7 +143,7 @@ def test_pefts_velora_where_they_coincide():
         if a.grad is not None:
             compared += 1
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8, msg=name)
-    assert compared == 2 * 3 * 3
+    assert compared == 2 * 3 * LAYERS
 
 
 def test_on_adapters_a_is_projected_and_b_trained_densely():
@@ -155,16 +155,16 @@ def test_on_adapters_a_is_projected_and_b_trained_densely():
     for c in surgery.coordinates(model):
         assert c.parameter.shape[1] == (8 if "lora_A" in c.weight else 4), c.weight
         assert c.parameter.grad is not None
-    assert len(surgery.coordinates(model)) == 2 * 7 * 3
+    assert len(surgery.coordinates(model)) == 2 * 7 * LAYERS
 
 
 def test_one_z_for_all_weights_that_read_the_same_x():
     model = surgery.apply(make("llama"), "velora", groups=4)
     found = surgery.report(model, inputs_of("llama", rows=2, length=12))
     z = [kept for kept in found.kept if kept.made_by == "project"]
-    # q, k and v; o; gate and up; down: four in each of three blocks
-    assert sum(kept.count for kept in z) == 4 * 3
-    assert sum(kept.bytes for kept in z) == 4 * 3 * (2 * 12) * 4 * 4
+    # q, k and v; o; gate and up; down: four in each block
+    assert sum(kept.count for kept in z) == 4 * LAYERS
+    assert sum(kept.bytes for kept in z) == 4 * LAYERS * (2 * 12) * 4 * 4
     v = taken(model)
     assert all(vector is None for vector in v)  # a report draws nothing
 
