@@ -62,6 +62,7 @@ class Chunking(Method):
     options: ChunkedLoss
     model: str
     name: str = "chunked_loss"
+    fixed: bool = True
     losses: int = 0
     reasons: list[str] = field(default_factory=list)  # why a cross entropy was left alone
 

@@ -47,6 +47,7 @@ class Recompute:
 class Recomputation(Method):
     name: str = "recompute"
     order: int = 1
+    fixed: bool = True
     regions: int = 0  # of all captured graphs
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:

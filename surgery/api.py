@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from surgery import clock, memory
 from surgery.capture import Dispatch
+from surgery.compilers import Backend, check_backend
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
 from surgery.distributed import check_layout
 from surgery.errors import ConflictError, ModelError, OptimizerError
@@ -17,12 +18,16 @@ from surgery.registry import resolve
 from surgery.state import Surgery, applied, surgery_of
 
 
-def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
+def apply(
+    model: nn.Module, spec: Any, *, backend: Backend | None = None, **options: Any
+) -> nn.Module:
     """Rewrite a model in place, so that it trains by the given passes in any plain loop.
 
     model: a PyTorch or Hugging Face model with its weights loaded. spec: the name of a pass, an
     instance from `passes`, or a list of these, applied in order. options: of a pass given by name.
-    Build the optimizer afterwards. Returns the same model.
+    backend: of torch.compile ("inductor", "aot_eager", or a function), which compiles the rewritten
+    graphs; for passes whose nodes are the same in every step. Build the optimizer afterwards.
+    Returns the same model.
 
     All or nothing. Raises OptionError, TargetError, ModelError, ConflictError (all SurgeryError);
     the model is then unchanged.
@@ -32,11 +37,13 @@ def apply(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
     _check_twice(chosen)
     methods = tuple(options.start(model) for options in chosen)
     _check_alone(methods)
+    check_backend(methods, backend)
     sites = _sites(model, methods)
     surgery = Surgery(
         model=model,
         passes=chosen,
         methods=methods,
+        backend=backend,
         sites=sites,
         required_grad=[
             (owner, key, p.requires_grad)

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import GraphModule, Node
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 
 from surgery import nodes
+from surgery.compilers import compiled, refuse_compiling
 from surgery.coordinates import TABLE, site_of
 from surgery.distributed import check_layout, check_wrapping
-from surgery.errors import CaptureError, listed
+from surgery.errors import CaptureError, SurgeryError, listed
 from surgery.ledger import Ledger
 from surgery.reentrant import Workarounds
 from surgery.sharding import is_cut_block
@@ -104,6 +105,7 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
+        refuse_compiling()
         self.workarounds.take_off()
         if not self.surgery.reached:  # once: each look costs a walk over all parameters
             check_layout(self.model)
@@ -125,6 +127,10 @@ class Dispatch:
                 "likely cause is a Python number, string or flag among the inputs that changes at "
                 "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
             ) from error
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, SurgeryError):
+                raise error.inner_exception from None
+            raise
         finally:
             self.surgery.running = False
         self.surgery.check_reached()
@@ -185,6 +191,8 @@ def _backend(surgery: Surgery) -> Callable[[GraphModule, Sequence[Any]], Callabl
         if owner is not None:
             owner.captures += 1
             rewrite(graph, inputs, owner)
+            if owner.backend is not None:
+                return compiled(graph, inputs, owner.backend)
 
         def run(*args: Any) -> Any:
             listening = alive()
@@ -207,7 +215,8 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
     }
     _gate_reads(graph, list(reads))
     for body in [m for m in graph.modules() if isinstance(m, GraphModule)]:
-        _restore_checkpoints(body)
+        if surgery.backend is None:
+            _restore_checkpoints(body)
         simplify(body)
         body.recompile()
     for method in surgery.methods:

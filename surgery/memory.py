@@ -211,8 +211,10 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     lines: list[tuple[str, str]] = []
     for options, method in zip(surgery.passes, surgery.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
-        if method.name in surgery.taken:
+        if method.name in surgery.taken and surgery.backend is None:
             lines.append((f"{method.name} takes away", _taken(surgery.taken[method.name])))
+    if surgery.backend is not None:
+        lines.append(("compiled by", str(surgery.backend)))
     lines += [
         ("optimizer steps", f"{surgery.step:,}"),
         ("skipped steps", f"{surgery.skipped:,} (NaN or infinite gradients)"),

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from surgery import sharding
 from surgery.capture import Dispatch, unreached
 from surgery.carrying import carry
+from surgery.compilers import Backend
 from surgery.coordinates import TABLE, Piece, Site, unique
 from surgery.distributed import average_replicated, check_cut, replicated, take_cut
 from surgery.errors import ModelError, OptimizerError, SurgeryError, listed
@@ -38,6 +39,7 @@ class Method:
     pieces: Sequence[Piece] = ()
     order: int = 0
     alone: bool = False  # whether it replaces backward, so that other passes have nothing to do
+    fixed: bool = False  # whether its nodes look nothing up, so that a compiler sees all they do
 
     def reread(self, graph: GraphModule) -> None:
         """Rewrite how one captured graph reads its weights, in place; before any `rewrite`."""
@@ -99,6 +101,7 @@ class Surgery:
     methods: tuple[Method, ...]
     sites: tuple[Site, ...]
     required_grad: list[tuple[nn.Module, str, bool]]  # flags before apply, for remove
+    backend: Backend | None = None  # that compiles rewritten graphs
     dispatch: Dispatch = field(init=False)
     step: int = 0
     skipped: int = 0  # steps whose gradients were NaN or infinite

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import inputs_of, loss_of, make
+from models import LAYERS, inputs_of, loss_of, make
 from test_laws import anatomy
 from torch import nn
 
@@ -26,7 +26,7 @@ BAD = [
     ("budget tiny", "misa", {"budget": 1e-4}, surgery.OptionError, "smallest module.*Use budget="),
     ("period 0", "lisa", {"period": 0}, surgery.OptionError, "at least 1"),
     ("eta", "misa", {"eta": -1.0}, surgery.OptionError, "eta=-1.0"),
-    ("too many layers", "lisa", {"layers": 9}, surgery.OptionError, "has 3 blocks"),
+    ("too many layers", "lisa", {"layers": 9}, surgery.OptionError, f"has {LAYERS} blocks"),
     ("no target", "misa", {"targets": ["q_porj"]}, surgery.TargetError, "Did you mean 'q_proj"),
     ("no always", "misa", {"always": ["nrom"]}, surgery.TargetError, "always='nrom'"),
     ("containers", "misa", {"targets": ["self_attn"]}, surgery.TargetError, "own no parameters"),

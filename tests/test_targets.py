@@ -6,7 +6,7 @@ import builtins
 
 import pytest
 import torch
-from models import FAMILIES, make
+from models import FAMILIES, LAYERS, make
 from torch import nn
 
 import surgery
@@ -59,7 +59,7 @@ def test_without_peft_the_rules_are_the_same(targets, monkeypatch):
 def test_bare_parameters_are_reached_by_name():
     model = make("mixtral")
     found = select(model, ["experts.gate_up_proj"], "targets")
-    assert len(found) == 3 and model.get_parameter(found[0]).ndim == 3
+    assert len(found) == LAYERS and model.get_parameter(found[0]).ndim == 3
 
 
 def test_every_entry_of_a_list_must_match():
@@ -71,7 +71,7 @@ def test_every_entry_of_a_list_must_match():
 def test_blocks_are_found_without_model_names(family):
     model = make(family)
     found = blocks(model)
-    assert len(found) == (6 if family == "t5" else 3)
+    assert len(found) == (2 * LAYERS if family == "t5" else LAYERS)
     inside = [name for names in found.values() for name in names]
     assert len(inside) == len(set(inside))
     outside = {n for n, p in model.named_parameters() if p.ndim > 1} - set(inside)

@@ -1,0 +1,61 @@
+"""Rewritten graphs given to a compiler: `surgery.apply(model, spec, backend="inductor")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.backends.registry import list_backends, lookup_backend
+from torch.fx import GraphModule
+
+from surgery.errors import CaptureError, OptionError, listed, near_misses
+
+if TYPE_CHECKING:
+    from surgery.state import Method
+
+Backend: TypeAlias = str | Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def check_backend(methods: Iterable[Method], backend: Backend | None) -> None:
+    """Raise OptionError if there is no such backend, or a pass whose nodes it would fix."""
+    if backend is None:
+        return
+    moving = [method.name for method in methods if not method.fixed]
+    if moving:
+        raise OptionError(
+            f"backend={backend!r} would compile what {listed(moving)} decides anew in each step or "
+            "looks up by the identity of a weight, and so lose it. It works with recompute and "
+            "chunked_loss. Leave backend= out: the rewritten graph then runs eagerly."
+        )
+    if isinstance(backend, str) and backend not in list_backends(exclude_tags=()):
+        known = list_backends()
+        raise OptionError(
+            f"torch.compile has no backend {backend!r}.{near_misses(backend, known)} "
+            f"There are {listed(known)}."
+        )
+
+
+def compiled(graph: GraphModule, inputs: Sequence[Any], backend: Backend) -> Callable[..., Any]:
+    """Return what a backend makes of a rewritten graph. Raises CaptureError for random regions."""
+    specs = [
+        m.meta["spec"] for m in graph.modules() if isinstance(m, GraphModule) and "spec" in m.meta
+    ]
+    if any(spec.random for spec in specs):
+        raise CaptureError(
+            f"a dropout is to be recomputed, and {backend!r} would draw another mask for it. Set "
+            "its probability to 0, leave recompute out, or leave backend= out."
+        )
+    chosen = lookup_backend(backend) if isinstance(backend, str) else backend
+    return chosen(graph, inputs)  # pyright: ignore[reportArgumentType]
+
+
+def refuse_compiling() -> None:
+    """Raise CaptureError if torch.compile is at work around the model."""
+    # While Dynamo traces us an error only makes it give up and call us; then its callback is set.
+    if torch.compiler.is_dynamo_compiling() or callable(get_eval_frame_callback()):
+        raise CaptureError(
+            "torch.compile is around a model that surgery captures itself. Let surgery hand its "
+            'graphs over instead: surgery.apply(model, ..., backend="inductor").'
+        )
