@@ -13,7 +13,7 @@ from surgery.capture import Dispatch
 from surgery.compilers import Backend, check_backend
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
 from surgery.distributed import check_layout
-from surgery.errors import ConflictError, ModelError, OptimizerError
+from surgery.errors import ConflictError, ModelError, OptimizerError, SurgeryError
 from surgery.registry import resolve
 from surgery.state import Surgery, applied, surgery_of
 
@@ -60,7 +60,11 @@ def apply(
         model.add_module(TABLE, CoordinateTable(blocks))
     surgery.dispatch = Dispatch(model, surgery)
     surgery.dispatch.install()
-    surgery.bind()
+    try:
+        surgery.bind()
+    except SurgeryError:
+        remove(model)
+        raise
     return model
 
 

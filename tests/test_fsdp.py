@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import adamw, run_two_ranks, state_of, weights
+from laws import adamw, anatomy, run_two_ranks, state_of, weights
 from models import inputs_of, make
 from ranks import SHARDED, load_distributed, start, steps
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import passes
 import surgery
@@ -179,8 +180,20 @@ def test_what_fsdp_would_break_is_refused(alone):
     with pytest.raises(surgery.ModelError, match=r"fully_shard\(model\)"):
         blocks_of(outside, alone)(tokens, tokens)
     mixed = fully_shard(blocks_of(make("plain"), alone), mesh=alone)
+    before = anatomy(mixed)
     with pytest.raises(surgery.ModelError, match=r"Call surgery.apply first"):
         surgery.apply(mixed, passes.Rso(rank=4, always=".*norm.*"))
+    assert anatomy(mixed) == before
+
+
+@pytest.mark.parametrize("spec", [passes.Misa(budget=0.6), passes.Rso(rank=4)], ids=str)
+def test_tensor_parallelism_is_refused(alone, spec):
+    model = make("plain")
+    parallelize_module(model.blocks[0], alone, {"up": ColwiseParallel()})
+    before = anatomy(model)
+    with pytest.raises(surgery.ModelError, match=r"blocks.0.up.weight is a DTensor in forward"):
+        surgery.apply(model, spec)
+    assert anatomy(model) == before
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(alone):
