@@ -89,7 +89,7 @@ def test_a_function_may_be_the_backend():
     assert len(graphs) == 1 and any("region" in str(n.name) for n in graphs[0].graph.nodes)
 
 
-@pytest.mark.parametrize("spec", ["misa", "velora", "rso", "compress", "mezo"])
+@pytest.mark.parametrize("spec", [n for n in surgery.available() if n not in FIXED])
 def test_passes_that_a_compiler_would_fix_are_refused_by_name(spec):
     model = make("llama")
     with pytest.raises(surgery.OptionError, match=rf"{spec} decides anew.*Leave backend= out"):

@@ -44,7 +44,11 @@ def test_every_family_loads_in_plain_transformers(family, tmp_path):
 
 
 # Law 5 loads what save_pretrained writes after every pass; these have weights in all forms.
-@pytest.mark.parametrize("row", ["misa", "misa_of_rso", "velora_redrawn", "rso_and_all", "lozo"])
+@pytest.mark.parametrize(
+    "row",
+    ["misa", "misa_of_rso", "velora_redrawn", "rso_and_all", "lozo"]
+    + ["lisa", "badam", "mezo", "sparse_mezo", "subzero"],
+)
 def test_every_kind_of_pass(row, tmp_path):
     model = surgery.apply(make("llama", tie_word_embeddings=True), PASSES[row]())
     train(model, "llama", 3)

@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*pin_memory"),
 ]
-ROWS = ["misa", "lisa", "velora", "rso", "misa_and_both", "compress", "mezo"]
+ROWS = ["misa", "lisa", "badam", "velora", "rso", "misa_and_both", "compress"]
+ROWS += ["mezo", "sparse_mezo", "lozo", "subzero"]
 assert set(ROWS) <= set(PASSES) and "llama" in FAMILIES
 
 

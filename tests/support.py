@@ -1,0 +1,123 @@
+"""What is tested with what, read off the parameters of the tests: docs/support_matrix.md.
+
+python tests/support.py    # writes the page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import test_backend
+import test_copies
+import test_distributed
+import test_export
+import test_fsdp
+import test_laws
+import test_optimizers
+import test_other_trainers
+import test_peft
+import test_resume
+import test_trainer
+import test_zeroth_runs
+from laws import PASSES
+from ranks import SHARDED
+
+import surgery
+
+PAGE = Path(__file__).parent.parent / "docs" / "support_matrix.md"
+TITLE = """# Support matrix
+
+Made from the parameters of the tests (`python tests/support.py`): a pass *works* with what a test
+runs it with, alone or with others; *refused* means that a test sees an error that names it; a dot,
+that no test tries it.
+
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """works, refused: tests, whose parameters name passes. also: passes of tests without any."""
+
+    works: Iterable[Callable[..., Any]]
+    refused: Iterable[Callable[..., Any]] = ()
+    specs: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: PASSES)
+    also: Mapping[Callable[..., Any], str] = field(default_factory=dict)
+
+
+WITH = {
+    "plain loop": Tested(works=[test_laws.test_5_weights_are_current_after_every_step]),
+    "save, load": Tested(works=[test_resume.test_9_a_resumed_run_is_the_uninterrupted_one]),
+    "export": Tested(works=[test_export.test_every_kind_of_pass]),
+    "deepcopy, pickle": Tested(works=[test_copies.test_14_pickle]),
+    "8-bit and other optimizers": Tested(works=[test_optimizers.test_rounds_state_and_resume]),
+    "PEFT": Tested(
+        works=[
+            test_peft.test_each_pass_moves_what_it_trains_and_nothing_else,
+            test_peft.test_exact_passes_leave_the_run_as_it_is,
+        ],
+        specs=test_peft.MOVING | test_peft.EXACT,
+    ),
+    "Accelerate": Tested(works=[test_laws.test_11_accelerate_gives_the_plain_loop]),
+    "HF Trainer": Tested(works=[test_trainer.test_the_plain_loop_gives_the_same_run]),
+    "TRL SFTTrainer": Tested(
+        works=[test_other_trainers.test_sft_trainer],
+        refused=[test_other_trainers.test_what_trains_the_fused_head_of_sft_trainer_is_refused],
+    ),
+    "Lightning Fabric": Tested(works=[test_other_trainers.test_fabric]),
+    "DDP": Tested(
+        works=[test_distributed.test_two_ranks_are_one_process_on_the_joined_batch],
+        also={test_zeroth_runs.test_two_ranks_take_the_step_of_one_on_the_joined_batch: "mezo"},
+    ),
+    "FSDP2": Tested(
+        works=[test_fsdp.test_two_ranks_are_one_process_on_the_joined_batch],
+        specs=SHARDED,
+        also={test_fsdp.test_a_transformer_is_trained_and_exported: "chunked_loss"},
+    ),
+    "backend=": Tested(
+        works=[test_backend.test_aot_autograd_gives_eagers_run],
+        refused=[test_backend.test_passes_that_a_compiler_would_fix_are_refused_by_name],
+        specs=test_backend.FIXED | {name: lambda n=name: n for name in surgery.available()},
+    ),
+}
+
+
+def words(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Iterable):
+        for each in value:
+            yield from words(each)
+
+
+def passes_of(
+    tests: Iterable[Callable[..., Any]], specs: Mapping[str, Callable[[], Any]]
+) -> set[str]:
+    """Return the passes that the parameters of tests name."""
+    marks = [mark for test in tests for mark in getattr(test, "pytestmark", ())]
+    given = {word for mark in marks if mark.name == "parametrize" for word in words(mark.args[1])}
+    found = set()
+    for name in given & set(specs):
+        made = specs[name]()
+        for each in made if isinstance(made, list) else [made]:
+            found.add(each if isinstance(each, str) else each.name)
+    return found
+
+
+def matrix() -> str:
+    """Return the page."""
+    names = surgery.available()
+    lines = [["with", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+    for what, tested in WITH.items():
+        works = passes_of(tested.works, tested.specs) | {*tested.also.values()}
+        refused = passes_of(tested.refused, tested.specs)
+        assert works and not works & refused, what
+        state = dict.fromkeys(works, "works") | dict.fromkeys(refused, "refused")
+        lines.append([what, *(state.get(name, "·") for name in names)])
+    return TITLE + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(matrix())
