@@ -21,8 +21,12 @@ ROOT = Path(__file__).parent.parent
 def run(command: list[str]) -> str:
     """Run an example with its arguments; return what it prints."""
     example, *arguments = command
+    return python(["-m", f"examples.{example}", *arguments])
+
+
+def python(arguments: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", f"examples.{example}", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"},
         capture_output=True,
@@ -75,6 +79,25 @@ def test_integrations(example, more, tmp_path):
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     assert losses[3] == losses[2]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "examples.sft"],
+        ["-m", "examples.fabric", "--pass", "rso"],
+        ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.sharded"],
+    ],
+    ids=["sft", "fabric", "sharded"],
+)
+def test_other_loops(command, tmp_path):
+    options = ["--layers", "2", "--steps", "8", "--length", "32", "--out", str(tmp_path)]
+    output = python([*command, *options])
+    losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+); plain checkpoint: (\S+)", output)
+    assert losses and float(losses[2]) < float(losses[1])
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(losses[3], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_the_command_line_lists_the_passes():
