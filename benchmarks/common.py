@@ -39,7 +39,8 @@ def save(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
     partial = target.with_suffix(".tmp")
-    partial.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    about = {} if "machines" in result else {"machine": machine()}
+    partial.write_text(json.dumps(about | result, indent=1) + "\n")
     partial.replace(target)
     print(f"wrote {target.relative_to(Path.cwd())}")
 
@@ -60,14 +61,18 @@ def train_all(runs: str, train: Callable[..., Any], jobs: Sequence[Job]) -> dict
     as WORKERS says (default: 2).
     """
     keys = {job: " | ".join(map(str, job)) for job in jobs}
-    known: dict[str, Any] = load(runs).get("losses", {})
+    before = load(runs)
+    known: dict[str, Any] = before.get("losses", {})
+    machines: list[Any] = before.get("machines", [])
+    if machine() not in machines:
+        machines.append(machine())
     missing = [job for job in jobs if keys[job] not in known]
     workers = int(os.environ.get("WORKERS", "2"))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(train, *zip(*missing, strict=True)) if missing else ()
         for job, found in zip(missing, made, strict=True):
             known[keys[job]] = found
-            save(runs, {"losses": known})
+            save(runs, {"machines": machines, "losses": known})
             print(keys[job], found, flush=True)
     return {job: known[keys[job]] for job in jobs}
 
@@ -77,12 +82,14 @@ def run_parts(
 ) -> dict[str, Any]:
     """Run the parts whose names contain one of the words (default: all), and save each when it is
     done beside those that were saved before; return them all."""
-    result = load(name).get("parts", {})
+    before = load(name)
+    result, machines = before.get("parts", {}), before.get("machines", {})
     for part, run in parts.items():
         if not words or any(word in part for word in words):
-            result[part] = run()
-            ordered = {part: result[part] for part in parts if part in result}
-            save(name, setting | {"parts": ordered})
+            result[part], machines[part] = run(), machine()
+            done = [each for each in parts if each in result]
+            where = {each: machines[each] for each in done}
+            save(name, setting | {"machines": where, "parts": {p: result[p] for p in done}})
     return result
 
 
