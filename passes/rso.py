@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -186,6 +186,17 @@ class FrameMap:
     @property
     def origin(self) -> str:
         return self.frame.name
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.frame.method.options.rank, self.frame.inputs
+
+    @property
+    def drawn(self) -> Tensor | None:
+        return self.frame.matrix
+
+    def made_of(self, numbers: Tensor) -> FrameMap:
+        return replace(self, frame=replace(self.frame, matrix=numbers))
 
     def share(self, other: Any) -> None:
         self.frame = other.frame

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -202,6 +202,17 @@ class SubTokenMap:
     @property
     def origin(self) -> str:
         return self.direction.name
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    @property
+    def drawn(self) -> Tensor | None:
+        return self.direction.vector
+
+    def made_of(self, numbers: Tensor) -> SubTokenMap:
+        return replace(self, direction=replace(self.direction, vector=numbers))
 
     def share(self, other: Any) -> None:
         self.direction = other.direction

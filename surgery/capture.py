@@ -215,8 +215,7 @@ def rewrite(graph: GraphModule, inputs: Sequence[Any], surgery: Surgery) -> None
     }
     _gate_reads(graph, list(reads))
     for body in [m for m in graph.modules() if isinstance(m, GraphModule)]:
-        if surgery.backend is None:
-            _restore_checkpoints(body)
+        _restore_checkpoints(body)
         simplify(body)
         body.recompile()
     for method in surgery.methods:

@@ -11,6 +11,7 @@ from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch.fx import GraphModule
 
 from surgery.errors import CaptureError, OptionError, listed, near_misses
+from surgery.lowering import Lowering
 
 if TYPE_CHECKING:
     from surgery.state import Method
@@ -25,9 +26,9 @@ def check_backend(methods: Iterable[Method], backend: Backend | None) -> None:
     moving = [method.name for method in methods if not method.fixed]
     if moving:
         raise OptionError(
-            f"backend={backend!r} would compile what {listed(moving)} decides anew in each step or "
-            "looks up by the identity of a weight, and so lose it. It works with recompute and "
-            "chunked_loss. Leave backend= out: the rewritten graph then runs eagerly."
+            f"backend={backend!r} would compile what {listed(moving)} decides anew in each step, "
+            "and so lose it. It works with recompute, chunked_loss, velora and rso. Leave backend= "
+            "out: the rewritten graph then runs eagerly."
         )
     if isinstance(backend, str) and backend not in list_backends(exclude_tags=()):
         known = list_backends()
@@ -48,7 +49,15 @@ def compiled(graph: GraphModule, inputs: Sequence[Any], backend: Backend) -> Cal
             "its probability to 0, leave recompute out, or leave backend= out."
         )
     chosen = lookup_backend(backend) if isinstance(backend, str) else backend
-    return chosen(graph, inputs)  # pyright: ignore[reportArgumentType]
+    lowered = Lowering(graph, inputs)
+    made = chosen(lowered.graph, [*inputs, *lowered.examples.values()])  # pyright: ignore[reportArgumentType]
+
+    def run(*args: Any) -> Any:
+        more = lowered.given(args)
+        # The first forward of a round draws: what v is made of is in the batch itself.
+        return graph(*args) if more is None else made(*args, *more)
+
+    return run if lowered.examples else made
 
 
 def refuse_compiling() -> None:

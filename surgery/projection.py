@@ -7,9 +7,9 @@ keep one z between them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from surgery.coordinates import Map, Piece, site_of
 from surgery.ledger import Ledger, bodies
 from surgery.recomputation import input_gradient, linear
 from surgery.regions import is_linear, name_of, operands
+
+T = TypeVar("T")
 
 
 class Projection(Map, Protocol):
@@ -37,6 +39,20 @@ class Projection(Map, Protocol):
     @property
     def origin(self) -> str:
         """The weight whose C it uses: its own, or the first of those that read the same x."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of the numbers that C is made of."""
+        ...
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """The numbers that C is made of; None before the first training forward of a round."""
+        ...
+
+    def made_of(self, numbers: Tensor) -> Projection:
+        """Return the same kind of projection, whose C is made of these numbers."""
         ...
 
     def compress(self, rows: Tensor) -> Tensor:
@@ -56,8 +72,13 @@ def project(x: Tensor, *weights: Tensor) -> Tensor | None:
         other.note.share(found[0].note)
     if not any(piece.active for piece in found):
         return None
+    return compress(x, found[0].note)
+
+
+def compress(x: Tensor, projection: Projection) -> Tensor:
+    """Return z (rows, k) of x (..., in)."""
     with torch.no_grad():
-        return found[0].note.compress(x.detach().reshape(-1, x.shape[-1]))
+        return projection.compress(x.detach().reshape(-1, x.shape[-1]))
 
 
 def projected(
@@ -67,7 +88,19 @@ def projected(
     piece = _reached(weight)
     if z is None or piece is None:
         return linear(x, weight, bias, transposed)
-    return _Projected.apply(x, z, weight.detach(), bias, piece.read, piece.note)
+    return keep(x, z, weight, bias, piece.read, piece.note)
+
+
+def keep(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coordinate: Tensor,
+    projection: Projection,
+) -> Tensor:
+    """Return `projected`, with the gradient of z going to a coordinate."""
+    return _Projected.apply(x, z, weight.detach(), bias, coordinate, projection)
 
 
 def projected_experts(
@@ -190,7 +223,7 @@ def _rewrite(graph: GraphModule, names: dict[Node, str], shared: bool) -> None:
             reader.replace_all_uses_with(new)
             graph.graph.erase_node(reader)
     for node, body in bodies(graph):
-        _rewrite(body, _inside(body, node, names), shared)
+        _rewrite(body, inside(body, node, names), shared)
         body.recompile()
 
 
@@ -223,10 +256,11 @@ def _look(graph: GraphModule, ledger: Ledger, names: dict[Node, str], found: Rew
         if others:
             found.kept[names[weight]] = name_of(others[0])
     for node, inner in ledger.inner():
-        _look(inner.module, inner, _inside(inner.module, node, names), found)
+        _look(inner.module, inner, inside(inner.module, node, names), found)
 
 
-def _inside(body: GraphModule, node: Node, names: dict[Node, str]) -> dict[Node, str]:
-    """Return the weights' names by the placeholders of a checkpointed region, which `node` runs."""
+def inside(body: GraphModule, node: Node, names: Mapping[Node, T]) -> dict[Node, T]:
+    """Return what is known of weights by the placeholders of a checkpointed region, which `node`
+    runs."""
     given = zip(_placeholders(body), node.args[1:], strict=True)
-    return {placeholder: names[arg] for placeholder, arg in given if arg in names}
+    return {own: names[arg] for own, arg in given if isinstance(arg, Node) and arg in names}

@@ -39,7 +39,7 @@ class Method:
     pieces: Sequence[Piece] = ()
     order: int = 0
     alone: bool = False  # whether it replaces backward, so that other passes have nothing to do
-    fixed: bool = False  # whether its nodes look nothing up, so that a compiler sees all they do
+    fixed: bool = False  # whether every step trains the same, so that a compiler may have its nodes
 
     def reread(self, graph: GraphModule) -> None:
         """Rewrite how one captured graph reads its weights, in place; before any `rewrite`."""

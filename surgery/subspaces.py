@@ -91,6 +91,7 @@ class Projecting(Method, ABC):
     total: int
     named: bool
     period: int | None
+    fixed: bool = True
     shared: bool = True
     projected: list[Piece] = field(default_factory=list)
     always: list[Piece] = field(default_factory=list)

@@ -236,8 +236,10 @@ def is_linear_module(module: nn.Module) -> bool:
 
 def _nothing(pattern: str, what: str, names: list[str]) -> TargetError:
     tails = {".".join(name.split(".")[-k:]) for name in names for k in (1, 2)}
+    meant = f" Did you mean {what}=[{pattern!r}]?" if pattern in tails else ""
     return TargetError(
-        f"{what}={pattern!r} matches no module and no parameter.{near_misses(pattern, tails)} "
+        f"{what}={pattern!r} matches no module and no parameter."
+        f"{meant or near_misses(pattern, tails)} "
         'A list entry matches a name or its end ("q_proj"); a string is a regular expression for '
         f'the whole name (".*q_proj"). Names look like {names[len(names) // 2]!r}.'
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
 import torch
 from laws import adamw, own, state_of
 from models import adapt, inputs_of, loss_of, make
+from torch import nn
 
 import passes
 import surgery
@@ -18,15 +20,27 @@ FIXED = {
     "recompute": lambda: passes.Recompute(),
     "chunked_loss": lambda: passes.ChunkedLoss(),
     "both": lambda: [passes.Recompute(), passes.ChunkedLoss()],
+    "velora": lambda: passes.Velora(groups=4),
+    "velora dense": lambda: passes.Velora(groups=4, dense=True, init="random", scale=0.5),
+    "rso": lambda: passes.Rso(rank=4, period=2, state="transport"),
+    "rso by width": lambda: passes.Rso(rank=4, share="width", always=r".*(ln_f|norm)\.weight"),
+    "all": lambda: [passes.Rso(rank=4, share=False), passes.Recompute(), passes.ChunkedLoss()],
 }
+PROJECTING = [name for name in FIXED if name not in ("recompute", "chunked_loss", "both")]
 
 
-def assert_same_run(family: str, spec, backend: str, **options) -> None:
-    """Three steps on batches of two shapes: eager's losses and weights."""
+def assert_same_run(family: str, row: str, backend: str, checkpointed=False, **options) -> None:
+    """Four steps on batches of two shapes: the losses and weights of the same run without a
+    backend, and without surgery where that gives the same."""
     eager, ours = make(family, **options), make(family, **options)
-    surgery.apply(ours, spec, backend=backend)
+    if checkpointed:
+        for model in (eager, ours):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    if row in PROJECTING:
+        surgery.apply(eager, FIXED[row]())
+    surgery.apply(ours, FIXED[row](), backend=backend)
     optimizers = [adamw(model) for model in (eager, ours)]
-    for seed, length in ((1, 12), (2, 12), (3, 17)):
+    for seed, length in ((1, 12), (2, 12), (3, 17), (4, 12)):
         inputs = inputs_of(family, seed=seed, length=length)
         losses = []
         for model, optimizer in zip((eager, ours), optimizers, strict=True):
@@ -38,7 +52,7 @@ def assert_same_run(family: str, spec, backend: str, **options) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert state_of(ours).step == 3
+    assert state_of(ours).step == 4
     for name, parameter in own(ours).items():
         expected = eager.get_parameter(name)
         # Adam's first steps are signs: of gradients that are nothing but rounding, too.
@@ -50,22 +64,18 @@ def assert_same_run(family: str, spec, backend: str, **options) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("row", FIXED)
 def test_aot_autograd_gives_eagers_run(row, family):
-    assert_same_run(family, FIXED[row](), "aot_eager")
+    assert_same_run(family, row, "aot_eager")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_gives_eagers_run():
-    assert_same_run("llama", passes.Recompute(), "inductor", num_hidden_layers=1)
+@pytest.mark.parametrize("row", ["recompute", "velora", "rso"])
+def test_inductor_gives_eagers_run(row):
+    assert_same_run("llama", row, "inductor", num_hidden_layers=1)
 
 
-def test_checkpointed_regions_are_compiled_too():
-    model = make("llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    expected = loss_of(make("llama"), inputs_of("llama"))
-    surgery.apply(model, "recompute", backend="aot_eager")
-    loss = loss_of(model, inputs_of("llama"))
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+@pytest.mark.parametrize("row", ["recompute", "velora", "rso"])
+def test_checkpointed_regions_are_compiled_too(row):
+    assert_same_run("llama", row, "aot_eager", checkpointed=True)
 
 
 def test_the_report_measures_what_was_compiled():
@@ -116,3 +126,59 @@ def test_torch_compile_around_surgery_is_refused():
     tokens = inputs_of("plain")["tokens"]
     with pytest.raises(surgery.CaptureError, match=r"apply\(model, ..., backend="):
         outer(tokens, tokens)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+class Broken(nn.Module):
+    """Blocks between which Dynamo starts a new graph: one serves them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+def test_one_compiled_graph_serves_many_layers():
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    eager = Broken()
+    ours = copy.deepcopy(eager)
+    spec = passes.Rso(rank=4, period=2)
+    surgery.apply(eager, spec)
+    surgery.apply(ours, spec, backend="aot_eager")
+    optimizers = [adamw(model) for model in (eager, ours)]
+    for _ in range(4):
+        for model, optimizer in zip((eager, ours), optimizers, strict=True):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in own(ours).items():
+        torch.testing.assert_close(parameter, eager.get_parameter(name), msg=name)
+    assert state_of(ours).captures == 2  # the first layer passes no gradient on
+
+
+def test_a_graph_of_layers_of_two_kinds_is_refused():
+    spec = passes.Rso(rank=4, targets=["layers.0.linear", "layers.1.linear"])
+    model = surgery.apply(Broken(), spec, backend="aot_eager")
+    with pytest.raises(surgery.CaptureError, match="layers that are trained and layers that are"):
+        model(torch.randn(4, 16))
+
+
+def test_stacked_experts_are_refused():
+    options = {"experts_implementation": "grouped_mm"}
+    model = surgery.apply(make("mixtral", **options), passes.Rso(rank=4), backend="aot_eager")
+    with pytest.raises(surgery.CaptureError, match=r"rows of each expert.*leave backend= out"):
+        loss_of(model, inputs_of("mixtral"))

@@ -67,6 +67,11 @@ def test_every_entry_of_a_list_must_match():
         select(make("llama"), ["q_proj", "w_proj"], "targets")
 
 
+def test_a_string_is_not_the_end_of_a_name():
+    with pytest.raises(surgery.TargetError, match=r"Did you mean always=\['norm'\]\?"):
+        select(make("llama"), "norm", "always")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_found_without_model_names(family):
     model = make(family)
