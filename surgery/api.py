@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from surgery import clock, memory
 from surgery.capture import Dispatch
 from surgery.compilers import Backend, check_backend
 from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
-from surgery.distributed import check_layout
+from surgery.distributed import check_layout, rank_of_world
 from surgery.errors import ConflictError, ModelError, OptimizerError, SurgeryError
 from surgery.registry import resolve
 from surgery.state import Surgery, applied, surgery_of
@@ -111,15 +112,18 @@ def report(model: nn.Module, batch: dict[str, Any] | None = None) -> memory.Repo
     return memory.report(surgery, batch)
 
 
-def step(model: nn.Module, optimizer: Any) -> None:
-    """Step an optimizer that is not a `torch.optim.Optimizer`, and tell the clock.
+def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None) -> None:
+    """Step an optimizer that the clock does not hear by itself.
 
-    It must have `param_groups` and `state` like one. For a torch optimizer this is
-    `optimizer.step()`. Raises ModelError if nothing was applied, OptimizerError if the optimizer
-    has no such attributes or lacks coordinates.
+    optimizer: not a `torch.optim.Optimizer`, but with `param_groups` and `state` like one. (For a
+    torch optimizer this is `optimizer.step()`.) run: what makes the step instead of
+    `optimizer.step()`: of LOMO (arXiv 2306.09782), which updates weights inside of backward,
+    `lambda: optimizer.fused_backward(loss, lr)`. It cannot take back a step that is not finite.
+    Raises ModelError if nothing was applied, OptimizerError if the optimizer has no such attributes
+    or lacks coordinates, or if `run` is given and there are several processes.
     """
-    applied(model)
-    if isinstance(optimizer, Optimizer):
+    owner = applied(model)
+    if run is None and isinstance(optimizer, Optimizer):
         optimizer.step()
         return
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
@@ -127,8 +131,17 @@ def step(model: nn.Module, optimizer: Any) -> None:
             f"{type(optimizer).__name__} has no param_groups and state, so the state of weights "
             "that leave could not be freed."
         )
+    if run is not None and rank_of_world()[1] > 1:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} would use up each gradient before it is averaged over the "
+            "processes. Use an optimizer with a step()."
+        )
     clock.before_step(optimizer)
-    optimizer.step()
+    owner.fused = run is not None
+    try:
+        (run or optimizer.step)()
+    finally:
+        owner.fused = False
     clock.after_step(optimizer)
 
 

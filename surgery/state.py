@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +20,10 @@ from surgery.carrying import carry
 from surgery.compilers import Backend
 from surgery.coordinates import TABLE, Piece, Site, unique
 from surgery.distributed import average_replicated, check_cut, replicated, take_cut
-from surgery.errors import ModelError, OptimizerError, SurgeryError, listed
+from surgery.errors import ModelError, OptimizerError, SurgeryError
 from surgery.gradients import finite, norms
 from surgery.ledger import Ledger
+from surgery.optimizers import check_fresh, check_membership, only_makes_state
 
 LIVE: weakref.WeakSet[Surgery] = weakref.WeakSet()  # what the clock's global hooks serve
 
@@ -114,7 +114,8 @@ class Surgery:
     refused: bool = False  # the step under way was skipped
     rehearsal: bool = False  # a forward of `report`, which must leave no trace
     before: dict[int, Tensor] = field(default_factory=dict)  # mapped coordinates before the step
-    ending: bool = False  # `end_backward` will be called when the backward under way ends
+    first: Piece | None = None  # that got a gradient in the backward under way
+    fused: bool = False  # the optimizer takes gradients away while the backward is under way
     running: bool = False  # a training forward is under way
     forwards: int = 0  # training forwards since the last step
     cut: bool = False  # FSDP2 shards the model
@@ -150,7 +151,7 @@ class Surgery:
 
         forward: whether a forward is under way, in which FSDP2 shows whole weights.
         """
-        self.ending = False
+        self.first = None
         for piece in self.pieces:
             if not piece.parameter.requires_grad:  # as get_peft_model leaves all but its own
                 piece.parameter.requires_grad_(True)
@@ -211,14 +212,21 @@ class Surgery:
     def before_step(self, optimizer: Optimizer, loss_scale: float) -> None:
         """Check an optimizer at its first step; drop the gradients of a step that is not finite."""
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        self.refused = not self.forwards and _only_makes_state(optimizer)
+        if self.first is not None and any(id(p) in held for p in self.model.parameters()):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} steps inside of a backward, before the gradients of "
+                "all that is trained are there. Step after it; gradients are small under most "
+                "passes. (LOMO: see surgery.step.)"
+            )
+        self.refused = not self.forwards and only_makes_state(optimizer)
         if self.refused:
             return
         if optimizer not in self.optimizers:
             if not any(id(p) in held for p in self.model.parameters()):
                 return
-            self._check_membership(optimizer, held)
-            self._check_fresh(optimizer)
+            check_membership(self.pieces, optimizer, held)
+            if not self.step:
+                check_fresh(self.pieces, optimizer)
             for method in self.methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
@@ -281,7 +289,13 @@ class Surgery:
 
     def end_backward(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
-        self.ending = False
+        first, self.first = self.first, None
+        if first and first.twin is None and first.parameter.grad is None and not self.fused:
+            raise OptimizerError(
+                f"the gradient of {first.name} was taken away before backward had ended, without "
+                "an optimizer's step(), so nobody knows what became of it. If this is LOMO: "
+                "surgery.step(model, optimizer, lambda: optimizer.fused_backward(loss, lr))"
+            )
         if self.replicated:
             average_replicated(self.replicated, self.sites)
         seen = [
@@ -292,39 +306,6 @@ class Surgery:
         found = norms([grad for _, grad in seen])
         for (piece, grad), norm in zip(seen, found, strict=True):
             piece.norm, piece.version = norm, sharding.version(grad)
-
-    def _check_membership(self, optimizer: Optimizer, held: dict[int, Tensor]) -> None:
-        missing = {id(p.parameter): p.name for p in self.pieces if id(p.parameter) not in held}
-        if not missing:
-            return
-        # Only here, once, on the way to an error: another optimizer may hold the rest.
-        others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-        for other in others:
-            for group in other.param_groups:
-                for parameter in group["params"]:
-                    missing.pop(id(parameter), None)
-        if missing:
-            raise OptimizerError(
-                f"{type(optimizer).__name__} steps this model but holds none of "
-                f"{len(missing)} coordinates, which no other optimizer holds either: "
-                f"{listed(missing.values())}. It was probably built before surgery.apply, or from "
-                "a part of the parameters (get_peft_model after surgery.apply switches "
-                "requires_grad off). Build it afterwards, from all: "
-                "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
-            )
-
-    def _check_fresh(self, optimizer: Optimizer) -> None:
-        stepped = [p for p in unique(self.pieces) if optimizer.state.get(p.parameter)]
-        if self.step or not stepped:
-            return
-        made = optimizer.state[stepped[0].parameter].get("step")
-        count = "steps" if made is None else f"{int(made)} steps"
-        raise OptimizerError(
-            f"{type(optimizer).__name__} has made {count} already, with state for "
-            f"{stepped[0].name}, and the surgery none. If a run is resumed, give the surgery its "
-            "state too: surgery.load(model, folder, optimizer), or surgery.TrainerCallback() in a "
-            "Trainer. If not, build the optimizer after surgery.apply."
-        )
 
     def forget(self, pieces: Iterable[Piece]) -> None:
         """Free the optimizer state and the gradients of coordinates that leave or enter."""
@@ -343,21 +324,13 @@ def _after_accumulate(
         return
     if not piece.active:
         raise around(f"a gradient reached {piece.name}, which is not being trained now")
-    if (piece.watched or surgery.replicated) and not surgery.ending:
-        surgery.ending = True
+    if surgery.fused and piece.watched and parameter.grad is not None:
+        (piece.norm,) = norms([parameter.grad])
+    if surgery.first is None:
+        surgery.first = piece
         # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: engine.queue_callback(surgery.end_backward))
-
-
-def _only_makes_state(optimizer: Optimizer) -> bool:
-    """Whether a step has rate zero and gradients of zeros: torch.distributed.checkpoint makes the
-    state of an optimizer so, to load into."""
-    if any(group.get("lr", 1.0) for group in optimizer.param_groups):
-        return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    there = [sharding.local(grad) for grad in grads if grad is not None]
-    return bool(there) and not any(bool(grad.any()) for grad in there)
 
 
 def around(what: str) -> SurgeryError:

@@ -24,9 +24,14 @@ def schedulefree(parameters: Any) -> Any:
     return optimizer
 
 
+def came(parameters: Any) -> Any:
+    return pytest.importorskip("came_pytorch.CAME").CAME(parameters, lr=1e-2)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "bitsandbytes 8-bit": bitsandbytes,
     "schedulefree": schedulefree,
+    "CAME": came,
     "torch NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
     "torch Muon": lambda parameters: torch.optim.Muon(
         [p for p in parameters if p.ndim == 2], lr=1e-2
@@ -97,3 +102,45 @@ def test_an_optimizer_outside_torch(row):
         model.zero_grad()
     assert state_of(model).step == 4
     assert any(not torch.equal(p, before[n]) for n, p in own(model).items())
+
+
+@pytest.mark.parametrize("row", ["misa", "badam", "rso", "velora"])
+def test_lomo_steps_inside_of_backward(row):
+    """It is SGD, and takes each gradient away as soon as the next one is there."""
+    lomo = pytest.importorskip("lomo_optim").Lomo
+    spec = PASSES[row](period=2)
+    plain, ours = (surgery.apply(make("llama"), spec) for _ in range(2))
+    sgd, fused = torch.optim.SGD(plain.parameters(), lr=1e-2), lomo(ours, lr=1e-2)
+    for seed in range(5):
+        loss_of(plain, inputs_of("llama", seed=seed)).backward()
+        sgd.step()
+        sgd.zero_grad()
+        loss = loss_of(ours, inputs_of("llama", seed=seed))
+        surgery.step(ours, fused, lambda loss=loss: fused.fused_backward(loss, 1e-2))
+        for name, parameter in own(ours).items():
+            torch.testing.assert_close(parameter, own(plain)[name], msg=f"{name} {seed}")
+        active = [[c.active for c in surgery.coordinates(model)] for model in (plain, ours)]
+        assert active[0] == active[1]
+    assert state_of(ours).step == 5
+
+
+def test_gradients_that_vanish_within_backward_are_told():
+    lomo = pytest.importorskip("lomo_optim").Lomo
+    model = surgery.apply(make("llama"), "rso", rank=4)
+    optimizer = lomo(model, lr=1e-2)
+    loss = loss_of(model, inputs_of("llama"))
+    with pytest.raises(surgery.OptimizerError, match=r"surgery\.step\(model, optimizer, lambda"):
+        optimizer.fused_backward(loss, 1e-2)
+
+
+def test_optimizers_that_step_inside_of_backward_are_told():
+    """The recipe of torch's tutorial: one optimizer for each parameter, stepped by its hook."""
+    model = surgery.apply(make("llama"), "badam")
+    each = {p: torch.optim.SGD([p], lr=1e-2) for p in model.parameters()}
+    before = weights(model)
+    for c in surgery.coordinates(model):
+        parameter, optimizer = c.parameter, each[c.parameter]
+        parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step())
+    with pytest.raises(surgery.OptimizerError, match="SGD steps inside of a backward"):
+        loss_of(model, inputs_of("llama")).backward()
+    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
