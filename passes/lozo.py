@@ -10,7 +10,7 @@ its step with U V^T / r.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -52,10 +52,13 @@ class Lozo(Mezo):
 @dataclass(eq=False, kw_only=True)
 class Lazy(LowRank):
     options: Lozo
+    rights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # slot: round, V^T
 
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
         height, width = matrix_shape(self.current())
         round = self.probe.step // self.options.period
-        right = noise.bits(self.options.seed, "V", self.name, round, slot)
+        if slot not in self.rights or self.rights[slot][0] != round:
+            key = noise.bits(self.options.seed, "V", self.name, round, slot)
+            self.rights[slot] = (round, self.normal(width, key).t() / math.sqrt(self.rank))
         left = self.normal(height, self.key(slot, "U"))
-        return left, self.normal(width, right).t() / math.sqrt(self.rank)
+        return left, self.rights[slot][1].to(left)  # the model may have moved

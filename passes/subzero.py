@@ -53,4 +53,4 @@ class Framed(LowRank):
             self.frames[slot] = (round, left, right)
         _, left, right = self.frames[slot]
         core = self.normal(self.rank, self.key(slot, "Z")) * spread(weight, self.rank)
-        return left @ core, right.t()
+        return left.to(core) @ core, right.t().to(core)  # the model may have moved

@@ -164,7 +164,9 @@ class Site:
         if sharding.is_cut(weight) and self.twin() is None:
             return False
         if self.map is not None:
-            return True
+            own = self.pieces[0].parameter
+            moved = own.dtype != wide(weight) or own.device != weight.device
+            return sharding.is_cut(own) or not moved
         return self.whole or all(_views(piece, weight) for piece in self.pieces)
 
     def bind(self, twins: sharding.Twins) -> None:

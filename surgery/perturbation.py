@@ -184,6 +184,11 @@ class LowRank(Perturbation):
         left, right = self.factors(slot)
         return left[ids] @ right
 
+    def add_into(self, matrix: Tensor, delta: Tensor) -> None:
+        for slot, value in enumerate(delta.tolist()):
+            if value:
+                matrix.addmm_(*self.factors(slot), alpha=value * self.probe.scale)
+
     def add_to(self, y: Tensor, x: Tensor, transposed: bool) -> Tensor:
         """Return y + s x z^T (or s x z if transposed), for y = x W^T; y may be overwritten."""
         shift = self.probe.shift

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from laws import method_of
+from laws import PASSES, method_of, state_of
 from models import LAYERS, Wide, inputs_of, loss_of, make
 from torch import nn
 
@@ -240,3 +240,17 @@ def test_experts_computed_in_another_way_are_an_error():
     surgery.apply(model, "rso", rank=4)
     with pytest.raises(surgery.CaptureError, match=r'set_experts_implementation\("grouped_mm"\)'):
         loss_of(model, inputs_of("mixtral"))
+
+
+@pytest.mark.parametrize("kind", ["rso", "velora"])
+def test_coordinates_stay_wide_when_the_model_moves(kind):
+    model = surgery.apply(make("llama"), PASSES[kind]())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        loss_of(model, inputs_of("llama")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wide = torch.promote_types(dtype, torch.float32)
+        assert {c.parameter.dtype for c in surgery.coordinates(model)} == {wide}
+    assert state_of(model).step == 3

@@ -57,6 +57,17 @@ def test_a_journal_replays_the_run_bit_for_bit(kind, dtype):
     assert all(torch.equal(p, own(model)[n]) for n, p in own(start).items())
 
 
+@pytest.mark.parametrize("kind", ["mezo", "sparse", "lozo", "subzero"])
+def test_a_model_may_move_to_another_dtype_in_a_round(kind):
+    model = surgery.apply(make("plain"), ZEROTH[kind]())
+    optimizer = sgd(model, lr=1e-3)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        step(model, optimizer, "plain", 1)
+        assert scalars(model).dtype == torch.promote_types(dtype, torch.float32)
+    assert method_of(model, TwoPoint).step == 4
+
+
 def test_replay_refuses_what_does_not_fit():
     model = surgery.apply(make("plain"), "mezo")
     with pytest.raises(surgery.ModelError, match=r"does not fit mezo with 1 directions"):
