@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import test_backend
+import test_compress
 import test_copies
 import test_distributed
 import test_export
@@ -52,24 +53,32 @@ WITH = {
     "save, load": Tested(works=[test_resume.test_9_a_resumed_run_is_the_uninterrupted_one]),
     "export": Tested(works=[test_export.test_every_kind_of_pass]),
     "deepcopy, pickle": Tested(works=[test_copies.test_14_pickle]),
-    "8-bit and other optimizers": Tested(works=[test_optimizers.test_rounds_state_and_resume]),
+    "8-bit and other optimizers": Tested(
+        works=[
+            test_optimizers.test_rounds_state_and_resume,
+            test_optimizers.test_passes_without_coordinates_do_not_mind_the_optimizer,
+        ]
+    ),
     "PEFT": Tested(
         works=[
             test_peft.test_each_pass_moves_what_it_trains_and_nothing_else,
             test_peft.test_exact_passes_leave_the_run_as_it_is,
         ],
         specs=test_peft.MOVING | test_peft.EXACT,
+        also={test_compress.test_under_autocast_and_adapters: "compress"},
     ),
     "Accelerate": Tested(works=[test_laws.test_11_accelerate_gives_the_plain_loop]),
     "HF Trainer": Tested(works=[test_trainer.test_the_plain_loop_gives_the_same_run]),
     "TRL SFTTrainer": Tested(
         works=[test_other_trainers.test_sft_trainer],
-        refused=[test_other_trainers.test_what_trains_the_fused_head_of_sft_trainer_is_refused],
+        refused=[test_other_trainers.test_what_the_fused_head_of_sft_trainer_leaves_no_room_for],
     ),
     "Lightning Fabric": Tested(works=[test_other_trainers.test_fabric]),
     "DDP": Tested(
-        works=[test_distributed.test_two_ranks_are_one_process_on_the_joined_batch],
-        also={test_zeroth_runs.test_two_ranks_take_the_step_of_one_on_the_joined_batch: "mezo"},
+        works=[
+            test_distributed.test_two_ranks_are_one_process_on_the_joined_batch,
+            test_zeroth_runs.test_two_ranks_take_the_step_of_one_on_the_joined_batch,
+        ],
     ),
     "FSDP2": Tested(
         works=[test_fsdp.test_two_ranks_are_one_process_on_the_joined_batch],

@@ -41,12 +41,17 @@ SCRIPT = """
         assert state_of(model).step == 11
         return {n: p.detach().clone() for n, p in own(model).items()}, drawn, sent
 
+    start = dict(make("plain").double().named_parameters())
     for row in ROWS:
         both, drawn, sent = run(row, True)
         alone, expected, _ = run(row, False)
         assert drawn == expected, row
         for name in alone:
-            torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
+            if row == "compress":  # rounded at random, and otherwise in a smaller batch
+                off, moved = both[name] - alone[name], alone[name] - start[name]
+                assert off.norm() < 0.3 * moved.norm(), name
+            else:
+                torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
             assert_same(both[name], (row, name))
         dense = sum(p.numel() for p in alone.values())
         if row in ("rso", "velora"):  # only what stands for the weights travels
@@ -57,7 +62,10 @@ SCRIPT = """
 
 @pytest.mark.parametrize(
     "rows",
-    [["misa", "misa_always", "lisa", "badam"], ["rso", "velora", "misa_and_both", "misa_of_rso"]],
+    [
+        ["misa", "misa_always", "lisa", "badam"],
+        ["rso", "velora", "misa_and_both", "misa_of_rso", "compress"],
+    ],
     ids=str,
 )
 def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):

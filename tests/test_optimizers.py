@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 CASES = [(kind, row) for kind in OPTIMIZERS for row in ("misa", "rso", "badam")]
+CASES += [("bitsandbytes 8-bit", row) for row in ("lisa", "velora_redrawn")]
 CASES.remove(("torch Muon", "badam"))  # it takes matrices only, and blocks have vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -75,6 +76,19 @@ def test_rounds_state_and_resume(kind, row, tmp_path):
         steps(*each, range(5, 9))
     for name, parameter in own(model).items():
         assert torch.equal(parameter, own(again)[name]), name
+
+
+@pytest.mark.parametrize("row", ["recompute", "chunked_loss", "compress"])
+@pytest.mark.parametrize("kind", ["bitsandbytes 8-bit", "schedulefree"])
+def test_passes_without_coordinates_do_not_mind_the_optimizer(kind, row):
+    start, plain, ours = (make("llama") for _ in range(3))
+    surgery.apply(ours, PASSES[row]())
+    for model in (plain, ours):
+        steps(model, OPTIMIZERS[kind](model.parameters()), range(3))
+    bound = 0.3 if row == "compress" else 1e-4  # what rounding at random turns is small entries
+    for name, parameter in plain.named_parameters():
+        moved = (parameter - start.get_parameter(name)).norm()
+        assert (ours.get_parameter(name) - parameter).norm() < bound * moved, name
 
 
 class Elsewhere:

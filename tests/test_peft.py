@@ -29,6 +29,8 @@ MOVING = {
     "misa of both": lambda: passes.Misa(
         budget=0.2, period=2, targets=f"{BASE}|.*lora_[AB].default"
     ),
+    "badam of the adapters": lambda: passes.BAdam(period=2),
+    "lisa of the adapters": lambda: passes.Lisa(layers=1, period=2),
     "velora of the adapters": lambda: passes.Velora(groups=4, always=".*lora_B.*"),
     "velora of the base": lambda: passes.Velora(groups=4, targets=BASE),
     "rso of the base, adapters frozen": lambda: passes.Rso(rank=2, period=2, targets=BASE),
@@ -36,6 +38,8 @@ MOVING = {
         rank=2, period=2, targets=BASE, always=".*lora_[AB].default"
     ),
     "mezo of the adapters": lambda: passes.Mezo(),
+    "sparse_mezo of the adapters": lambda: passes.SparseMezo(keep_fraction=0.5),
+    "subzero of the adapters": lambda: passes.SubZero(rank=2),
     "lozo of the base": lambda: passes.Lozo(targets=BASE),
 }
 
@@ -96,7 +100,7 @@ def test_what_does_not_compose_with_dora_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(n, k) for n in MOVING for k in KINDS if k != "dora"]
-    + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora")],
+    + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora", "lisa")],
 )
 def test_each_pass_moves_what_it_trains_and_nothing_else(name, kind):
     model = adapt(make("llama"), kind)

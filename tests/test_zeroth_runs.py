@@ -278,12 +278,14 @@ def test_a_conservative_step_is_taken_back_whole_when_it_raises_the_loss():
     assert taken and refused
 
 
-def test_two_ranks_take_the_step_of_one_on_the_joined_batch(tmp_path):
+@pytest.mark.parametrize("rows", [["mezo", "sparse_mezo", "lozo", "subzero"]], ids=str)
+def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
     script = """
         import sys
         sys.path[:0] = ["tests", "."]
         import torch
         from torch.nn.parallel import DistributedDataParallel
+        from laws import PASSES
         from models import make, inputs_of, loss_of
         from ranks import assert_same, begin, count_sent
         import passes, surgery
@@ -305,21 +307,25 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(tmp_path):
                 optimizer.zero_grad()
             return {n: p.detach() for n, p in model.named_parameters()}, sent
 
-        options = passes.Mezo(directions=2)
-        both, sent = run(options, True)
+        def compare(row):
+            options = PASSES[row]()
+            both, sent = run(options, True)
+            assert sent == [options.directions] * 4, (row, sent)
+            alone, _ = run(options, False)
+            for name in alone:
+                torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
+                assert_same(both[name], (row, name))
+            return both
+
+        both = {row: compare(row) for row in ROWS}
+        own, sent = run(passes.Mezo(eps=1e-4, per_rank=True), True)
         assert sent == [2] * 4, sent
-        alone, _ = run(options, False)
-        for name in alone:
-            torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9)
-        own, sent = run(passes.Mezo(directions=2, per_rank=True), True)
-        assert sent == [4] * 4, sent
-        for result in (both, own):
-            for value in result.values():
-                assert_same(value)
-        assert not torch.equal(own["embed.weight"], both["embed.weight"])
+        for value in own.values():
+            assert_same(value)
+        assert not torch.equal(own["embed.weight"], both["mezo"]["embed.weight"])
         print("equal")
         """
-    run_two_ranks(script, tmp_path)
+    run_two_ranks(script.replace("ROWS", repr(rows)), tmp_path)
 
 
 def test_noise_labels_keep_two_weights_apart():
