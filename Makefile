@@ -52,6 +52,7 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.zeroth_order
 	$(BIN)/python -m benchmarks.few_shot
+	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(VENV)/.base

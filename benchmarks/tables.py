@@ -79,6 +79,25 @@ def few_shot(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def traffic(part: dict[str, Any]) -> str:
+    """What is sent between processes in a step."""
+    head = ["", "gradients reduced", "over AdamW", "weights gathered in backward and step"]
+    rows = [
+        [
+            name,
+            _megabytes(row["reduced_megabytes"]),
+            f"{row['reduced_over_adamw']:.3f}x",
+            _megabytes(row["gathered_megabytes"]),
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(head, rows)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.1f} MB" if value >= 0.05 or not value else f"{1e6 * value:,.0f} bytes"
+
+
 def cost(part: dict[str, Any]) -> str:
     """Time and bytes of methods beside GaLore and LoRA."""
     head = ["", "time", "over GaLore", "over LoRA", "once in a period", "peak"]
@@ -123,7 +142,7 @@ def folding(part: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (activations, zeroth, few_shot, cost, losses, folding)
+    for function in (activations, zeroth, few_shot, traffic, cost, losses, folding)
 }
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from surgery.cli import app
 
 ROOT = Path(__file__).parent.parent
+TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]  # processes
 
 
 def run(command: list[str]) -> str:
@@ -87,9 +88,11 @@ def test_integrations(example, more, tmp_path):
     [
         ["-m", "examples.sft"],
         ["-m", "examples.fabric", "--pass", "rso"],
-        ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.sharded"],
+        ["-m", "examples.accelerated"],
+        [*TWO, "examples.sharded"],
+        [*TWO, "examples.sharded", "--pass", "misa", "--wrap", "ddp"],
     ],
-    ids=["sft", "fabric", "sharded"],
+    ids=["sft", "fabric", "accelerate", "fsdp2", "ddp"],
 )
 def test_other_loops(command, tmp_path):
     options = ["--layers", "2", "--steps", "8", "--length", "32", "--out", str(tmp_path)]
