@@ -57,7 +57,7 @@ def compiled(graph: GraphModule, inputs: Sequence[Any], backend: Backend) -> Cal
         # The first forward of a round draws: what v is made of is in the batch itself.
         return graph(*args) if more is None else made(*args, *more)
 
-    return run if lowered.examples else made
+    return run if lowered.trained else made
 
 
 def refuse_compiling() -> None:

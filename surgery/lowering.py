@@ -37,13 +37,14 @@ class Lowering:
     """A copy of a graph, made ready for a compiler.
 
     examples: fake tensors for the inputs that it has got, behind its own. groups: places of the
-    weights that read one x.
+    weights that read one x. trained: whether any of its weights has a coordinate.
     """
 
     def __init__(self, graph: GraphModule, inputs: Sequence[Any]) -> None:
         self.examples: dict[Extra, Tensor] = {}
         self.groups: list[list[int]] = []
         self.parameters = [i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
+        self.trained = any(site_of(inputs[place]) is not None for place in self.parameters)
         self.pieces = self._projected(inputs)
         self.graph = duplicate(graph)  # of its own graph, Dynamo looks at the inputs later
         placeholders = self.graph.graph.find_nodes(op="placeholder")
@@ -74,7 +75,9 @@ class Lowering:
             value = piece.read if kind == "coordinate" else piece.note.drawn
             if value is None:
                 return None
-            found.append(value if kind == "coordinate" else value.to(example.dtype))
+            found.append(
+                value if kind == "coordinate" else value.to(piece.read.device, example.dtype)
+            )
         return found
 
     def _projected(self, inputs: Sequence[Any]) -> dict[int, Piece]:

@@ -128,13 +128,25 @@ def test_torch_compile_around_surgery_is_refused():
         outer(tokens, tokens)
 
 
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(16, 16)
+        self.norm = Norm()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).relu()
+        x = self.linear(x).relu()
+        torch._dynamo.graph_break()
+        return self.norm(x)
 
 
 class Broken(nn.Module):
@@ -156,7 +168,7 @@ def test_one_compiled_graph_serves_many_layers():
     torch.manual_seed(0)
     eager = Broken()
     ours = copy.deepcopy(eager)
-    spec = passes.Rso(rank=4, period=2)
+    spec = passes.Rso(rank=4, period=2, always=["norm.weight"])
     surgery.apply(eager, spec)
     surgery.apply(ours, spec, backend="aot_eager")
     optimizers = [adamw(model) for model in (eager, ours)]
@@ -167,7 +179,7 @@ def test_one_compiled_graph_serves_many_layers():
             optimizer.zero_grad()
     for name, parameter in own(ours).items():
         torch.testing.assert_close(parameter, eager.get_parameter(name), msg=name)
-    assert state_of(ours).captures == 2  # the first layer passes no gradient on
+    assert state_of(ours).captures == 3  # norms, Linears, the first of which passes no gradient on
 
 
 def test_a_graph_of_layers_of_two_kinds_is_refused():
