@@ -49,7 +49,7 @@ SCRIPT = """
         for name in alone:
             if row == "compress":  # rounded at random, and otherwise in a smaller batch
                 off, moved = both[name] - alone[name], alone[name] - start[name]
-                assert off.norm() < 0.3 * moved.norm(), name
+                assert off.norm() < 0.5 * moved.norm(), name
             else:
                 torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
             assert_same(both[name], (row, name))

@@ -85,7 +85,7 @@ def test_passes_without_coordinates_do_not_mind_the_optimizer(kind, row):
     surgery.apply(ours, PASSES[row]())
     for model in (plain, ours):
         steps(model, OPTIMIZERS[kind](model.parameters()), range(3))
-    bound = 0.3 if row == "compress" else 1e-4  # what rounding at random turns is small entries
+    bound = 0.5 if row == "compress" else 1e-3  # what rounding at random turns is small entries
     for name, parameter in plain.named_parameters():
         moved = (parameter - start.get_parameter(name)).norm()
         assert (ours.get_parameter(name) - parameter).norm() < bound * moved, name
