@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from laws import adamw, own, state_of
+from laws import adamw, own, run_two_ranks, state_of
 from models import adapt, inputs_of, loss_of, make
 from torch import nn
 
@@ -194,3 +194,39 @@ def test_stacked_experts_are_refused():
     model = surgery.apply(make("mixtral", **options), passes.Rso(rank=4), backend="aot_eager")
     with pytest.raises(surgery.CaptureError, match=r"rows of each expert.*leave backend= out"):
         loss_of(model, inputs_of("mixtral"))
+
+
+def test_two_processes(tmp_path):
+    """Under DDP and FSDP2: the run without a backend, to the bit."""
+    script = """
+        import sys; sys.path.insert(0, "tests")
+        import torch
+        from torch.nn.parallel import DistributedDataParallel
+        from models import make, inputs_of, loss_of
+        from ranks import begin, shard
+        import passes, surgery
+
+        rank = begin()
+
+        def run(spec, wrap, backend):
+            torch._dynamo.reset()
+            model = make("llama", use_cache=False, num_hidden_layers=1)
+            surgery.apply(model, spec, backend=backend)
+            outer = DistributedDataParallel(model) if wrap == "ddp" else shard(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+            losses = []
+            for seed in range(3):
+                inputs = inputs_of("llama", rows=4, seed=seed)
+                loss = loss_of(outer, {k: v.chunk(2)[rank] for k, v in inputs.items()})
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            return losses
+
+        for wrap in ("ddp", "fsdp2"):
+            spec = passes.Rso(rank=4, period=2)
+            assert run(spec, wrap, "aot_eager") == run(spec, wrap, None), wrap
+        print("equal")
+        """
+    run_two_ranks(script, tmp_path)
