@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _PRESERVED
 
 from surgery import nodes
-from surgery.compilers import compiled, refuse_compiling
+from surgery.compilers import check_backend, compiled, outer_backend
 from surgery.coordinates import TABLE, site_of
 from surgery.distributed import check_layout, check_wrapping
 from surgery.errors import CaptureError, SurgeryError, listed
@@ -105,7 +105,16 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        refuse_compiling()
+        backend = outer_backend()
+        if backend is None:
+            return self._train(args, kwargs)
+        if self.surgery.backend is None:
+            check_backend(self.surgery.methods, backend)
+            self.surgery.backend, self._captured = backend, None
+        alone: Any = torch._dynamo.disable(self._train)
+        return alone(args, kwargs)
+
+    def _train(self, args: Any, kwargs: Any) -> Any:
         self.workarounds.take_off()
         if not self.surgery.reached:  # once: each look costs a walk over all parameters
             check_layout(self.model)

@@ -26,9 +26,9 @@ def check_backend(methods: Iterable[Method], backend: Backend | None) -> None:
     moving = [method.name for method in methods if not method.fixed]
     if moving:
         raise OptionError(
-            f"backend={backend!r} would compile what {listed(moving)} decides anew in each step, "
-            "and so lose it. It works with recompute, chunked_loss, velora and rso. Leave backend= "
-            "out: the rewritten graph then runs eagerly."
+            f"{name_of_backend(backend)} would compile what {listed(moving)} decides anew in each "
+            "step, and so lose it. It works with recompute, chunked_loss, velora and rso. Leave "
+            "backend= (or torch.compile) out: the rewritten graph then runs eagerly."
         )
     if isinstance(backend, str) and backend not in list_backends(exclude_tags=()):
         known = list_backends()
@@ -60,11 +60,28 @@ def compiled(graph: GraphModule, inputs: Sequence[Any], backend: Backend) -> Cal
     return run if lowered.trained else made
 
 
-def refuse_compiling() -> None:
-    """Raise CaptureError if torch.compile is at work around the model."""
-    # While Dynamo traces us an error only makes it give up and call us; then its callback is set.
-    if torch.compiler.is_dynamo_compiling() or callable(get_eval_frame_callback()):
+def outer_backend() -> Backend | None:
+    """Return the backend of a torch.compile around the model, None if there is none.
+
+    Raises CaptureError while Dynamo traces us, which makes it give up and call us.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        raise CaptureError("surgery captures this model itself")
+    made: Any = get_eval_frame_callback()
+    if not callable(made):
+        return None
+    found: Any = made
+    while (inner := getattr(found, "_torchdynamo_orig_backend", None)) is not None:
+        found = inner
+    if found is made:
         raise CaptureError(
-            "torch.compile is around a model that surgery captures itself. Let surgery hand its "
-            'graphs over instead: surgery.apply(model, ..., backend="inductor").'
+            "torch.compile is around a model that surgery captures itself, and its backend cannot "
+            'be found. Name it instead: surgery.apply(model, ..., backend="inductor").'
         )
+    return found
+
+
+def name_of_backend(backend: Backend) -> str:
+    """Return what to call a backend; torch.compile wraps them."""
+    known = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", None)
+    return backend if isinstance(backend, str) else str(known or type(backend).__name__)

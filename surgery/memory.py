@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from surgery.account import Kept, account
+from surgery.compilers import name_of_backend
 from surgery.coordinates import unique
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         if method.name in surgery.taken and surgery.backend is None:
             lines.append((f"{method.name} takes away", _taken(surgery.taken[method.name])))
     if surgery.backend is not None:
-        lines.append(("compiled by", str(surgery.backend)))
+        lines.append(("compiled by", name_of_backend(surgery.backend)))
     lines += [
         ("optimizer steps", f"{surgery.step:,}"),
         ("skipped steps", f"{surgery.skipped:,} (NaN or infinite gradients)"),
