@@ -63,16 +63,15 @@ def train_all(runs: str, train: Callable[..., Any], jobs: Sequence[Job]) -> dict
     keys = {job: " | ".join(map(str, job)) for job in jobs}
     before = load(runs)
     known: dict[str, Any] = before.get("losses", {})
-    machines: list[Any] = before.get("machines", [])
-    if machine() not in machines:
-        machines.append(machine())
+    here = machine()
+    others = [each for each in before.get("machines", []) if each != here]
     missing = [job for job in jobs if keys[job] not in known]
     workers = int(os.environ.get("WORKERS", "2"))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(train, *zip(*missing, strict=True)) if missing else ()
         for job, found in zip(missing, made, strict=True):
             known[keys[job]] = found
-            save(runs, {"machines": machines, "losses": known})
+            save(runs, {"machines": [*others, here], "losses": known})
             print(keys[job], found, flush=True)
     return {job: known[keys[job]] for job in jobs}
 

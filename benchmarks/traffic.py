@@ -1,6 +1,6 @@
 """What each pass sends between processes in a step: bytes of gradients and of weights.
 
-    python -m benchmarks.traffic
+    python -m benchmarks.traffic [words of the parts]
 
 Two processes (gloo), SmolLM2-135M with 8 blocks, each on half of the batch, under
 DistributedDataParallel and FSDP2. Every collective of backward and of the optimizer's step is
@@ -10,9 +10,11 @@ state; MISA's and RSO's round ends once). FSDP2's gathering of weights is that o
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,13 @@ def compare(wrap: str) -> dict[str, Any]:
     return {"layers": LAYERS, "tokens": LENGTH, "rows": rows}
 
 
+PARTS = {wrap: partial(compare, wrap) for wrap in ("DDP", "FSDP2")}
+
+
 def main(parts: Sequence[str]) -> None:
-    """Count under both."""
-    run_parts(
-        "traffic", {wrap: lambda wrap=wrap: compare(wrap) for wrap in ("DDP", "FSDP2")}, parts
-    )
+    """Run the parts whose names contain one of the words given (default: all)."""
+    run_parts("traffic", PARTS, parts)
 
 
 if __name__ == "__main__":
-    main(())
+    main(sys.argv[1:])

@@ -10,7 +10,7 @@ its step with U V^T / r.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -46,19 +46,21 @@ class Lozo(Mezo):
 
     def thin(self, name: str, owner: nn.Module, method: TwoPoint) -> LowRank:
         """Return what stands beside a matrix."""
-        return Lazy(name=name, owner=owner, probe=method, rank=self.rank, options=self)
+        return Lazy(
+            name=name, owner=owner, probe=method, rank=self.rank, period=self.period, options=self
+        )
 
 
 @dataclass(eq=False, kw_only=True)
 class Lazy(LowRank):
     options: Lozo
-    rights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # slot: round, V^T
 
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
-        height, width = matrix_shape(self.current())
-        round = self.probe.step // self.options.period
-        if slot not in self.rights or self.rights[slot][0] != round:
-            key = noise.bits(self.options.seed, "V", self.name, round, slot)
-            self.rights[slot] = (round, self.normal(width, key).t() / math.sqrt(self.rank))
-        left = self.normal(height, self.key(slot, "U"))
-        return left, self.rights[slot][1].to(left)  # the model may have moved
+        height, _ = matrix_shape(self.current())
+        (right,) = self.of_round(slot)
+        return self.normal(height, self.key(slot, "U")), right
+
+    def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
+        _, width = matrix_shape(self.current())
+        key = noise.bits(self.options.seed, "V", self.name, round, slot)
+        return (self.normal(width, key).t() / math.sqrt(self.rank),)

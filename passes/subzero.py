@@ -8,7 +8,7 @@ perturbed as in MeZO. Forward takes x z^T as thin products beside x W^T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -32,25 +32,24 @@ class SubZero(Lozo):
     period: int = 1000
 
     def thin(self, name: str, owner: nn.Module, method: TwoPoint) -> LowRank:
-        return Framed(name=name, owner=owner, probe=method, rank=self.rank, options=self)
+        return Framed(
+            name=name, owner=owner, probe=method, rank=self.rank, period=self.period, options=self
+        )
 
 
 @dataclass(eq=False, kw_only=True)
 class Framed(LowRank):
     options: SubZero
-    frames: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)  # slot: round, U, V
 
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
-        weight, round = self.current(), self.probe.step // self.options.period
-        if slot not in self.frames or self.frames[slot][0] != round:
-            height, width = matrix_shape(weight)
-            left, right = (
-                noise.orthonormal(
-                    self.normal(n, noise.bits(self.options.seed, side, self.name, round, slot))
-                ).to(wide(weight))
-                for side, n in (("U", height), ("V", width))
-            )
-            self.frames[slot] = (round, left, right)
-        _, left, right = self.frames[slot]
-        core = self.normal(self.rank, self.key(slot, "Z")) * spread(weight, self.rank)
-        return left.to(core) @ core, right.t().to(core)  # the model may have moved
+        left, right = self.of_round(slot)
+        core = self.normal(self.rank, self.key(slot, "Z")) * spread(self.current(), self.rank)
+        return left @ core, right.t()
+
+    def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
+        return tuple(
+            noise.orthonormal(
+                self.normal(n, noise.bits(self.options.seed, side, self.name, round, slot))
+            ).to(wide(self.current()))
+            for side, n in zip("UV", matrix_shape(self.current()), strict=True)
+        )

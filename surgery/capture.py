@@ -111,8 +111,7 @@ class Dispatch:
         if self.surgery.backend is None:
             check_backend(self.surgery.methods, backend)
             self.surgery.backend, self._captured = backend, None
-        alone: Any = torch._dynamo.disable(self._train)
-        return alone(args, kwargs)
+        return self._train_alone(args, kwargs)
 
     def _train(self, args: Any, kwargs: Any) -> Any:
         self.workarounds.take_off()
@@ -144,6 +143,8 @@ class Dispatch:
             self.surgery.running = False
         self.surgery.check_reached()
         return output
+
+    _train_alone: Any = torch._dynamo.disable(_train)  # for a torch.compile that is around us
 
     def _capture(self) -> Callable[..., Any]:
         self._captured = captured = self._compiled(self.plain)

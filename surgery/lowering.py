@@ -7,7 +7,7 @@ coordinates, and the numbers that their projections are made of, become inputs o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 
 from surgery import nodes
-from surgery.coordinates import Piece, site_of
+from surgery.coordinates import Piece, Site, site_of
 from surgery.errors import CaptureError
 from surgery.ledger import bodies
 from surgery.projection import (
@@ -44,8 +44,9 @@ class Lowering:
         self.examples: dict[Extra, Tensor] = {}
         self.groups: list[list[int]] = []
         self.parameters = [i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
-        self.trained = any(site_of(inputs[place]) is not None for place in self.parameters)
-        self.pieces = self._projected(inputs)
+        sites = self._sites(inputs)
+        self.trained = bool(sites)
+        self.pieces = _projected_among(sites)
         self.graph = duplicate(graph)  # of its own graph, Dynamo looks at the inputs later
         placeholders = self.graph.graph.find_nodes(op="placeholder")
         wanted = self._lower(self.graph, {node: place for place, node in enumerate(placeholders)})
@@ -59,7 +60,10 @@ class Lowering:
 
     def given(self, inputs: Sequence[Any]) -> list[Tensor] | None:
         """Return what the graph gets besides its inputs; None if some of it is yet to be drawn."""
-        pieces = self._projected(inputs)
+        sites = self._sites(inputs)
+        for site in sites.values():
+            site.reached = True
+        pieces = _projected_among(sites)
         if pieces.keys() != self.pieces.keys():
             raise CaptureError(
                 "one captured graph runs layers that are trained and layers that are not, and was "
@@ -80,14 +84,10 @@ class Lowering:
             )
         return found
 
-    def _projected(self, inputs: Sequence[Any]) -> dict[int, Piece]:
-        """Return the coordinates with a projection by the places of their weights."""
-        sites = {place: site_of(inputs[place]) for place in self.parameters}
-        for site in sites.values():
-            if site is not None:
-                site.reached = True
-        pieces = {i: site.pieces[0] for i, site in sites.items() if site is not None}
-        return {i: piece for i, piece in pieces.items() if piece.note is not None}
+    def _sites(self, inputs: Sequence[Any]) -> dict[int, Site]:
+        """Return the sites of the graph's weights, by the places of these."""
+        found = {place: site_of(inputs[place]) for place in self.parameters}
+        return {place: site for place, site in found.items() if site is not None}
 
     def _lower(self, graph: GraphModule, places: dict[Node, int]) -> list[Extra]:
         """Lower one graph, and those of its checkpointed regions; return what it now wants."""
@@ -142,6 +142,12 @@ class Lowering:
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
         return new
+
+
+def _projected_among(sites: Mapping[int, Site]) -> dict[int, Piece]:
+    """Return the coordinates with a projection, by the places of their weights."""
+    pieces = {place: site.pieces[0] for place, site in sites.items()}
+    return {place: piece for place, piece in pieces.items() if piece.note is not None}
 
 
 class Resolved(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -155,11 +155,24 @@ class LowRank(Perturbation):
     """z = left right of thin factors: x z^T is taken beside x W^T, z itself never formed there."""
 
     rank: int
+    period: int  # steps that what `draw_round` draws is kept for
     held: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None  # of one (step, slot)
+    rounds: dict[int, tuple[int, tuple[Tensor, ...]]] = field(default_factory=dict)  # slot: round
 
     @abstractmethod
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
         """Return left (height, rank) and right (rank, width), with z of variance 1."""
+
+    @abstractmethod
+    def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
+        """Return the factors that stay the same for a round."""
+
+    def of_round(self, slot: int) -> list[Tensor]:
+        """Return them for the round under way, where the weight is and in the dtype of steps."""
+        weight, round = self.current(), self.probe.step // self.period
+        if slot not in self.rounds or self.rounds[slot][0] != round:
+            self.rounds[slot] = (round, self.draw_round(slot, round))
+        return [factor.to(weight.device, wide(weight)) for factor in self.rounds[slot][1]]
 
     def factors(self, slot: int) -> tuple[Tensor, Tensor]:
         place = (self.probe.step, slot)
