@@ -31,8 +31,8 @@ from benchmarks.common import alternate, ratio, run_parts
 from benchmarks.plots import draw
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
-from surgery.state import surgery_of
-from surgery.targets import blocks
+from surgery.engine.finding import surgery_of
+from surgery.weights.targets import blocks
 
 CPU = torch.device("cpu")
 GROUPS = 64

@@ -24,7 +24,7 @@ from benchmarks.common import save
 from examples.real import kjv, smollm2, token_rows
 from surgery.carrying import carry
 from surgery.coordinates import Piece
-from surgery.state import surgery_of
+from surgery.engine.finding import surgery_of
 
 STEPS, RATES = 100, (1e-4, 1e-3)
 WATCHED = ("layers.1.self_attn.q_proj", "layers.4.mlp.up_proj", "layers.6.mlp.down_proj")

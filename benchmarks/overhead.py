@@ -17,7 +17,8 @@ from transformers.utils import logging
 import surgery
 from benchmarks.common import alternate, ratio, save
 from examples.real import kjv, smollm2, token_rows
-from surgery.targets import blocks, is_matrix
+from surgery.weights.modules import is_matrix
+from surgery.weights.targets import blocks
 
 
 def everything(model: torch.nn.Module) -> torch.nn.Module:

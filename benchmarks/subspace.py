@@ -35,7 +35,7 @@ import surgery
 from benchmarks.common import alternate, held_out, load, ratio, run_parts, step_of, train_all
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
-from surgery.targets import blocks
+from surgery.weights.targets import blocks
 
 CPU = torch.device("cpu")
 PERIOD, RANK = 200, 64

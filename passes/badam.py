@@ -13,10 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from surgery import noise
-from surgery.registry import check_types, demand, register
-from surgery.rounds import Rounds, whole_blocks
-from surgery.targets import Targets
+from surgery.passkit import Rounds, Targets, check_types, demand, noise, register, whole_blocks
 
 
 @register("badam")

@@ -13,32 +13,40 @@ does not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from surgery import nodes, noise
-from surgery.account import module_of
-from surgery.errors import CaptureError
-from surgery.ledger import Ledger
-from surgery.packing import Packed, mask, quantise
-from surgery.projection import projected, projected_experts
-from surgery.regions import name_of
-from surgery.registry import check_types, register
-from surgery.simplify import writes
-from surgery.state import Method, Surgery
-from surgery.targets import Targets, matched
-from surgery.wrapping import Wrapper
+from surgery.passkit import (
+    EVERY,
+    CaptureError,
+    Method,
+    Packer,
+    Run,
+    Saved,
+    Targets,
+    Wrapper,
+    check_types,
+    is_by_identity,
+    matched,
+    module_of,
+    name_of,
+    noise,
+    register,
+    writes,
+)
 
 SMALLEST = 1024  # bytes of an activation: below, codes and ranges would save next to nothing
+
+
 TABLE = 1 << 16  # random numbers, drawn once a step
-# Nodes that find their coordinates by the identity of a weight, or keep nothing themselves.
-OPAQUE = (projected, projected_experts, nodes.checkpointed, nodes.gate)
+
+
 SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
 
 
@@ -69,7 +77,7 @@ class Compression(Method):
     options: Compress
     modules: set[str] | None  # whose operations are targeted
     name: str = "compress"
-    order: int = 2
+    after = (EVERY, "recompute")  # works on how things are kept, once it is known what is
     step: int = 0  # optimizer steps made: keys the rounding
     packed: int = 0  # activations, of all captured graphs
     masks: int = 0
@@ -78,59 +86,66 @@ class Compression(Method):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tables": {}}
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
         """Pack what one captured graph keeps, checkpointed bodies included, in place."""
-        for _, inner in ledger.inner():
+        for _, inner in saved.inner():
             self.rewrite(inner.module, inner.inputs, inner)
             inner.module.recompile()
-        chosen = self._chosen(ledger)
+        chosen = self._chosen(saved)
         self.packed += len(chosen)
-        wrapper = Wrapper(graph, ledger, chosen)
+        wrapper = Wrapper(graph, saved, chosen)
         wrapped = 0
         for node in list(graph.graph.nodes):
-            saved, called = ledger.saves.get(node, set()), name_of(node)
-            is_mask = bool(saved) and called in SIGNS | MASKS and self.takes(node)
-            if is_mask or saved & chosen:
+            own, called = saved.saves.get(node, set()), name_of(node)
+            is_mask = bool(own) and called in SIGNS | MASKS and self.takes(node)
+            if is_mask or own & chosen:
                 self.masks += is_mask
                 wrapped += 1
                 key = f"{module_of(node)} {called} {wrapped}"  # a node's name differs by capture
-                wrapper.wrap(node, NodePacker(method=self, key=key, called=called))
+                packer = Packer(
+                    bits=self.options.bits,
+                    random=partial(self.random, key),
+                    sign=called in SIGNS,
+                    mask=called in MASKS,
+                )
+                wrapper.wrap(node, packer)
 
-    def _chosen(self, ledger: Ledger) -> set[int]:
+    def _chosen(self, saved: Saved) -> set[int]:
         """Return the storages of activations that only operations of ours keep."""
         made = {
             storage
-            for node, storages in ledger.outputs.items()
+            for node, storages in saved.outputs.items()
             for storage in storages
-            if _is_activation(ledger.env.get(node))
+            if _is_activation(saved.env.get(node))
         }
         wanted = {
             storage
-            for storage, keepers in ledger.keepers.items()
-            if ledger.size[storage] >= SMALLEST
+            for storage, keepers in saved.keepers.items()
+            if saved.size[storage] >= SMALLEST
             and all(self.takes(node) for node in keepers)
             and not all(name_of(node) in SIGNS for node in keepers)
         }
-        return (wanted & made) - ledger.written - ledger.free
+        return (wanted & made) - saved.written - saved.free
 
     def takes(self, node: Node) -> bool:
         """Whether an operation is one of those that keep packed activations."""
-        if not name_of(node) or node.target in OPAQUE or writes(node):
+        if not name_of(node) or is_by_identity(node) or writes(node):
             return False
         if self.modules is None:
             return True
         parts = module_of(node).split(".")
         return any(".".join(parts[: i + 1]) in self.modules for i in range(len(parts)))
 
-    def random(self, device: torch.device, key: str, side: str) -> Tensor:
-        """Return at least 2^15 uniform numbers in [0, 1) for this step."""
+    def random(self, key: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return 2^15 uniform numbers in [0, 1) and more, for rows and columns in this step."""
         table = self.tables.get((self.step, device))
         if table is None:
             words = noise.words(TABLE, self.options.seed, "compress", self.step, device=device)
             table = (words >> 8) * 2.0**-24
             self.tables = {(self.step, device): table}
-        start = noise.bits(self.options.seed, key, side) % (TABLE // 2)
-        return table[start:]
+        starts = (noise.bits(self.options.seed, key, side) for side in ("rows", "columns"))
+        rows, columns = (table[start % (TABLE // 2) :] for start in starts)
+        return rows, columns
 
     def check_reached(self) -> None:
         if not self.packed and not self.masks:
@@ -139,8 +154,8 @@ class Compression(Method):
                 "alone. Leave targets= out, or leave compress out."
             )
 
-    def after_step(self, surgery: Surgery) -> None:
-        self.step = surgery.step
+    def after_step(self, run: Run) -> None:
+        self.step = run.step
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -156,27 +171,3 @@ class Compression(Method):
 
 def _is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-@dataclass(eq=False, kw_only=True)
-class NodePacker:
-    """How one operation's saved tensors are packed: a `surgery.holding.Packer`."""
-
-    method: Compression
-    key: str
-    called: str
-
-    @property
-    def own(self) -> Callable[[Tensor], Packed] | None:
-        return mask if self.called in SIGNS else None
-
-    def shared(self, x: Tensor) -> Packed:
-        if isinstance(x, FakeTensor):
-            rows = columns = x.new_zeros(1, dtype=torch.float32)
-        else:
-            rows, columns = (self.method.random(x.device, self.key, s) for s in ("rows", "columns"))
-        return quantise(x, self.method.options.bits, rows, columns)
-
-    def inner(self, x: Tensor) -> Packed | None:
-        is_mask = x.dtype == torch.bool or self.called in MASKS
-        return mask(x) if is_mask and x.numel() >= SMALLEST // 4 else None

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from surgery import noise
-from surgery.coordinates import piece_of
-from surgery.registry import check_types, demand, register
-from surgery.rounds import Rounds, whole_blocks
-from surgery.targets import Targets
+from surgery.passkit import (
+    Rounds,
+    Targets,
+    check_types,
+    coordinate_of,
+    demand,
+    noise,
+    register,
+    whole_blocks,
+)
 
 
 @register("lisa")
@@ -48,7 +53,7 @@ class Lisa:
             units=units,
             period=self.period,
             draw=UniformBlocks(names=tuple(units), options=self),
-            always=tuple(piece_of(name, model.get_parameter(name), None) for name in outside),
+            always=tuple(coordinate_of(model, name) for name in outside),
             total=sum(p.numel() for p in model.parameters()),
         )
 

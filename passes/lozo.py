@@ -14,18 +14,22 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from passes.mezo import Mezo
-from surgery import noise
-from surgery.coordinates import matrix_shape
-from surgery.perturbation import LowRank, Perturbation
-from surgery.registry import demand, register
-from surgery.twopoint import TwoPoint
+from surgery.passkit import (
+    Decaying,
+    LowRank,
+    Perturbation,
+    TwoPoint,
+    demand,
+    matrix_shape,
+    noise,
+    register,
+)
 
 
 @register("lozo")
 @dataclass(frozen=True, kw_only=True)
-class Lozo(Mezo):
-    """Options of LOZO; see `ZerothOrder` and `Mezo`.
+class Lozo(Decaying):
+    """Options of LOZO; see `ZerothOrder` and `Decaying`.
 
     rank: r. period: steps that V is kept for. noise: of vectors, and of matrices too thin for r.
     """
@@ -42,10 +46,6 @@ class Lozo(Mezo):
         weight = owner.get_parameter(name.rpartition(".")[2])
         if weight.ndim < 2 or min(matrix_shape(weight)) <= self.rank:
             return super().beside(name, owner, method)
-        return self.thin(name, owner, method)
-
-    def thin(self, name: str, owner: nn.Module, method: TwoPoint) -> LowRank:
-        """Return what stands beside a matrix."""
         return Lazy(
             name=name, owner=owner, probe=method, rank=self.rank, period=self.period, options=self
         )

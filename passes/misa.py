@@ -18,14 +18,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from surgery.coordinates import Piece, piece_of
-from surgery.errors import OptionError, TargetError
-from surgery.registry import check_types, demand, register
-from surgery.rounds import Rounds
-from surgery.sampling import BudgetSampler
-from surgery.targets import Targets, blocks, is_matrix, select, split
+from surgery.passkit import (
+    BudgetSampler,
+    Coordinate,
+    OptimizerError,
+    OptionError,
+    Rounds,
+    TargetError,
+    Targets,
+    blocks,
+    check_types,
+    coordinate_of,
+    demand,
+    is_matrix,
+    register,
+    select,
+    split,
+)
 
 
 @register("misa")
@@ -92,39 +105,39 @@ class Misa:
                 f"{model.get_parameter(smallest).numel():,}. Use budget="
                 f"{model.get_parameter(smallest).numel() / total * 1.0001:.2g} or more."
             )
-        pieces = [p for name in chosen for p in self._pieces(model, name, limit)]
+        found = [p for name in chosen for p in self._coordinates(model, name, limit)]
         last = max(places.values(), default=-1) + 1
-        scores = MisaScores(options=self, names=tuple(piece.name for piece in pieces))
+        scores = MisaScores(options=self, names=tuple(each.name for each in found))
         sampler = BudgetSampler(
-            sizes={piece.name: piece.numel for piece in pieces},
+            sizes={each.name: each.numel for each in found},
             limit=limit,
             seed=self.seed,
-            places={piece.name: places.get(piece.weight, last) for piece in pieces},
+            places={each.name: places.get(each.weight, last) for each in found},
             span=self.span,
         )
         return Rounds(
             name="misa",
-            units={piece.name: (piece,) for piece in pieces},
+            units={each.name: (each,) for each in found},
             period=self.period,
             draw=Draw(sampler=sampler, scores=scores),
-            always=tuple(piece_of(n, model.get_parameter(n), None) for n in always),
+            always=tuple(coordinate_of(model, n) for n in always),
             scores=scores,
             learned={"scores": scores, "sampler": sampler},
-            flush=self.flush,
+            ending=MomentumFlush() if self.flush else None,
             total=total,
         )
 
-    def _pieces(self, model: nn.Module, name: str, limit: int) -> list[Piece]:
+    def _coordinates(self, model: nn.Module, name: str, limit: int) -> list[Coordinate]:
         # Half: of matrices between half the budget and all of it, no two would fit into a round,
         # and a round would stay a quarter empty.
         indices = split(model, name, max(1, limit // 2))
-        pieces = [piece_of(name, model.get_parameter(name), index) for index in indices]
-        if any(piece.numel > limit for piece in pieces):
+        found = [coordinate_of(model, name, index) for index in indices]
+        if any(each.numel > limit for each in found):
             raise OptionError(
                 f"misa: one row of {name} is larger than the budget of {limit:,} parameters. "
                 "Raise budget, or leave it out with targets=."
             )
-        return pieces
+        return found
 
 
 @dataclass(eq=False, kw_only=True)
@@ -191,3 +204,41 @@ class Draw:
 
     def __call__(self, round: int) -> list[str]:
         return self.sampler.draw(round, self.scores.log_p())
+
+
+class MomentumFlush:
+    """MISA's extra momentum step at the end of a round (Algorithm 1, line 16): an `Ending`.
+
+    W <- W - lr * beta1 / (1 - beta1) * m / (sqrt(v) + eps), with bias-corrected m and v: all that
+    the momentum would still have added if every later gradient were zero. No decay.
+    """
+
+    def check(self, optimizer: Optimizer) -> None:
+        if not all("betas" in group for group in optimizer.param_groups):
+            raise OptimizerError(
+                "misa: flush=True adds Adam's momentum tail at the end of a round, and "
+                f"{type(optimizer).__name__} has no betas. Use torch.optim.Adam or AdamW, or "
+                "flush=False."
+            )
+
+    def conflict(self, weight: str) -> str:
+        return (
+            f"flush=True writes into weights past the coordinates that train {weight}. Use "
+            "flush=False, or leave it out of the targets of one pass."
+        )
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer, leaving: Sequence[Coordinate]) -> None:
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for each in leaving:
+            state = optimizer.state.get(each.parameter)
+            if not state:
+                continue
+            group = groups[id(each.parameter)]
+            beta1, beta2 = group["betas"]
+            step = float(state["step"])
+            mean = state["exp_avg"] / (1 - beta1**step)
+            root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            sign = 1.0 if group.get("maximize") else -1.0
+            tail = sign * float(group["lr"]) * beta1 / (1 - beta1)
+            each.parameter.addcdiv_(mean, root, value=tail)

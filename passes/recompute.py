@@ -15,13 +15,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from surgery.ledger import Ledger
-from surgery.regions import Finder, cut_out, name_of
-from surgery.registry import register
-from surgery.simplify import copied, writes
-from surgery.state import Method
+from surgery.passkit import (
+    EVERY,
+    Finder,
+    Method,
+    Saved,
+    copied,
+    cut_out,
+    is_cheap,
+    name_of,
+    register,
+    writes,
+)
 
 # By name, as functions and as methods: pointwise operations, norms, casts, and changes of shape.
 CHEAP = frozenset(
@@ -46,18 +53,18 @@ class Recompute:
 @dataclass(eq=False, kw_only=True)
 class Recomputation(Method):
     name: str = "recompute"
-    order: int = 1
-    fixed: bool = True
+    after = (EVERY,)  # works on what autograd would keep of what the others have made
+    compiles = True
     regions: int = 0  # of all captured graphs
 
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], ledger: Ledger) -> None:
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
         """Cut the regions out of one captured graph, checkpointed bodies included, in place."""
-        for _, inner in ledger.inner():
+        for _, inner in saved.inner():
             self.rewrite(inner.module, inner.inputs, inner)
             inner.module.recompile()
-        if _drop_copies(graph, ledger):
-            ledger = Ledger(graph, ledger.inputs, ledger.mode)
-        finder = Finder(graph, ledger, lambda node: name_of(node) in CHEAP)
+        if _drop_copies(graph, saved):
+            saved = Saved(graph, saved.inputs, saved.mode)
+        finder = Finder(graph, saved, _is_cheap)
         for i, region in enumerate(finder.find()):
             cut_out(graph, region, f"region_{i}", after=finder.order[finder.start(region) - 1])
             self.regions += 1
@@ -66,15 +73,19 @@ class Recomputation(Method):
         yield "recomputed regions", f"{self.regions}"
 
 
-def _drop_copies(graph: GraphModule, ledger: Ledger) -> bool:
+def _is_cheap(node: Node) -> bool:
+    return name_of(node) in CHEAP or is_cheap(node)
+
+
+def _drop_copies(graph: GraphModule, saved: Saved) -> bool:
     """Read keys and values from a fused projection that is kept anyway, not from copies of them."""
     if any(writes(node) for node in graph.graph.nodes):
         return False
-    kept = {storage for storages in ledger.saves.values() for storage in storages}
+    kept = {storage for storages in saved.saves.values() for storage in storages}
     dropped = False
     for node in graph.graph.find_nodes(op="call_function", target=torch.cat):
         source = copied(node)
-        if source is not None and ledger.outputs[source] <= kept:
+        if source is not None and saved.outputs[source] <= kept:
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
             dropped = True

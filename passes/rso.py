@@ -19,15 +19,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from surgery import noise, sharding
-from surgery.errors import SurgeryError
-from surgery.linears import inputs_of
-from surgery.registry import check_types, demand, register
-from surgery.state import Surgery
-from surgery.subspaces import Projecting, choose, densely, mapped
-from surgery.targets import Targets, is_transposed
+from surgery.passkit import (
+    Coordinate,
+    Projecting,
+    Projection,
+    Run,
+    SurgeryError,
+    Targets,
+    check_types,
+    choose,
+    demand,
+    densely,
+    inputs_of,
+    is_transposed,
+    local_state,
+    mapped,
+    noise,
+    register,
+)
 
 
 @register("rso")
@@ -85,10 +95,11 @@ class Rso:
             if self.share == "width":
                 frame = frames.setdefault(inputs, frame)
             owner = model.get_submodule(name.rpartition(".")[0])
-            note = FrameMap(frame=frame, transposed=is_transposed(owner))
-            piece = mapped(model, name, self.rank, note)
-            piece.prox, piece.weight_decay = self.prox, self.weight_decay
-            method.projected.append(piece)
+            coordinate = mapped(model, name, FrameMap(frame=frame, transposed=is_transposed(owner)))
+            assert coordinate.mapped is not None
+            coordinate.mapped.prox = self.prox
+            coordinate.mapped.weight_decay = self.weight_decay
+            method.projected.append(coordinate)
         method.always = densely(model, dense)
         return method
 
@@ -98,31 +109,35 @@ class Subspaces(Projecting):
     name: str = "rso"
     options: Rso
 
-    def redraw(self, surgery: Surgery) -> None:
+    @property
+    def frames(self) -> dict[int, Frame]:
+        return {id(frame): frame for each in self.projected for frame in [frame_of(each)]}
+
+    def redraw(self, run: Run) -> None:
         moves = {"reset": None, "transport": transport}
         state = self.options.state
         move = moves[state] if isinstance(state, str) else state
-        frames = {id(piece.note.frame): piece.note.frame for piece in self.projected}
+        frames = self.frames
         old = {key: frame.matrix for key, frame in frames.items()}
         for frame in frames.values():
             frame.matrix = None
-        for piece in self.projected:
-            piece.parameter.detach().zero_()
-            frame, before = piece.note.frame, old[id(piece.note.frame)]
+        for each in self.projected:
+            each.parameter.detach().zero_()
+            frame, before = frame_of(each), old[id(frame_of(each))]
             if move is None or before is None:
                 continue
             frame.matrix = frame.draw().to(before) if frame.matrix is None else frame.matrix
-            piece.parameter.grad = None
-            for optimizer in surgery.optimizers:
-                held = optimizer.state.get(piece.parameter)
+            each.parameter.grad = None
+            for optimizer in run.optimizers:
+                held = optimizer.state.get(each.parameter)
                 if held:  # rows are moved one by one: of those that this rank holds
-                    move(sharding.local_state(held), before, frame.matrix)
+                    move(local_state(held), before, frame.matrix)
         if move is None:
-            surgery.forget(self.projected)
+            run.forget(self.projected)
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield from super().lines()
-        frames = {id(piece.note.frame): piece.note.frame for piece in self.projected}
+        frames = self.frames
         numbers = sum(frame.inputs * self.options.rank for frame in frames.values())
         yield "projections", f"{len(frames)}, {numbers:,} numbers, drawn again each round"
 
@@ -154,8 +169,6 @@ class Frame:
 
     def of(self, x: Tensor) -> Tensor:
         """Return P for x (rows, in), drawn if there is none yet."""
-        if isinstance(x, FakeTensor):
-            return x.new_empty(self.method.options.rank, self.inputs)
         if self.matrix is None:
             self.matrix = self.draw().to(x.device, x.dtype)
         if self.matrix.device != x.device:
@@ -174,22 +187,29 @@ class Frame:
         return (frame.t() * math.sqrt(self.inputs / options.rank)).float()
 
 
+def frame_of(coordinate: Coordinate) -> Frame:
+    assert isinstance(coordinate.beside, FrameMap)
+    return coordinate.beside.frame
+
+
 @dataclass(eq=False, kw_only=True)
-class FrameMap:
-    """x -> x P^T and B -> B P beside one weight: a `surgery.projection.Projection`."""
+class FrameMap(Projection):
+    """x -> x P^T and B -> B P beside one weight."""
 
     frame: Frame
     transposed: bool
-    dense: bool = False
-    scale: float = 1.0
 
     @property
     def origin(self) -> str:
         return self.frame.name
 
     @property
+    def width(self) -> int:
+        return self.frame.method.options.rank
+
+    @property
     def size(self) -> tuple[int, ...]:
-        return self.frame.method.options.rank, self.frame.inputs
+        return self.width, self.frame.inputs
 
     @property
     def drawn(self) -> Tensor | None:
@@ -211,9 +231,6 @@ class FrameMap:
                 "known which weights read the same input."
             )
         return rows @ self.frame.matrix.to(rows)
-
-    def change(self, rows: Tensor, part: slice) -> Tensor:
-        return self.expand(rows[part])
 
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         assert self.frame.matrix is not None

@@ -16,12 +16,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from passes.mezo import ZerothOrder
-from surgery import noise, sharding
-from surgery.coordinates import matrix_of, matrix_shape, wide
-from surgery.perturbation import Perturbation
-from surgery.registry import demand, register
-from surgery.twopoint import TwoPoint
+from surgery.passkit import (
+    Perturbation,
+    TwoPoint,
+    ZerothOrder,
+    demand,
+    directions,
+    matrix_of,
+    matrix_shape,
+    noise,
+    register,
+    rows_of,
+    wide,
+)
 
 SAMPLE = 1 << 17  # entries that h is taken from
 
@@ -66,15 +73,17 @@ class Sparse(Perturbation):
         if self.options.mask == "random":
             height, width = matrix_shape(weight)
             start, stop, _ = part.indices(height)
-            random = noise.sixteen(start * width, (stop - start) * width, self._mask, weight.device)
+            random = directions.sixteen(
+                start * width, (stop - start) * width, self._mask, weight.device
+            )
             return z.masked_fill_((random >= self._share).view(z.shape), 0.0)
-        return self._small(z, sharding.rows_of(weight, part))
+        return self._small(z, rows_of(weight, part))
 
     def gather(self, slot: int, ids: Tensor) -> Tensor:
         z, weight = super().gather(slot, ids), self.current()
         if self.options.mask == "random":
             places = ids[:, None] * z.shape[1] + torch.arange(z.shape[1], device=ids.device)
-            return z.masked_fill_(noise.sixteen_at(places, self._mask) >= self._share, 0.0)
+            return z.masked_fill_(directions.sixteen_at(places, self._mask) >= self._share, 0.0)
         return self._small(z, weight[ids])
 
     def _small(self, z: Tensor, weight: Tensor) -> Tensor:

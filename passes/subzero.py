@@ -12,26 +12,41 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from passes.lozo import Lozo
-from surgery import noise
-from surgery.coordinates import matrix_shape, wide
-from surgery.perturbation import LowRank, spread
-from surgery.registry import register
-from surgery.twopoint import TwoPoint
+from surgery.passkit import (
+    Decaying,
+    LowRank,
+    Perturbation,
+    TwoPoint,
+    demand,
+    matrix_shape,
+    noise,
+    register,
+    spread,
+    wide,
+)
 
 
 @register("subzero")
 @dataclass(frozen=True, kw_only=True)
-class SubZero(Lozo):
-    """Options of SubZero; see `ZerothOrder` and `Mezo`.
+class SubZero(Decaying):
+    """Options of SubZero; see `ZerothOrder` and `Decaying`.
 
-    rank: r. period: steps that U and V are kept for.
+    rank: r. period: steps that U and V are kept for. noise: of vectors, and of matrices too thin
+    for r.
     """
 
     rank: int = 24
     period: int = 1000
 
-    def thin(self, name: str, owner: nn.Module, method: TwoPoint) -> LowRank:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+
+    def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
+        weight = owner.get_parameter(name.rpartition(".")[2])
+        if weight.ndim < 2 or min(matrix_shape(weight)) <= self.rank:
+            return super().beside(name, owner, method)
         return Framed(
             name=name, owner=owner, probe=method, rank=self.rank, period=self.period, options=self
         )

@@ -20,19 +20,29 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
-from torch._subclasses import FakeTensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery import noise
-from surgery.coordinates import Piece, wide
-from surgery.distributed import rank_of_world
-from surgery.errors import SurgeryError, listed
-from surgery.linears import inputs_of
-from surgery.registry import check_types, demand, register
-from surgery.state import Surgery
-from surgery.subspaces import Projecting, choose, densely, mapped
-from surgery.targets import Targets, is_transposed
+from surgery.passkit import (
+    Coordinate,
+    Projecting,
+    Projection,
+    Run,
+    SurgeryError,
+    Targets,
+    add_up,
+    check_types,
+    choose,
+    demand,
+    densely,
+    inputs_of,
+    is_transposed,
+    listed,
+    mapped,
+    noise,
+    register,
+    wide,
+)
 
 
 @register("velora")
@@ -74,23 +84,24 @@ class Velora:
             named=self.targets is not None,
             period=self.period,
         )
-        method.projected = [self._piece(model, name, method) for name in names]
+        method.projected = [self._coordinate(model, name, method) for name in names]
         method.always = densely(model, dense)
         return method
 
-    def _piece(self, model: nn.Module, name: str, method: SubTokens) -> Piece:
+    def _coordinate(self, model: nn.Module, name: str, method: SubTokens) -> Coordinate:
         inputs = inputs_of(model, name)
         width = math.ceil(inputs / self.groups)
-        note = SubTokenMap(
+        projection = SubTokenMap(
             direction=Direction(name=name, width=width, method=method),
             inputs=inputs,
             transposed=is_transposed(model.get_submodule(name.rpartition(".")[0])),
             dense=self.dense,
         )
         if not self.dense:
-            return mapped(model, name, note.groups, note)
-        weight = model.get_parameter(name)
-        return Piece(weight=name, index=None, parameter=weight, active=True, note=note)
+            return mapped(model, name, projection)
+        (whole,) = densely(model, [name])
+        whole.beside = projection
+        return whole
 
 
 @dataclass(eq=False, kw_only=True)
@@ -102,32 +113,33 @@ class SubTokens(Projecting):
     mask: Tensor | None = None
     rehearsal: bool = False
 
-    def before_forward(self, arguments: Mapping[str, Any], rehearsal: bool) -> None:
+    def before_forward(self, arguments: Mapping[str, Any], run: Run) -> None:
         mask = arguments.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.rehearsal = rehearsal
+        self.rehearsal = run.rehearsal
 
-    def redraw(self, surgery: Surgery) -> None:
-        for piece in self.projected:
-            piece.note.direction.vector = None
-            if piece.map is not None:
-                piece.parameter.detach().zero_()
-        surgery.forget(self.projected)
+    def redraw(self, run: Run) -> None:
+        for each in self.projected:
+            map_of(each).direction.vector = None
+            if each.mapped:
+                each.parameter.detach().zero_()
+        run.forget(self.projected)
 
     def state(self) -> dict[str, Any]:
-        own = {p.note.origin: p.note.direction.vector for p in self.projected}
+        own = {m.origin: m.direction.vector for m in map(map_of, self.projected)}
         return super().state() | {"v": {name: v for name, v in own.items() if v is not None}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        for piece in self.projected:
-            piece.note.direction.vector = state["v"].get(piece.note.origin)
+        for each in map(map_of, self.projected):
+            each.direction.vector = state["v"].get(each.origin)
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield from super().lines()
         if self.options.dense:
             yield "dense", "gradients and optimizer state have the size of the weights"
-        padded = [p.weight for p in self.projected if p.note.inputs % p.note.width]
+        own = [(each.weight, map_of(each)) for each in self.projected]
+        padded = [name for name, m in own if m.inputs % m.sub_token]
         if padded:
             yield "padded", f"groups={self.options.groups} does not divide: {listed(padded, 3)}"
         if self.options.scale != 1.0:
@@ -146,8 +158,6 @@ class Direction:
     def of(self, x: Tensor) -> Tensor:
         """Return v, taken from x (rows, in) or drawn if there is none yet."""
         if self.vector is None:
-            if isinstance(x, FakeTensor):
-                return x.new_ones(self.width)
             options = self.method.options
             found = self._random() if options.init == "random" else self._mean(x)
             if found is None:  # no rows, or not finite: not to be kept
@@ -170,17 +180,21 @@ class Direction:
         if mask is not None and mask.numel() == x.shape[0]:
             x = x[mask.flatten() != 0]
         sums = _cut(x.sum(0, dtype=torch.float64)[None], self.width).sum((0, 1))
-        if rank_of_world()[1] > 1:
-            distributed.all_reduce(sums)  # normalised afterwards: the number of rows cancels
+        add_up(sums)  # over ranks; normalised afterwards: the number of rows cancels
         norm = sums.norm()
         if not norm.isfinite() or not x.numel():
             return None
         return sums / norm if norm > 0 else torch.full_like(sums, self.width**-0.5)
 
 
+def map_of(coordinate: Coordinate) -> SubTokenMap:
+    assert isinstance(coordinate.beside, SubTokenMap)
+    return coordinate.beside
+
+
 @dataclass(eq=False, kw_only=True)
-class SubTokenMap:
-    """C = I_G ⊗ v beside one weight: a `surgery.projection.Projection`."""
+class SubTokenMap(Projection):
+    """C = I_G ⊗ v beside one weight."""
 
     direction: Direction
     inputs: int
@@ -188,12 +202,12 @@ class SubTokenMap:
     dense: bool
 
     @property
-    def width(self) -> int:
+    def sub_token(self) -> int:
         return self.direction.width
 
     @property
-    def groups(self) -> int:
-        return math.ceil(self.inputs / self.width)
+    def width(self) -> int:
+        return math.ceil(self.inputs / self.sub_token)
 
     @property
     def scale(self) -> float:
@@ -205,7 +219,7 @@ class SubTokenMap:
 
     @property
     def size(self) -> tuple[int, ...]:
-        return (self.width,)
+        return (self.sub_token,)
 
     @property
     def drawn(self) -> Tensor | None:
@@ -219,8 +233,8 @@ class SubTokenMap:
 
     def compress(self, rows: Tensor) -> Tensor:
         v = self.direction.of(rows)
-        whole = rows.shape[1] // self.width * self.width
-        z = rows[:, :whole].unflatten(1, (-1, self.width)) @ v
+        whole = rows.shape[1] // self.sub_token * self.sub_token
+        z = rows[:, :whole].unflatten(1, (-1, self.sub_token)) @ v
         if whole == rows.shape[1]:
             return z
         return torch.cat([z, rows[:, whole:] @ v[: rows.shape[1] - whole, None]], 1)
@@ -234,15 +248,12 @@ class SubTokenMap:
             )
         return (rows[..., None] * v.to(rows)).flatten(1)[:, : self.inputs]
 
-    def change(self, rows: Tensor, part: slice) -> Tensor:
-        return self.expand(rows[part])
-
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         v = self.direction.vector
-        if v is None or self.inputs % self.width:
+        if v is None or self.inputs % self.sub_token:
             matrix += self.expand(rows)
         else:
-            matrix.unflatten(1, (-1, self.width)).addcmul_(rows[..., None], v.to(rows))
+            matrix.unflatten(1, (-1, self.sub_token)).addcmul_(rows[..., None], v.to(rows))
 
 
 def _cut(x: Tensor, width: int) -> Tensor:

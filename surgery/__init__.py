@@ -7,13 +7,19 @@ from importlib.metadata import version as _version
 
 from surgery.api import apply as apply
 from surgery.api import coordinates as coordinates
+from surgery.api import graphs as graphs
 from surgery.api import remove as remove
 from surgery.api import report as report
 from surgery.api import step as step
-from surgery.checkpoint import load as load
-from surgery.checkpoint import save as save
-from surgery.checkpoint import saved_passes as saved_passes
-from surgery.coordinates import Coordinates as Coordinates
+from surgery.catalogue import available as available
+from surgery.checkpoints.dcp import Stateful as Stateful
+from surgery.checkpoints.plain import export as export
+from surgery.checkpoints.run import load as load
+from surgery.checkpoints.run import save as save
+from surgery.checkpoints.run import saved_passes as saved_passes
+from surgery.checkpoints.scalars import journal as journal
+from surgery.checkpoints.scalars import replay as replay
+from surgery.contract.registry import register as register
 from surgery.errors import CaptureError as CaptureError
 from surgery.errors import CheckpointError as CheckpointError
 from surgery.errors import ConflictError as ConflictError
@@ -22,20 +28,15 @@ from surgery.errors import OptimizerError as OptimizerError
 from surgery.errors import OptionError as OptionError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TargetError as TargetError
-from surgery.export import export as export
-from surgery.journal import journal as journal
-from surgery.journal import replay as replay
-from surgery.planning import plan as plan
-from surgery.registry import available as available
-from surgery.registry import register as register
-from surgery.stateful import Stateful as Stateful
+from surgery.reports.predicted import plan as plan
+from surgery.weights.coordinate import Coordinates as Coordinates
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> type:
     if name == "TrainerCallback":  # loads transformers' Trainer, and with it a second of imports
-        return _importlib.import_module("surgery.trainer").TrainerCallback
+        return _importlib.import_module("surgery.checkpoints.trainer").TrainerCallback
     raise AttributeError(f"module 'surgery' has no attribute {name!r}")
 
 

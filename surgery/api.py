@@ -6,17 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from surgery import clock, memory
-from surgery.capture import Dispatch
-from surgery.compilers import Backend, check_backend
-from surgery.coordinates import TABLE, Coordinates, CoordinateTable, Piece, Site, describe
-from surgery.distributed import check_layout, rank_of_world
-from surgery.errors import ConflictError, ModelError, OptimizerError, SurgeryError
-from surgery.registry import resolve
-from surgery.state import Surgery, applied, surgery_of
+from surgery.catalogue import resolve
+from surgery.compat.dynamo import Backend
+from surgery.engine import clock
+from surgery.engine.decide import decide
+from surgery.engine.finding import applied
+from surgery.engine.surgery import Surgery
+from surgery.errors import OptimizerError
+from surgery.ranks import rank_of_world
+from surgery.reports import code, measured
+from surgery.reports.table import Report
+from surgery.weights.coordinate import Coordinates
+from surgery.weights.sites import describe
 
 
 def apply(
@@ -25,47 +28,16 @@ def apply(
     """Rewrite a model in place, so that it trains by the given passes in any plain loop.
 
     model: a PyTorch or Hugging Face model with its weights loaded. spec: the name of a pass, an
-    instance from `passes`, or a list of these, applied in order. options: of a pass given by name.
-    backend: of torch.compile ("inductor", "aot_eager", or a function), which compiles the rewritten
-    graphs; for passes whose nodes are the same in every step. Build the optimizer afterwards.
-    Returns the same model.
+    instance from `passes`, or a list of these. Each pass says after which others it rewrites the
+    graph (`Method.after`); those that do not name each other do it in the order given. options: of
+    a pass given by name. backend: of torch.compile ("inductor", "aot_eager", or a function), which
+    compiles the rewritten graphs; for passes whose nodes are the same in every step. Build the
+    optimizer afterwards. Returns the same model.
 
-    All or nothing. Raises OptionError, TargetError, ModelError, ConflictError (all SurgeryError);
-    the model is then unchanged.
+    All or nothing: an error of any kind leaves the model as it was. Raises OptionError,
+    TargetError, ModelError, ConflictError (all SurgeryError).
     """
-    chosen = resolve(spec, options)
-    _check_model(model)
-    _check_twice(chosen)
-    methods = tuple(options.start(model) for options in chosen)
-    _check_alone(methods)
-    check_backend(methods, backend)
-    sites = _sites(model, methods)
-    surgery = Surgery(
-        model=model,
-        passes=chosen,
-        methods=methods,
-        backend=backend,
-        sites=sites,
-        required_grad=[
-            (owner, key, p.requires_grad)
-            for owner in model.modules()
-            for key, p in owner.named_parameters(recurse=False)
-        ],
-    )
-    blocks = [piece for site in sites if not site.whole for piece in site.pieces]
-    if sites:
-        whole = {site.name for site in sites if site.whole}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in whole)
-    if blocks:
-        model.add_module(TABLE, CoordinateTable(blocks))
-    surgery.dispatch = Dispatch(model, surgery)
-    surgery.dispatch.install()
-    try:
-        surgery.bind()
-    except SurgeryError:
-        remove(model)
-        raise
+    Surgery(decide(model, resolve(spec, options), backend)).install()
     return model
 
 
@@ -75,13 +47,8 @@ def remove(model: nn.Module) -> nn.Module:
     Raises ModelError if nothing was applied.
     """
     surgery = applied(model)
-    model = surgery.model
-    surgery.release()
-    surgery.dispatch.uninstall()
-    model._modules.pop(TABLE, None)
-    for parameter, required in surgery.flags():
-        parameter.requires_grad_(required)
-    return model
+    surgery.uninstall()
+    return surgery.decision.model
 
 
 def coordinates(model: nn.Module) -> list[Coordinates]:
@@ -91,25 +58,33 @@ def coordinates(model: nn.Module) -> list[Coordinates]:
     says what is trained, every weight that requires gradients is its own coordinate. Raises
     ModelError if nothing was applied.
     """
-    surgery = applied(model)
-    if surgery.sites:
-        return describe(surgery.sites)
+    decision = applied(model).decision
+    if decision.sites:
+        return describe(decision.sites)
     return [
         Coordinates(weight=name, parameter=p, expand=lambda delta: delta, active=True)
-        for name, p in surgery.model.named_parameters()
+        for name, p in decision.model.named_parameters()
         if p.requires_grad
     ]
 
 
-def report(model: nn.Module, batch: dict[str, Any] | None = None) -> memory.Report:
+def report(model: nn.Module, batch: dict[str, Any] | None = None) -> Report:
     """Say what was done and what it costs; with a batch, run it once and measure.
 
     batch: keyword arguments of the model's forward, with labels if the model computes its loss. It
     is run forward with gradients, not backward; no weight, gradient or state changes. The bytes are
     the allocator's. Raises ModelError if nothing was applied.
     """
-    surgery = applied(model)
-    return memory.report(surgery, batch)
+    return measured.report(applied(model), batch)
+
+
+def graphs(model: nn.Module) -> list[code.Graph]:
+    """Return each graph that was captured so far, as readable code before and after the passes.
+
+    Every node that a pass has put in is marked with its name: `print(surgery.graphs(model)[0])`.
+    Empty before the first training forward. Raises ModelError if nothing was applied.
+    """
+    return code.graphs(applied(model))
 
 
 def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None) -> None:
@@ -122,7 +97,7 @@ def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None)
     Raises ModelError if nothing was applied, OptimizerError if the optimizer has no such attributes
     or lacks coordinates, or if `run` is given and there are several processes.
     """
-    owner = applied(model)
+    backward = applied(model).backward
     if run is None and isinstance(optimizer, Optimizer):
         optimizer.step()
         return
@@ -137,85 +112,9 @@ def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None)
             "processes. Use an optimizer with a step()."
         )
     clock.before_step(optimizer)
-    owner.fused = run is not None
-    try:
-        (run or optimizer.step)()
-    finally:
-        owner.fused = False
+    if run is None:
+        optimizer.step()
+    else:
+        with backward.taken_meanwhile():
+            run()
     clock.after_step(optimizer)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"surgery.apply takes an nn.Module, not a {type(model).__name__}.")
-    present = surgery_of(model)
-    if present is not None:
-        names = ", ".join(options.name for options in present.passes)
-        raise ModelError(
-            f"surgery was applied to this {type(model).__name__} already ({names}). Give all "
-            "passes in one list, or call surgery.remove(model) first."
-        )
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        raise ModelError(
-            f"this model is wrapped in {type(model).__name__} already, which has laid out its "
-            "gradients. Apply first, wrap afterwards: surgery.apply(model, ...), then "
-            f"{type(model).__name__}(model)."
-        )
-    check_layout(model)
-    parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
-    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
-    if meta:
-        raise ModelError(
-            f"{len(meta)} parameters are on the meta device, {meta[0]} first: load the weights "
-            "before surgery.apply. To see what a pass would do, use surgery.plan(model, ...)."
-        )
-
-
-def _check_twice(chosen: tuple[Any, ...]) -> None:
-    for options in chosen:
-        if chosen.count(options) > 1:
-            raise ConflictError(f"{options.name} is given twice: {options!r}. Leave one out.")
-
-
-def _check_alone(methods: tuple[Any, ...]) -> None:
-    for method in methods:
-        if method.alone and len(methods) > 1:
-            other = next(each for each in methods if each is not method)
-            raise ConflictError(
-                f"{method.name} trains by forwards alone: nothing is kept for backward, and no "
-                f"gradient reaches a weight, so {other.name} has nothing to work on. Leave it out."
-            )
-
-
-def _sites(model: nn.Module, methods: tuple[Any, ...]) -> tuple[Site, ...]:
-    # Passes that sample draw from what passes that map have made of the same weights.
-    for method in methods:
-        for piece in [p for p in method.pieces if p.map is not None]:
-            for other in methods:
-                if other is not method and other.adopt(piece):
-                    break
-    claims: dict[str, tuple[Any, list[Piece]]] = {}
-    for method in methods:
-        for piece in method.pieces:
-            holder, pieces = claims.setdefault(piece.weight, (method, []))
-            if piece in pieces:
-                continue
-            if holder is not method:
-                parts = any(p.index is not None for p in [piece, *pieces])
-                way = ", a larger budget draws it as a whole" if parts else ""
-                raise ConflictError(
-                    f"{holder.name} and {method.name} both train {piece.name}. Give each its own "
-                    f"weights with targets=..., or leave one of them out{way}."
-                )
-            pieces.append(piece)
-    order = [name for name, _ in model.named_parameters() if name in claims]
-    return tuple(
-        Site(
-            name=name,
-            owner=model.get_submodule(name.rpartition(".")[0]),
-            pieces=tuple(claims[name][1]),
-        )
-        for name in order
-    )

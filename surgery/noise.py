@@ -10,16 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-BLOCK = 4096  # signs of 64 words, one bit of each after the other: long rows to vectorise over
-
-Kind: TypeAlias = Literal["rademacher", "gaussian"]
 
 
 def bits(seed: int, *labels: str | int) -> int:
@@ -85,115 +81,3 @@ def normal(shape: tuple[int, ...], seed: int, *labels: str | int) -> Tensor:
         u = (words(count, seed, *labels, start=start).double() + 0.5) * 2.0**-32
         found[start : start + count] = torch.special.ndtri(u)
     return found.view(shape)
-
-
-@torch.no_grad()
-def round_into(target: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Write the matrix `exact` (float32) into `target` (bfloat16 or float16), rounded at random.
-
-    Each entry goes to one of its two neighbours, with probabilities that make it right on average.
-    Entry (i, j) is rounded by u = (rows[i] + columns[j]) mod 2^16: uniform, and independent of any
-    other entry's, for the price of one word per row and column.
-    """
-    u = (rows[:, None] + columns[None, :]).bitwise_and_(0xFFFF)
-    if target.dtype == torch.bfloat16:  # the upper half of float32: add below the cut, cut
-        pattern = exact.contiguous().view(torch.int32) + u.to(torch.int32)
-        target.copy_(pattern.bitwise_and_(-0x10000).view(torch.float32))
-        return
-    quantum = _quantum(exact, target.dtype)
-    quanta = exact / quantum
-    below = quanta.floor()
-    # Compared, not added: quanta + u would round up to the next number where u is close to 1.
-    below += (quanta - below) > u * 2.0**-16
-    target.copy_(below.mul_(quantum))
-
-
-@torch.no_grad()
-def before_rounding(rounded: Tensor, change: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return what `round_into` started from, in float32, if it wrote start + change, and start was
-    of the same 16-bit dtype: as the words are the same, one number of the grid at `rounded` fits.
-
-    A start of a finer grid, of less than half the size, is found to the nearest of that grid once,
-    and to the bit from then on.
-    """
-    u = (rows[:, None] + columns[None, :]).bitwise_and_(0xFFFF) * 2.0**-16
-    value = rounded.float()
-    quantum = _quantum(value, rounded.dtype)
-    quanta = (value - change).div_(quantum)
-    if rounded.dtype == torch.bfloat16:  # positive numbers were rounded up by u, negative ones down
-        sign = torch.where(value < 0, -1.0, 1.0)
-        return (quanta.mul_(sign) - u).ceil_().mul_(sign).mul_(quantum)
-    return (quanta + u).floor_().mul_(quantum)
-
-
-def _quantum(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the distance of neighbours in a dtype, at each number."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(exact)[1].clamp_(min=math.frexp(info.tiny)[1])
-    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
-
-
-# -- directions: one number for each entry of a weight -------------------------------------------
-
-
-def mixed(places: Tensor, key: int) -> Tensor:
-    """Turn places (int64) into 64 random bits each, in place: SplitMix64 (Steele et al., 2014).
-
-    The same on every device: integer arithmetic modulo 2^64.
-    """
-    x = places.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
-        x = x.mul_(_signed(factor))
-    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
-
-
-def direction(kind: Kind, start: int, count: int, key: int, device: Any = "cpu") -> Tensor:
-    """Return entries `start` to `start + count` of a random direction, float32, of variance 1.
-
-    Signs from the bits of 64-bit words, 64 from each; or normal numbers, four from each word, by a
-    table of 65,536 quantiles. Entry i is a function of (key, i) only.
-    """
-    if kind == "gaussian":
-        return _quantiles(str(device)).index_select(0, sixteen(start, count, key, device))
-    first, last = start // BLOCK, -(-(start + count) // BLOCK)
-    words = mixed(torch.arange(first * 64, last * 64, device=device), key)
-    shifts = torch.arange(32, dtype=torch.int32, device=device).view(32, 1)
-    lifted = (words.view(torch.int32).view(-1, 1, 128) << shifts).view(torch.float32)
-    one = torch.ones((), device=device)
-    signs = torch.copysign(one, lifted, out=lifted).view(-1)  # in place: it is in the cache
-    return signs[start - first * BLOCK :][:count]
-
-
-def direction_at(kind: Kind, places: Tensor, key: int) -> Tensor:
-    """Return the entries of `direction` at any places (int64)."""
-    if kind == "gaussian":
-        return _quantiles(str(places.device))[sixteen_at(places, key)]
-    half, bit = places & 127, (places >> 7) & 31
-    found = mixed((places >> 12) * 64 + (half >> 1), key)
-    found = (found >> (32 * (half & 1) + 31 - bit)).bitwise_and_(1)
-    return found.mul_(-2).add_(1).to(torch.float32)
-
-
-def sixteen(start: int, count: int, key: int, device: Any = "cpu") -> Tensor:
-    """Return numbers `start` to `start + count` of a sequence of random 16-bit numbers, int32."""
-    first = start // 4
-    words = mixed(torch.arange(first, (start + count + 3) // 4, device=device), key)
-    found = words.view(torch.int16)[start - 4 * first :][:count]
-    return found.to(torch.int32).bitwise_and_(0xFFFF)
-
-
-def sixteen_at(places: Tensor, key: int) -> Tensor:
-    """Return the numbers of `sixteen` at any places (int64)."""
-    return (mixed(places >> 2, key) >> (16 * (places & 3))).bitwise_and_(0xFFFF)
-
-
-@lru_cache
-def _quantiles(device: str) -> Tensor:
-    """Return 65,536 equally likely values of the normal distribution, scaled to variance 1."""
-    found = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    return (found / found.square().mean().sqrt()).float().to(device)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word

@@ -17,8 +17,8 @@ from torch import nn
 
 import passes
 import surgery
-from surgery.coordinates import TABLE
-from surgery.state import surgery_of
+from surgery.engine.finding import surgery_of
+from surgery.weights.coordinate import TABLE
 
 M = TypeVar("M")
 
@@ -114,7 +114,7 @@ def state_of(model: nn.Module):
 
 def method_of(model: nn.Module, kind: type[M]) -> M:
     """Return the run-time state of the model's pass of one kind."""
-    return next(method for method in state_of(model).methods if isinstance(method, kind))
+    return next(method for method in state_of(model).decision.methods if isinstance(method, kind))
 
 
 def optimizer_of(kind: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:

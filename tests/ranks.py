@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import passes
 import surgery
-from surgery import sharding
-from surgery.coordinates import TABLE
+from surgery.weights import shards
+from surgery.weights.coordinate import TABLE
 
 
 def begin() -> int:
@@ -148,7 +148,7 @@ def shard(model: nn.Module) -> nn.Module:
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's own weights, whole, without the table's."""
     found = {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
-    return {n: sharding.whole(p.detach()).clone() for n, p in found.items()}
+    return {n: shards.whole(p.detach()).clone() for n, p in found.items()}
 
 
 def count_scattered() -> list[int]:

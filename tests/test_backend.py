@@ -52,7 +52,7 @@ def assert_same_run(family: str, row: str, backend: str, checkpointed=False, **o
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert state_of(ours).step == 4
+    assert state_of(ours).clock.step == 4
     for name, parameter in own(ours).items():
         expected = eager.get_parameter(name)
         # Adam's first steps are signs: of gradients that are nothing but rounding, too.
@@ -141,7 +141,7 @@ def test_torch_compile_around_surgery_compiles_the_rewritten_graph(row):
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert state_of(ours).step == 3
+    assert state_of(ours).clock.step == 3
     mark = "region" if row == "recompute" else "resolved"
     assert any(mark in node.name for graph in graphs for node in graph.graph.nodes)
     assert dict(surgery.report(ours, inputs).lines)["compiled by"] == "backend"
@@ -207,7 +207,7 @@ def test_one_compiled_graph_serves_many_layers():
             optimizer.zero_grad()
     for name, parameter in own(ours).items():
         torch.testing.assert_close(parameter, eager.get_parameter(name), msg=name)
-    assert state_of(ours).captures == 3  # norms, Linears, the first of which passes no gradient on
+    assert state_of(ours).dispatch.captures == 3  # norms, Linears, the first of which passes no gradient on
 
 
 def test_a_graph_of_layers_of_two_kinds_is_refused():

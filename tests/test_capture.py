@@ -12,8 +12,9 @@ from models import FAMILIES, inputs_of, loss_of, make
 from torch import nn
 
 import surgery
-from surgery.state import surgery_of
-from surgery.targets import blocks, is_matrix
+from surgery.engine.finding import surgery_of
+from surgery.weights.modules import is_matrix
+from surgery.weights.targets import blocks
 
 EVERY = [*FAMILIES, "plain", "graph"]
 
@@ -66,7 +67,7 @@ def assert_same_step(
 def captures(model: nn.Module) -> int:
     state = surgery_of(model)
     assert state is not None
-    return state.captures
+    return state.dispatch.captures
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -201,7 +202,7 @@ class Flagged(nn.Module):
 
 
 def test_the_recompile_limit_raises(monkeypatch):
-    monkeypatch.setattr("surgery.capture.STRUCTURES", 3)
+    monkeypatch.setattr("surgery.engine.dispatch.STRUCTURES", 3)
     model = Flagged()
     surgery.apply(model, "badam")
     x = torch.randn(2, 4)
@@ -232,7 +233,7 @@ def test_a_discarded_model_is_freed():
 
 
 def test_simplify_leaves_graphs_that_write_in_place_alone():
-    from surgery.simplify import simplify
+    from surgery.graph.simplify import simplify
 
     class Writes(nn.Module):
         def forward(self, x):

@@ -18,8 +18,9 @@ from models import make
 
 import passes
 import surgery
-from surgery import record
-from surgery.registry import from_json, to_json
+from surgery.catalogue import from_json
+from surgery.checkpoints import folder as saves
+from surgery.contract.options import to_json
 
 RECORD = "surgery_config.json"
 
@@ -41,12 +42,12 @@ def fresh(**options):
 def refused(folder: Path, match: str, *given) -> None:
     """Loading says so, and changes neither weights nor optimizer nor rounds."""
     model, optimizer = given or fresh()
-    before, step = weights(model), state_of(model).step
+    before, step = weights(model), state_of(model).clock.step
     active = [c.active for c in surgery.coordinates(model)]
     with pytest.raises(surgery.CheckpointError, match=match):
         surgery.load(model, folder, optimizer)
     assert all(torch.equal(p, before[n]) for n, p in own(model).items())
-    assert state_of(model).step == step
+    assert state_of(model).clock.step == step
     assert [c.active for c in surgery.coordinates(model)] == active
     assert optimizer is None or not optimizer.state
 
@@ -71,9 +72,9 @@ def test_every_region_of_both_files_corrupted_in_turn(saved):
                 surgery.load(model, saved, optimizer)
             assert all(torch.equal(p, before[n]) for n, p in own(model).items()), (file, place)
         file.write_bytes(content)
-    assert not optimizer.state and state_of(model).step == 0
+    assert not optimizer.state and state_of(model).clock.step == 0
     surgery.load(model, saved, optimizer)
-    assert state_of(model).step == 3
+    assert state_of(model).clock.step == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -87,7 +88,7 @@ def test_truncated_files(saved, share):
 
 def rewrite(folder: Path, **changes) -> None:
     content = json.loads((folder / RECORD).read_text()) | changes
-    (folder / RECORD).write_text(record._sealed(content))
+    (folder / RECORD).write_text(saves._sealed(content))
 
 
 def test_other_formats_and_foreign_files(saved, tmp_path):
@@ -159,7 +160,7 @@ def test_optimizers_that_do_not_fit(saved, tmp_path):
     surgery.save(model, tmp_path / "bare")
     refused(tmp_path / "bare", "saved without an optimizer", model, optimizer)
     surgery.load(model, saved, optimizer=False)
-    assert state_of(model).step == 3
+    assert state_of(model).clock.step == 3
     stranger = torch.optim.AdamW([*model.parameters(), torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(surgery.CheckpointError, match="holds 1 parameters that are not"):
         surgery.save(model, tmp_path / "bare", stranger)
@@ -245,7 +246,7 @@ def test_a_full_tmpfs_leaves_the_previous_save(tmp_path):
 
 def test_options_make_the_round_trip():
     for name in surgery.available():
-        spec = surgery.registry._PASSES[name]()
+        spec = surgery.contract.registry._PASSES[name]()
         assert from_json(json.loads(json.dumps(to_json(spec)))) == spec
     changed = passes.Misa(budget=0.1, always=("norm", "bias"), targets=["up"], span=2)
     again = from_json(json.loads(json.dumps(to_json(changed))))
@@ -278,7 +279,7 @@ for _ in range(50):
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     surgery.load(model, sys.argv[2], optimizer)
-    steps.append(state_of(model).step)
+    steps.append(state_of(model).clock.step)
 print(*steps)
 """
 

@@ -16,7 +16,7 @@ from torch import nn
 import passes
 import surgery
 from passes.compress import Compression
-from surgery import packing
+from surgery.kernels import bits
 from surgery.memory import measure
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ SHAPES = [(7,), (5, 96), (3, 4, 200), (2, 3, 4, 64), (3, 131), (1, 1), (0, 8), (
 def packed(x: torch.Tensor, bits: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     u = [torch.rand(300, generator=generator) for _ in range(2)]
-    return packing.unpack(*packing.quantise(x, bits, *u))
+    return bits.unpack(*bits.quantise(x, bits, *u))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -87,8 +87,8 @@ def test_views_keep_their_entries_in_place(make_view):
 def test_masks_are_exact(count, seed):
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.7
     for x in (drawn, drawn * 1.25, torch.zeros(count)):
-        kept = packing.mask(x)
-        assert torch.equal(packing.unpack(*kept), x)
+        kept = bits.mask(x)
+        assert torch.equal(bits.unpack(*kept), x)
         assert kept.tensors[0].numel() == -(-count // 8)
 
 
@@ -181,8 +181,8 @@ def test_bytes_are_the_allocators_and_add_up(family, bits):
     found = surgery.report(model, inputs)
     assert found.after.activations == ours and found.before.activations == eager
     assert abs(sum(k.bytes for k in found.kept) - ours) <= 0.005 * ours
-    assert abs(sum(state_of(model).taken.values()) - (eager - ours)) <= 0.005 * eager
-    assert list(state_of(model).taken) == ["chunked_loss", "recompute", "compress"]
+    assert abs(sum(state_of(model).dispatch.taken.values()) - (eager - ours)) <= 0.005 * eager
+    assert list(state_of(model).dispatch.taken) == ["chunked_loss", "recompute", "compress"]
 
 
 def test_one_packed_copy_for_all_that_keep_a_value():

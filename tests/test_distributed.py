@@ -38,7 +38,7 @@ SCRIPT = """
             optimizer.step()
             optimizer.zero_grad()
             drawn.append([c.active for c in surgery.coordinates(model)])
-        assert state_of(model).step == 11
+        assert state_of(model).clock.step == 11
         return {n: p.detach().clone() for n, p in own(model).items()}, drawn, sent
 
     start = dict(make("plain").double().named_parameters())

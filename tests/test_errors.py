@@ -12,7 +12,7 @@ from torch import nn
 
 import passes
 import surgery
-from surgery.state import surgery_of
+from surgery.engine.finding import surgery_of
 
 BAD = [
     ("unknown pass", "miza", {}, surgery.OptionError, "Did you mean 'misa'"),
@@ -31,7 +31,7 @@ BAD = [
     ("no always", "misa", {"always": ["nrom"]}, surgery.TargetError, "always='nrom'"),
     ("containers", "misa", {"targets": ["self_attn"]}, surgery.TargetError, "own no parameters"),
     ("only vectors", "misa", {"targets": ["norm"]}, surgery.TargetError, "no trainable matrix"),
-    ("a class", passes.Misa, {}, surgery.OptionError, r"write passes\.Misa\(\)"),
+    ("a class", passes.Misa, {}, surgery.OptionError, r"write Misa\(\)"),
     ("not a pass", 3, {}, surgery.OptionError, "3 is not a pass"),
     ("nothing", [], {}, surgery.OptionError, "no pass given"),
     ("options of many", ["misa", "lisa"], {"budget": 0.1}, surgery.OptionError, "single pass"),
@@ -93,7 +93,7 @@ def test_an_optimizer_built_before_that_holds_everything_is_fine():
         optimizer.step()
         optimizer.zero_grad()
     state = surgery_of(model)
-    assert state is not None and state.step == 3
+    assert state is not None and state.clock.step == 3
 
 
 def test_two_optimizers_may_share_the_coordinates_and_tick_once():
@@ -109,7 +109,7 @@ def test_two_optimizers_may_share_the_coordinates_and_tick_once():
             optimizer.step()
             optimizer.zero_grad()
     state = surgery_of(model)
-    assert state is not None and state.step == 4
+    assert state is not None and state.clock.step == 4
 
 
 def test_an_optimizer_of_another_model_is_left_alone():
@@ -119,7 +119,7 @@ def test_an_optimizer_of_another_model_is_left_alone():
     loss_of(other, inputs_of("plain")).backward()
     optimizer.step()
     state = surgery_of(model)
-    assert state is not None and state.step == 0
+    assert state is not None and state.clock.step == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, clip, va
         loss = loss_of(model, inputs_of("plain"))
         before = {n: p.clone() for n, p in model.named_parameters()}
         state = copy.deepcopy(optimizer.state_dict()["state"])
-        rounds = surgery_of(model).methods[0]  # type: ignore[union-attr]
+        rounds = surgery_of(model).decision.methods[0]  # type: ignore[union-attr]
         seen = copy.deepcopy(rounds.scores), rounds.steps
         (loss * value if bad else loss).backward()
         if clip:
@@ -159,7 +159,7 @@ def test_a_large_but_finite_gradient_in_half_precision_is_no_reason_to_skip():
         c.parameter.grad = torch.full_like(c.parameter, 60000.0)
     optimizer.step()
     state = surgery_of(model)
-    assert state is not None and state.skipped == 0 and state.step == 1
+    assert state is not None and state.clock.skipped == 0 and state.clock.step == 1
 
 
 def test_the_unrelated_distribution_is_named(monkeypatch):

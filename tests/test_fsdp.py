@@ -36,7 +36,7 @@ EQUAL = (
             both, optimizer = start(row, order)
             sent = count_scattered()
             drawn = steps(both, optimizer, range(11), rank)
-            assert state_of(both).step == 11 and drawn == expected, (row, order)
+            assert state_of(both).clock.step == 11 and drawn == expected, (row, order)
             found = whole_weights(both)
             for name, value in whole_weights(alone).items():
                 torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=row)
@@ -74,7 +74,7 @@ LLAMA = (
     steps(alone, optimizer, range(5), None, "llama")
     both, optimizer = start("all", "apply, shard", "llama", use_cache=False)
     steps(both, optimizer, range(5), rank, "llama")
-    assert state_of(both).captures <= 6  # the blocks share one
+    assert state_of(both).dispatch.captures <= 6  # the blocks share one
     found = whole_weights(both)
     for name, value in whole_weights(alone).items():
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
@@ -123,7 +123,7 @@ SAVED = (
         load_distributed(other, fresh, f"{folder}/{row}_dcp")
         for name, value in whole_weights(other).items():
             assert torch.equal(value, saved[name]), (row, name)
-        assert state_of(other).step == 3
+        assert state_of(other).clock.step == 3
         steps(other, fresh, range(3, 8), rank)
         for name, value in whole_weights(other).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(alone):
     poisoned = next(c.parameter for c in surgery.coordinates(model) if c.active)
     poisoned.grad.to_local().view(-1)[0] = float("nan")
     optimizer.step()
-    assert state_of(model).skipped == 1
+    assert state_of(model).clock.skipped == 1
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.full_tensor(), before[name])
 

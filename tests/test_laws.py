@@ -185,9 +185,9 @@ def test_8_one_capture_however_often_it_resamples(row, family):
     model = make(family)
     surgery.apply(model, PASSES[row](period=1))
     optimizer = train(model, family, 1)
-    first = state_of(model).captures
+    first = state_of(model).dispatch.captures
     train(model, family, 15, optimizer)
-    assert state_of(model).captures == first
+    assert state_of(model).dispatch.captures == first
 
 
 @sampling_rows

@@ -183,7 +183,7 @@ def test_the_account_adds_up_for_adapters_inside_checkpointing():
     surgery.apply(model, passes.Velora(groups=8))
     inputs = inputs_of("llama", rows=4, length=32)
     loss_of(model, inputs).backward()
-    assert state_of(model).captures == 1
+    assert state_of(model).dispatch.captures == 1
     found = report_that_adds_up(model, inputs)
     assert any(kept.where == "base_model.model.model.embed_tokens" for kept in found.kept)
     embeddings = model.get_input_embeddings()

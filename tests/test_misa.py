@@ -14,14 +14,14 @@ from torch import nn
 import passes
 import surgery
 from passes.misa import MisaScores
-from surgery.rounds import Rounds
-from surgery.state import surgery_of
+from surgery.engine.finding import surgery_of
+from surgery.sampling.rounds import Rounds
 
 
 def rounds_of(model: nn.Module) -> Rounds:
     state = surgery_of(model)
     assert state is not None
-    (method,) = state.methods
+    (method,) = state.decision.methods
     assert isinstance(method, Rounds)
     return method
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery import noise
+from surgery.kernels import rounding
 
 
 @given(st.integers(), st.text(), st.integers())
@@ -78,7 +79,7 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average(dtype, scale):
     draws = 600
     for step in range(draws):
         words = noise.words(112, 0, "round", step)
-        noise.round_into(target, exact, words[:64], words[64:])
+        rounding.round_into(target, exact, words[:64], words[64:])
         total += target
         gap = (target.double() - exact).abs()
         spacing = _spacing(exact, dtype)
@@ -96,9 +97,9 @@ def test_a_sum_of_many_steps_is_rounded_once(dtype, scale):
     words = noise.words(112, 0, "round")
     weight, total = start.clone(), torch.zeros(64, 48)
     for _ in range(50):
-        exact = noise.before_rounding(weight, total, words[:64], words[64:])
+        exact = rounding.before_rounding(weight, total, words[:64], words[64:])
         total = total + torch.randn(64, 48, generator=generator) * 0.05 * scale
-        noise.round_into(weight, exact + total, words[:64], words[64:])
+        rounding.round_into(weight, exact + total, words[:64], words[64:])
     unit = torch.maximum(_spacing(start.float(), dtype), _spacing(weight.float(), dtype))
     error = (weight.double() - start.double() - total.double()) / unit
     # Rounded once, the deviation is at most 0.5; rounded in each step, sqrt(50) times as much.

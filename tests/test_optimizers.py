@@ -66,7 +66,7 @@ def test_rounds_state_and_resume(kind, row, tmp_path):
             assert torch.equal(parameter, before[name]) == (name not in active), (name, step)
         live = {id(c.parameter) for c in surgery.coordinates(model) if c.active}
         assert {id(p) for p, state in optimizer.state.items() if state} <= live
-    assert state_of(model).step == 5
+    assert state_of(model).clock.step == 5
     surgery.save(model, tmp_path, optimizer)
     torch._dynamo.reset()
     again = surgery.apply(make("llama", seed=5), PASSES[row](period=2))
@@ -114,7 +114,7 @@ def test_an_optimizer_outside_torch(row):
         loss_of(model, inputs_of("plain", seed=seed)).backward()
         surgery.step(model, optimizer)
         model.zero_grad()
-    assert state_of(model).step == 4
+    assert state_of(model).clock.step == 4
     assert any(not torch.equal(p, before[n]) for n, p in own(model).items())
 
 
@@ -135,7 +135,7 @@ def test_lomo_steps_inside_of_backward(row):
             torch.testing.assert_close(parameter, own(plain)[name], msg=f"{name} {seed}")
         active = [[c.active for c in surgery.coordinates(model)] for model in (plain, ours)]
         assert active[0] == active[1]
-    assert state_of(ours).step == 5
+    assert state_of(ours).clock.step == 5
 
 
 def test_gradients_that_vanish_within_backward_are_told():

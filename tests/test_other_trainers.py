@@ -49,7 +49,7 @@ def plain_loop(model, clip: float | None = None) -> list[float]:
 
 
 def assert_same_run(model, other) -> None:
-    assert state_of(model).step == state_of(other).step == STEPS
+    assert state_of(model).clock.step == state_of(other).clock.step == STEPS
     for name, parameter in own(other).items():
         torch.testing.assert_close(own(model)[name], parameter, rtol=1e-5, atol=1e-6, msg=name)
 

@@ -166,7 +166,7 @@ def test_under_quantised_bases_adapters_are_projected(kind, tmp_path):
 
 def bases(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the P of each projected weight, (rank, in)."""
-    return {p.weight: p.note.frame.matrix.float() for p in method_of(model, Subspaces).projected}
+    return {p.weight: p.beside.frame.matrix.float() for p in method_of(model, Subspaces).projected}
 
 
 @pytest.mark.parametrize(
@@ -253,4 +253,4 @@ def test_coordinates_stay_wide_when_the_model_moves(kind):
         optimizer.zero_grad()
         wide = torch.promote_types(dtype, torch.float32)
         assert {c.parameter.dtype for c in surgery.coordinates(model)} == {wide}
-    assert state_of(model).step == 3
+    assert state_of(model).clock.step == 3

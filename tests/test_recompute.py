@@ -57,7 +57,7 @@ def test_loss_is_bit_equal_and_gradients_are_eagers(family):
     ours = surgery.apply(copy.deepcopy(eager), "recompute")
     for options in ({}, {"rows": 3, "length": 17}):
         assert_same_step(eager, ours, inputs_of(family, **options))
-    assert state_of(ours).captures == 1
+    assert state_of(ours).dispatch.captures == 1
     assert method_of(ours, Recomputation).regions >= 3
 
 
@@ -69,7 +69,7 @@ def test_what_is_predicted_is_what_the_allocator_says(family):
     surgery.apply(model, "recompute")
     after = live(model, inputs)
     # GPT-2's eager forward keeps some positions besides, which a graph computes once: 72 bytes.
-    assert abs((before - after) - state_of(model).taken["recompute"]) <= 80
+    assert abs((before - after) - state_of(model).dispatch.taken["recompute"]) <= 80
     assert after < 0.9 * before
 
 

@@ -65,7 +65,7 @@ def test_9_a_resumed_run_is_the_uninterrupted_one(row, family, tmp_path):
         advance(*each, family, range(SAVED, SAVED + STEPS))
     for name, parameter in own(run[0]).items():
         assert torch.equal(parameter, own(other[0])[name]), name
-    assert state_of(run[0]).step == state_of(other[0]).step == SAVED + STEPS
+    assert state_of(run[0]).clock.step == state_of(other[0]).clock.step == SAVED + STEPS
     active = [[c.active for c in surgery.coordinates(r[0])] for r in (run, other)]
     assert active[0] == active[1]
 

@@ -16,11 +16,11 @@ import passes
 import surgery
 from passes.rso import Subspaces, transport
 from surgery.memory import measure
-from surgery.targets import blocks
+from surgery.weights.targets import blocks
 
 
 def frames(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {p.weight: p.note.frame.matrix for p in method_of(model, Subspaces).projected}
+    return {p.weight: p.beside.frame.matrix for p in method_of(model, Subspaces).projected}
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "orthonormal"])
@@ -93,7 +93,7 @@ def test_a_round_is_lora_with_a_frozen(kind):
 def test_projections_have_the_identity_as_their_mean(projection):
     model = make("llama")
     surgery.apply(model, passes.Rso(rank=8, projection=projection, targets=["q_proj"]))
-    frame = method_of(model, Subspaces).projected[0].note.frame
+    frame = method_of(model, Subspaces).projected[0].beside.frame
     mean, draws = torch.zeros(32, 32, dtype=torch.float64), 3000
     for round in range(draws):
         method_of(model, Subspaces).round = round
@@ -112,7 +112,7 @@ def test_who_shares_a_projection(share, distinct):
     model = surgery.apply(make("llama"), "rso", rank=4, share=share)
     inputs = inputs_of("llama", rows=2, length=12)
     loss_of(model, inputs).backward()
-    assert len({id(p.note.frame) for p in method_of(model, Subspaces).projected}) == distinct
+    assert len({id(p.beside.frame) for p in method_of(model, Subspaces).projected}) == distinct
     z = [kept for kept in surgery.report(model, inputs).kept if kept.made_by == "project"]
     readers = (7 if share is False else 4) * LAYERS  # one z for each x, whatever P is
     assert sum(kept.count for kept in z) == readers

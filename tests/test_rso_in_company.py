@@ -10,7 +10,7 @@ from models import inputs_of, loss_of, make
 import passes
 import surgery
 from surgery.memory import measure
-from surgery.rounds import Rounds
+from surgery.sampling.rounds import Rounds
 
 
 def test_misa_samples_the_modules_that_rso_trains():

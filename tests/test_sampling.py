@@ -15,7 +15,7 @@ from torch import nn
 
 import passes
 from passes.misa import Draw
-from surgery.sampling import BudgetSampler
+from surgery.sampling.budget import BudgetSampler
 
 
 @functools.cache

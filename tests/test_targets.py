@@ -10,7 +10,7 @@ from models import FAMILIES, LAYERS, make
 from torch import nn
 
 import surgery
-from surgery.targets import blocks, select
+from surgery.weights.targets import blocks, select
 
 RULES = [
     ["q_proj", "v_proj"],

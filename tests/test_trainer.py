@@ -101,7 +101,7 @@ def test_the_plain_loop_gives_the_same_run(row, setting, tmp_path):
     assert losses_of(trainer) == pytest.approx(expected, rel=2e-4)  # it logs four digits
     for name, parameter in own(models[1]).items():
         assert torch.equal(own(models[0])[name], parameter), name
-    assert state_of(models[0]).step == 6
+    assert state_of(models[0]).clock.step == 6
     assert list(models[0].state_dict()) == list(models[1].state_dict())
     surgery.remove(models[0])
     assert "forward" not in models[0].__dict__
@@ -124,7 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(row, tmp_path):
     again = begin(5)
     trainer = trainer_of(again, tmp_path / "cut", [surgery.TrainerCallback()], **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert state_of(again).step == 6
+    assert state_of(again).clock.step == 6
     for name, parameter in own(whole).items():
         assert torch.equal(own(again)[name], parameter), name
 

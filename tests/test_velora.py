@@ -15,14 +15,14 @@ import passes
 import surgery
 from passes.velora import SubTokens
 from surgery.memory import measure
-from surgery.targets import is_linear_module, is_transposed
+from surgery.weights.modules import is_linear_module, is_transposed
 
 CPU = torch.device("cpu")
 
 
 def vectors(model: nn.Module) -> dict[str, torch.Tensor]:
     projected = method_of(model, SubTokens).projected
-    return {p.weight: p.note.direction.of(torch.ones(1, 1)) for p in projected}
+    return {p.weight: p.beside.direction.of(torch.ones(1, 1)) for p in projected}
 
 
 def dense_inputs_and_grads(model: nn.Module, inputs) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -170,7 +170,7 @@ def test_one_z_for_all_weights_that_read_the_same_x():
 
 
 def taken(model: nn.Module) -> list:
-    return [piece.note.direction.vector for piece in method_of(model, SubTokens).projected]
+    return [piece.beside.direction.vector for piece in method_of(model, SubTokens).projected]
 
 
 def test_bytes_are_the_allocators():
@@ -340,17 +340,18 @@ RANK = """
     sys.path[:0] = ["tests"]
     import surgery, passes
     from models import inputs_of, loss_of, make
+    from surgery.engine.finding import surgery_of
     from ranks import assert_same, begin
     rank = begin()
     model = surgery.apply(make("llama").eval(), "velora", groups=4)
     whole = inputs_of("llama", rows=4)
     loss_of(model, {k: v.chunk(2)[rank] for k, v in whole.items()})
-    mine = torch.cat([p.note.direction.vector for p in surgery.state.surgery_of(model).pieces])
+    mine = torch.cat([p.beside.direction.vector for p in surgery_of(model).decision.coordinates])
     assert_same(mine)
     dist.destroy_process_group()
     alone = surgery.apply(make("llama").eval(), "velora", groups=4)
     loss_of(alone, whole)
-    joined = torch.cat([p.note.direction.vector for p in surgery.state.surgery_of(alone).pieces])
+    joined = torch.cat([p.beside.direction.vector for p in surgery_of(alone).decision.coordinates])
     torch.testing.assert_close(mine, joined)
     print("equal")
 """

@@ -15,8 +15,8 @@ from zeroth import ZEROTH, dtypes, scalars, sgd, step, z_of, zeroth
 
 import passes
 import surgery
-from surgery.perturbing import perturb_wide
-from surgery.twopoint import TwoPoint
+from surgery.zeroth_order.method import TwoPoint
+from surgery.zeroth_order.nodes import perturb_wide
 
 # -- 1: evaluations write nothing ------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def test_both_evaluations_and_the_step_use_one_mask_of_the_unperturbed_weight():
     surgery.apply(model, passes.SparseMezo(keep_fraction=0.25, eps=0.05))
     name = "blocks.0.up.weight"
     weight, method = model.get_parameter(name), method_of(model, TwoPoint)
-    note = next(p.note for p in method.beside if p.weight == name)
+    note = next(p.beside for p in method.weights if p.weight == name)
     band = note._band
     note._band = lambda *args: seen.append(band(*args)) or seen[-1]
     optimizer = sgd(model, lr=0.5)
@@ -138,7 +138,7 @@ def test_a_threshold_is_renewed_each_period():
     model = make("plain")
     surgery.apply(model, passes.SparseMezo(keep_fraction=0.3, threshold="period", period=2))
     optimizer, limits = sgd(model, lr=1e-3), []
-    notes = [p.note for p in method_of(model, TwoPoint).beside if hasattr(p.note, "limit")]
+    notes = [p.beside for p in method_of(model, TwoPoint).weights if hasattr(p.beside, "limit")]
     for seed in range(6):
         step(model, optimizer, "plain", seed)
         limits.append([note.limit for note in notes])
@@ -163,7 +163,7 @@ def test_what_is_perturbed_is_what_is_carried(kind, shape):
 
     model = surgery.apply(One(), ZEROTH[kind](eps=0.25))
     method = method_of(model, TwoPoint)
-    note = method.beside[0].note
+    note = method.weights[0].beside
     model(torch.ones(()))
     before = model.weight.detach().clone()
     method.shift = 0.25
@@ -179,7 +179,7 @@ def test_rows_of_an_embedding_get_the_numbers_of_the_whole(kind):
     model = surgery.apply(make("llama"), ZEROTH[kind](eps=0.1))
     loss_of(model, inputs_of("llama"))
     method = method_of(model, TwoPoint)
-    note = next(p.note for p in method.beside if "embed_tokens" in p.weight)
+    note = next(p.beside for p in method.weights if "embed_tokens" in p.weight)
     ids = torch.tensor([5, 0, 5, 95])
     whole = note.rows(0, slice(None))[ids]
     torch.testing.assert_close(note.gather(0, ids), whole, rtol=1e-6, atol=1e-6)
@@ -188,7 +188,7 @@ def test_rows_of_an_embedding_get_the_numbers_of_the_whole(kind):
 @zeroth
 def test_an_embedding_draws_for_the_rows_that_a_batch_reads(kind):
     model = surgery.apply(make("llama", tie_word_embeddings=False), ZEROTH[kind](eps=0.1))
-    note = next(p.note for p in method_of(model, TwoPoint).beside if "embed_tokens" in p.weight)
+    note = next(p.beside for p in method_of(model, TwoPoint).weights if "embed_tokens" in p.weight)
     gather, drawn = note.gather, []
     note.gather = lambda slot, ids: drawn.append(len(ids)) or gather(slot, ids)
     note.perturbed = None  # the whole is not to be formed
@@ -225,7 +225,7 @@ def test_an_evaluation_adds_in_float32_and_rounds_once(dtype):
     method = method_of(model, TwoPoint)
     for shift in (2.0**-7, -(2.0**-7)):
         method.shift = shift
-        found = method.beside[0].note.perturbed(dtype)
+        found = method.weights[0].beside.perturbed(dtype)
         exact = model[0].weight.detach().double() + shift * z_of(model)["0.weight"].double()
         assert torch.equal(found, exact.float().to(dtype))
     method.shift = None

@@ -15,7 +15,7 @@ from zeroth import ZEROTH, scalars, sgd, step, z_of, zeroth, zeroth_and_dtypes
 import passes
 import surgery
 from surgery.memory import measure
-from surgery.twopoint import TwoPoint
+from surgery.zeroth_order.method import TwoPoint
 
 # -- 15 to 20: steps, runs, resources --------------------------------------------------------------
 
@@ -331,5 +331,5 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
 
 def test_noise_labels_keep_two_weights_apart():
     model = surgery.apply(make("plain"), "mezo")
-    keys = {p.note.key(slot) for p in method_of(model, TwoPoint).beside for slot in range(3)}
-    assert len(keys) == 3 * len(method_of(model, TwoPoint).beside)
+    keys = {p.beside.key(slot) for p in method_of(model, TwoPoint).weights for slot in range(3)}
+    assert len(keys) == 3 * len(method_of(model, TwoPoint).weights)

@@ -16,7 +16,7 @@ from zeroth import ZEROTH, bowl, scalars, sgd, z_of, zeroth
 
 import passes
 import surgery
-from surgery.twopoint import TwoPoint
+from surgery.zeroth_order.method import TwoPoint
 
 # -- 10 to 13: the slope ---------------------------------------------------------------------------
 

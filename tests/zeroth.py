@@ -10,7 +10,7 @@ from torch import nn
 
 import passes
 import surgery
-from surgery.twopoint import TwoPoint
+from surgery.zeroth_order.method import TwoPoint
 
 ZEROTH = {
     "mezo": lambda **o: passes.Mezo(**o),

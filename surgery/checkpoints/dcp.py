@@ -1,0 +1,59 @@
+"""`surgery.Stateful`: surgery's own state in a `torch.distributed.checkpoint`, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from surgery.checkpoints import encoding
+from surgery.checkpoints.run import about_of, check, restore, state_of
+from surgery.engine.finding import applied
+from surgery.errors import CheckpointError
+
+WHAT = "the distributed checkpoint"
+
+
+class Stateful:
+    """What surgery has to save beside the model and the optimizer, as torch's `Stateful`.
+
+    Use it with torch.distributed.checkpoint, on any number of ranks, to save and to load:
+
+        state = {"surgery": surgery.Stateful(model), "model": get_model_state_dict(model), ...}
+        dcp.save(state, checkpoint_id=folder)
+
+    Coordinates are saved as they are held, sharded by FSDP2 or whole; all else is small. Loading
+    raises CheckpointError if it is of other passes, another partition, or another model. Raises
+    ModelError if nothing was applied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        applied(model)
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the coordinates by name, and the rest as one piece of bytes."""
+        surgery = applied(self.model)
+        surgery.bind()
+        state = state_of(surgery)
+        coordinates = state.pop("coordinates")
+        tensors: dict[str, Tensor] = {}
+        values = json.dumps(
+            {"about": about_of(surgery), "state": encoding.encode(state, "", tensors)}
+        )
+        return {"coordinates": coordinates, "rest": save(tensors, {"values": values})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        surgery = applied(self.model)
+        if surgery.clock.stepped:
+            raise CheckpointError("load between steps: some optimizers have made theirs already.")
+        rest = state["rest"]
+        size = int.from_bytes(rest[:8], "little")  # safetensors reads this header of files only
+        values = json.loads(json.loads(rest[8 : 8 + size])["__metadata__"]["values"])
+        check(surgery, values["about"], WHAT)
+        found = encoding.decode(values["state"], load(rest))
+        restore(surgery, found | {"coordinates": state["coordinates"]})

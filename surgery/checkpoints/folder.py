@@ -1,0 +1,154 @@
+"""One complete save in a folder, replaced as a whole: a process may be killed at any moment.
+
+`surgery_config.json` is the record of the save, for people and programs to read. It names the file
+that holds the tensors and its checksum. A save writes that file under the name that the record in
+place does not use, and then replaces the record. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.checkpoints.encoding import decode, encode
+from surgery.errors import CheckpointError, listed
+
+FORMAT = 1
+
+
+RECORD = "surgery_config.json"
+
+
+PARTIAL = ".surgery.partial"  # folder of what is being written; safetensors has temporaries too
+
+
+FILES = ("surgery_state.safetensors", "surgery_state_2.safetensors")  # used in turn
+
+
+KEYS = {"format", "library", "model", "passes", "weights", "coordinates", "sums", "state", "sha256"}
+
+
+BLOCK = 1 << 22  # bytes hashed at a time
+
+
+def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write a save: the record, JSON values, and the state, JSON values and tensors nested.
+
+    Raises CheckpointError if it cannot be written; what was there before is then untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps(encode(state, "", tensors))
+    partial = folder / PARTIAL
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        used = _used(folder)
+        name = next(file for file in FILES if file != used)
+        save_file(tensors, partial / name, {"values": values})
+        about = {"file": name, "bytes": (partial / name).stat().st_size}
+        about["sha256"] = _hash(partial / name)
+        _replace(partial / name, folder / name)
+        (partial / RECORD).write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
+        _replace(partial / RECORD, folder / RECORD)
+        if used is not None:
+            (folder / used).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not save to {folder}: {error}. A save that was there before is untouched. Free "
+            "some space or give a folder that can be written to, and call surgery.save again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the record and the state of a save, once every byte of both is checked.
+
+    Raises CheckpointError if there is none, or one that is damaged, foreign or of a newer format.
+    """
+    record = read_record(folder)
+    about = record["state"]
+    file = folder / about["file"]
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing, which {RECORD} names. Use another save.")
+    size = file.stat().st_size
+    if size != about["bytes"]:
+        raise CheckpointError(
+            f"{file} has {size:,} bytes, {about['bytes']:,} were written: it is cut off or not "
+            "the file that was saved. Use another save."
+        )
+    if _hash(file) != about["sha256"]:
+        raise CheckpointError(f"{file} has changed since it was saved. Use another save.")
+    with safe_open(file, "pt") as opened:
+        values = json.loads(opened.metadata()["values"])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 # no dict
+    return record, decode(values, tensors)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the checked content of `surgery_config.json`. Raises CheckpointError."""
+    file = folder / RECORD
+    if not file.is_file():
+        others = sorted(each.name for each in folder.glob("*.*")) if folder.is_dir() else []
+        there = f" There is {listed(others, 4)}." if others else ""
+        raise CheckpointError(
+            f"{folder} holds no save of surgery: no {RECORD}.{there} Weights alone are loaded by "
+            "from_pretrained, before surgery.apply; pickles (.pt, .bin) are never loaded here."
+        )
+    try:
+        text = file.read_text()
+        record = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Use another save.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise CheckpointError(f"{file} was not written by surgery.save: it has no format number.")
+    if record["format"] > FORMAT:
+        raise CheckpointError(
+            f"{file} is of format {record['format']}, and this library reads up to {FORMAT}. "
+            "pip install --upgrade model-surgery"
+        )
+    unknown, missing = sorted(set(record) - KEYS), sorted(KEYS - set(record))
+    if unknown or missing:
+        what = f"unknown keys {listed(unknown)}" if unknown else f"no {listed(missing)}"
+        raise CheckpointError(f"{file} has {what}: it was changed, or damaged. Use another save.")
+    if _sealed(record) != text:
+        raise CheckpointError(f"{file} has changed since it was saved. Use another save.")
+    return record
+
+
+def _used(folder: Path) -> str | None:
+    """Return the file that the record in place names, if there is one that can be read."""
+    try:
+        return read_record(folder)["state"]["file"]
+    except CheckpointError:  # nothing there that a save could spoil
+        return None
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest}, indent=1) + "\n"
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _replace(partial: Path, target: Path) -> None:
+    with partial.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    partial.replace(target)

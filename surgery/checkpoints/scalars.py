@@ -1,0 +1,73 @@
+"""Zeroth-order runs as lists of scalars: the journal of a run, and taking its steps again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surgery.engine.finding import applied
+from surgery.engine.surgery import Surgery
+from surgery.errors import ModelError
+from surgery.weights.carry import carry
+from surgery.zeroth_order.method import TwoPoint
+
+
+def journal(model: nn.Module) -> Tensor:
+    """Return all steps of a zeroth-order run: float64 (steps, K + 1), K scalars and learning rate.
+
+    With the pass's options they are the whole run; see `replay`. Raises ModelError if the model is
+    not trained by such a pass.
+    """
+    method = _method(applied(model))
+    return torch.tensor(method.journal, dtype=torch.float64).view(-1, _scalars(method) + 1)
+
+
+@torch.no_grad()
+def replay(model: nn.Module, steps: Tensor) -> nn.Module:
+    """Take the steps of a journal (steps, K + 1) again, with no forward; returns the same model.
+
+    model: with the weights that the run started from, the same pass applied with the same options.
+    On a CPU its weights are then those of the run, to the bit. Raises ModelError if the model has
+    made steps already, or the journal is of another number of directions.
+    """
+    surgery = applied(model)
+    method = _method(surgery)
+    count = _scalars(method)
+    made = surgery.clock.step
+    if made:
+        raise ModelError(
+            f"the model has made {made} steps already. Replay into the weights that the "
+            f'run started from: surgery.apply(model, "{method.name}", ...), then surgery.replay.'
+        )
+    if steps.ndim != 2 or steps.shape[1] != count + 1:
+        raise ModelError(
+            f"a journal of shape {tuple(steps.shape)} does not fit {method.name} with {count} "
+            f"directions: expected (steps, {count + 1})."
+        )
+    surgery.bind()
+    for *scalars, rate in steps.tolist():
+        for site in surgery.decision.sites:
+            each = site.coordinates[0]
+            assert each.mapped is not None
+            now = torch.tensor(scalars, dtype=each.parameter.dtype)
+            decay = rate * each.mapped.weight_decay
+            carry(each, site.current(), torch.zeros_like(now), now, surgery.clock.step, decay)
+        method.journal.append((*scalars, rate))
+        surgery.clock.resume(surgery.clock.step + 1)
+        method.advance()
+    return model
+
+
+def _scalars(method: TwoPoint) -> int:
+    return method.weights[0].parameter.numel()
+
+
+def _method(surgery: Surgery) -> TwoPoint:
+    for method in surgery.decision.methods:
+        if isinstance(method, TwoPoint) and not method.dense:
+            return method
+    names = ", ".join(options.name for options in surgery.decision.passes)
+    raise ModelError(
+        f"only the steps of zeroth-order passes are scalars, and {names} was applied (dense=True "
+        "leaves the steps to the optimizer)."
+    )

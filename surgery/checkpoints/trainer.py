@@ -1,0 +1,59 @@
+"""The HF Trainer: it needs nothing of ours but, for resuming, this callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback as Callback
+
+from surgery.checkpoints.folder import RECORD
+from surgery.checkpoints.run import load, save
+from surgery.engine.finding import applied
+from surgery.errors import CheckpointError
+
+
+class TrainerCallback(Callback):
+    """Saves the surgery's state beside each `checkpoint-*` of a Trainer, and takes it back.
+
+        Trainer(model=model, callbacks=[surgery.TrainerCallback()], ...)
+
+    Weights (but those of a PEFT base, which it does not save), optimizer, schedule and generators
+    are the Trainer's. folder: the checkpoint that is resumed from, if it does not lie in
+    `output_dir`. Raises CheckpointError when a run is resumed from a checkpoint without the
+    surgery's state, or with other weights.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save beside the checkpoint that has just been written."""
+        model = kwargs["model"]
+        save(model, _checkpoint(args, state), weights=_trains_base(model))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on where the checkpoint was written; do nothing when a run begins."""
+        applied(kwargs["model"])
+        if state.global_step == 0:
+            return
+        folder = self.folder or _checkpoint(args, state)
+        if not (folder / RECORD).is_file():
+            raise CheckpointError(
+                f"the Trainer resumes at step {state.global_step}, and {folder} holds no {RECORD}: "
+                "it was written without surgery.TrainerCallback(), or lies elsewhere: "
+                "surgery.TrainerCallback(folder=...)."
+            )
+        load(kwargs["model"], folder)
+
+
+def _trains_base(model: Any) -> bool:
+    """Whether weights are trained that the Trainer does not save: under adapters."""
+    if not hasattr(model, "peft_config"):
+        return False
+    prefix = model.base_model.prefix
+    return any(prefix not in site.name for site in applied(model).decision.sites)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

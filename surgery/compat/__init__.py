@@ -1,0 +1,25 @@
+"""Every private or version-bound name of torch, transformers, PEFT and accelerate, in one place.
+
+Each function here is one such thing; `tests/test_compat.py` has a canary for each, which fails with
+a sentence that says what to look at. Nothing else of this library touches a private name.
+
+what is needed                                      where                  what differs by version
+--------------------------------------------------  ---------------------  -----------------------
+a capture with caches and a limit of its own        dynamo.capture         torch < 2.13: (1)
+Dynamo's settings and errors while it captures      dynamo.capturing       torch < 2.13: (2)
+the backend of a torch.compile around us, by name   dynamo.outer_backend
+the operator of a captured checkpoint, its policy   dynamo.CHECKPOINT
+where the nodes of a captured graph come from       dynamo.stack_of
+what a GraphModule keeps when it is copied          modules.keep
+parameters, children and hooks of a module          modules
+a callback at the end of backward; versions; norms  autograd
+storages, fake tensors, trees, wrapper subclasses   tensors
+FSDP2's sharded and whole parameters                fsdp.twins             torch < 2.13: (3)
+DDP around a forward, ZeRO's marks                  fsdp.ddp_around
+what transformers does for reentrant checkpoints    hf.Workarounds
+
+(1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the function gets a
+    code object of its own, and the limit stands in a patched config.
+(2) A set in `ignore_logging_functions` that cannot be sorted logs a traceback.
+(3) One `_fsdp_param_group` in place of several.
+"""

@@ -1,0 +1,26 @@
+"""What autograd tells nobody: the end of a backward, versions, norms of many tensors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call once the backward under way has ended, behind all that was asked for so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def version(t: Tensor) -> int:
+    """Return a number that every change in place raises."""
+    return t._version
+
+
+def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the 2-norm of each tensor, one kernel a device for all of them.
+
+    torch's public `get_total_norm` keeps only their norm.
+    """
+    return list(torch._foreach_norm(list(tensors), 2, dtype))  # pyright: ignore[reportPrivateImportUsage]

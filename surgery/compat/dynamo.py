@@ -1,0 +1,213 @@
+"""Dynamo as a front end: capturing a forward, who else compiles, where graphs come from."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+import torch._dynamo
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.backends.registry import list_backends, lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._guards import detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from surgery.errors import CaptureError, SurgeryError
+
+Backend: TypeAlias = str | Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+CHECKPOINT = tag_activation_checkpoint  # what a checkpointed region becomes in a captured graph
+
+# specialize_float: a float read from a module's globals would otherwise become an input of the
+# graph, which fails inside checkpointed regions (GPT-2's GELU) in torch 2.13. optimize_ddp: would
+# cut the graph at the buckets of DistributedDataParallel, and rewrites with it.
+_SETTINGS = {
+    "optimize_ddp": False,
+    "specialize_float": True,
+    "fail_on_recompile_limit_hit": True,
+    "accumulated_recompile_limit": 1 << 16,
+}
+
+
+class LimitHit(Exception):
+    """One frame was captured too often: Dynamo would run it without the rewrite from now on."""
+
+
+def capture(
+    forward: Callable[..., Any],
+    backend: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
+    most: int,
+) -> Callable[..., Any]:
+    """Return a forward that gives each graph that Dynamo makes of it to a backend.
+
+    It shares no cache with other captures of the same code. most: captures of one frame before
+    `capturing` raises LimitHit.
+    """
+    if _isolates():
+        return torch.compile(
+            forward, backend=backend, dynamic=True, recompile_limit=most, isolate_recompiles=True
+        )
+    return torch.compile(_with_own_code(forward), backend=backend, dynamic=True)
+
+
+@contextmanager
+def capturing(most: int) -> Iterator[None]:
+    """Set Dynamo up for running what `capture` returned, and turn its errors into plain ones.
+
+    An error of this library that was raised in a backend comes out as itself. most: as there.
+    """
+    settings = _SETTINGS | {"ignore_logging_functions": _advice()}
+    if not _isolates():
+        settings["recompile_limit"] = most
+    try:
+        with torch._dynamo.config.patch(settings):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise LimitHit(str(error)) from error
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, SurgeryError):
+            raise error.inner_exception from None
+        raise
+
+
+def past(call: Callable[..., Any]) -> Any:
+    """Return a function that Dynamo neither traces nor looks into."""
+    return torch._dynamo.disable(call)
+
+
+@lru_cache
+def _isolates() -> bool:
+    known = inspect.signature(torch.compile).parameters
+    return "isolate_recompiles" in known and "recompile_limit" in known
+
+
+def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function with a code object of its own, by which Dynamo keeps its caches."""
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, types.FunctionType):
+        return forward
+    code = function.__code__.replace()
+    own = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    owner = getattr(forward, "__self__", None)
+    return own if owner is None else types.MethodType(own, owner)
+
+
+class _Functions(set[Any]):
+    """A set of functions that can be sorted, as torch's log of its own settings does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=repr))
+
+
+def _advice() -> set[Any]:
+    """transformers' advice that is logged once (by methods it adds to Logger): no graph break."""
+    names = ("warning_once", "info_once")
+    return _Functions(
+        getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)
+    )
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+def outer_backend() -> Backend | None:
+    """Return the backend of a torch.compile around the model, None if there is none.
+
+    Raises CaptureError while Dynamo traces us, which makes it give up and call us.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        raise CaptureError("surgery captures this model itself")
+    made: Any = get_eval_frame_callback()
+    if not callable(made):
+        return None
+    found: Any = made
+    while (inner := getattr(found, "_torchdynamo_orig_backend", None)) is not None:
+        found = inner
+    if found is made:
+        raise CaptureError(
+            "torch.compile is around a model that surgery captures itself, and its backend cannot "
+            'be found. Name it instead: surgery.apply(model, ..., backend="inductor").'
+        )
+    return found
+
+
+def name_of_backend(backend: Backend) -> str:
+    """Return what to call a backend; torch.compile wraps them."""
+    known = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", None)
+    return backend if isinstance(backend, str) else str(known or type(backend).__name__)
+
+
+def backends(hidden: bool = False) -> list[str]:
+    """Return the names of the backends. hidden: those for debugging too."""
+    return list_backends(exclude_tags=()) if hidden else list_backends()
+
+
+def backend_named(backend: Backend) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """Return a backend as a function."""
+    return lookup_backend(backend) if isinstance(backend, str) else backend  # pyright: ignore[reportReturnType]
+
+
+# -- captured graphs -------------------------------------------------------------------------------
+
+
+def policy_of(body: GraphModule) -> Any:
+    """Return the `context_fn=` of a captured checkpoint (selective checkpointing), or None."""
+    return body.meta.get("_checkpoint_context_fn")
+
+
+def fake_mode_of(inputs: Sequence[Any]) -> Any:
+    """Return the mode of the tensors that a graph was captured with."""
+    return detect_fake_mode(inputs)
+
+
+def surely(condition: Any) -> bool:
+    """Whether a condition on symbolic sizes holds for all of them."""
+    return statically_known_true(condition)
+
+
+def stack_of(node: Node) -> list[tuple[int, str]]:
+    """Return the modules that a node was traced in, outermost first: id, and Dynamo's way there.
+
+    The way is dotted, without the local variable that it begins with, whatever that is called: a
+    forward may name its first argument otherwise than self.
+    """
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    found = []
+    for key, (path, _) in stack.items():
+        number = key.partition("@")[0]
+        found.append((int(number) if number.isdigit() else 0, _dotted(path)))
+    return found
+
+
+def _dotted(path: str) -> str:
+    path = re.sub(r"^L\['[^']+'\]", "", path)
+    path = re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", r".\1\2\3", path)
+    path = path.replace("__dict__._modules.", "")  # Dynamo's way through PEFT's models
+    return ".".join(part for part in path.split(".") if part)
+
+
+def copy_sources(graph: GraphModule, made: GraphModule, copied: Graph) -> None:
+    """Let a copy of a graph know where its inputs came from, as AOTAutograd wants to."""
+    if not hasattr(graph, "_param_name_to_source"):
+        return
+    made._param_name_to_source = graph._param_name_to_source
+    for node, new in zip(graph.graph.nodes, copied.nodes, strict=True):
+        if node.op == "placeholder":
+            new._dynamo_source = node._dynamo_source
+
+
+def without_source(placeholder: Node) -> None:
+    """Mark an input that a graph has got beside those that Dynamo gave it."""
+    placeholder._dynamo_source = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,57 @@
+"""Data parallelism seen from inside: FSDP2's parameters, the DDP around a forward, ZeRO's marks."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+# By (id of the module, name): the sharded parameter, and the whole one that a forward reads.
+Twins: TypeAlias = dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter | None]]
+
+
+def twins(model: nn.Module, gather: bool) -> Twins:
+    """Return the sharded and the whole parameter of what FSDP2 has cut; {} without it.
+
+    gather: make whole ones that no forward has made yet, on all ranks, block by block.
+    """
+    found: Twins = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        # No public way leads from one to the other: a forward has only the whole one in place.
+        cut = [p for group in _groups(module) for p in group.fsdp_params]
+        if gather and not all(hasattr(p, "_unsharded_param") for p in cut):
+            module.unshard()
+            module.reshard()
+        for p in cut:
+            info, pair = p._module_info, (p.sharded_param, getattr(p, "_unsharded_param", None))
+            found[id(info.module), info.param_name] = pair
+            for place in zip(info.shared_modules, info.shared_param_names, strict=True):
+                found[id(place[0]), place[1]] = pair
+    return found
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def own_class(model: nn.Module) -> type:
+    """Return the class of a model as it was before fully_shard, which makes one of its own."""
+    kind = type(model)
+    return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind
+
+
+def ddp_around() -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel whose forward is under way."""
+    return DistributedDataParallel._active_ddp_module
+
+
+def is_zero(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO has laid a parameter out anew."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

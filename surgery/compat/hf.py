@@ -1,0 +1,72 @@
+"""What transformers does for the sake of reentrant checkpoints, undone: captured ones are not.
+
+It makes the embeddings' output require gradients (which, with frozen embeddings, would force
+backward through every block), and some attention modules do the same to a bias of theirs (T5 and
+its relatives), which Dynamo cannot follow inside a checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from surgery.compat import modules
+
+HOOK = "make_inputs_require_grad"  # what transformers and PEFT call it, with and without an s
+
+
+class Workarounds:
+    """The workarounds of one model: taken off when switched on, put back by `restore`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.embeddings = _input_embeddings(model)
+        self.biased: Sequence[Any] = [m for m in model.modules() if _only_makes_biases_require(m)]
+        self.off: list[Any] = []
+        self.hooks: list[tuple[nn.Module, int, Any]] = []
+
+    def take_off(self) -> None:
+        """Called before every training forward, since checkpointing may be enabled at any time."""
+        # By hand: called twice, transformers' own enable_ forgets the hooks of the first time.
+        for module in self.embeddings:
+            for key, hook in modules.forward_hooks(module):
+                if getattr(hook, "__name__", "").startswith(HOOK):
+                    self.hooks.append((module, key, hook))
+                    modules.take_hook(module, key)
+        for module in self.biased:
+            if module.gradient_checkpointing:
+                module.gradient_checkpointing = False
+                self.off.append(module)
+
+    def restore(self) -> None:
+        """Switch on again what was switched off."""
+        for module, key, hook in self.hooks:
+            modules.put_hook(module, key, hook)
+        for module in self.off:
+            module.gradient_checkpointing = True
+        self.hooks.clear()
+        self.off.clear()
+
+
+def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:
+    """Return the modules whose output transformers would let require gradients."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        getter = getattr(type(module), "get_input_embeddings", None)
+        try:
+            own = getter(module) if getter is not None else None
+        except NotImplementedError:  # transformers' way to say that a model has none
+            continue
+        if isinstance(own, nn.Module):
+            found[id(own)] = own
+    return [*found.values()]
+
+
+def _only_makes_biases_require(module: nn.Module) -> bool:
+    """Whether the forward reads its checkpointing flag, but runs no checkpoint of its own."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = code.co_names if code is not None else ()
+    reads = "gradient_checkpointing" in names and "requires_grad" in names
+    return reads and "_gradient_checkpointing_func" not in names

@@ -1,0 +1,51 @@
+"""Tensors as torch sees them inside: storages, fakes, trees, wrapper subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def storage_of(t: Tensor) -> int:
+    """Return what tells the storage behind a tensor from others that are alive, fake ones too."""
+    return t.untyped_storage()._cdata
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a tensor without memory, of a dry run."""
+    return isinstance(value, FakeTensor)
+
+
+def fakes(real: bool = False) -> FakeTensorMode:
+    """Return a mode of tensors without memory. real: operations may meet real tensors in it."""
+    return FakeTensorMode(allow_non_fake_inputs=real)
+
+
+def is_wrapper(t: Tensor) -> bool:
+    """Whether a tensor is made of others inside: DTensor, and torchao's quantised weights."""
+    return is_traceable_wrapper_subclass(t)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves of nested lists, tuples, dicts and ModelOutputs."""
+    return pytree.tree_leaves(tree)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of a tree, and what puts them together again."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(found: list[Any], spec: Any) -> Any:
+    """Put leaves together again."""
+    return pytree.tree_unflatten(found, spec)
+
+
+def each(call: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the tree with a function applied to every leaf."""
+    return pytree.tree_map(call, tree)

@@ -1,0 +1,63 @@
+"""Options of a pass: checked before anything happens, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from surgery.errors import OptionError
+
+
+def to_json(options: Any) -> dict[str, Any]:
+    """Return a pass as JSON: its name and all its options. A function is named, not kept."""
+    values = {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    return {"name": options.name, "options": values}
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_types(options: Any) -> None:
+    """Raise OptionError if a field of a pass does not hold a value of its annotated type."""
+    for name, expected in get_type_hints(type(options)).items():
+        if get_origin(expected) is typing.ClassVar or name not in options.__dataclass_fields__:
+            continue
+        value = getattr(options, name)
+        if not _fits(value, expected):
+            words = str(expected).replace("typing.", "").replace("collections.abc.", "")
+            words = expected.__name__ if isinstance(expected, type) else words
+            raise OptionError(
+                f"{options.name}: {name}={value!r} is a {type(value).__name__}; it takes {words}."
+            )
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin = get_origin(expected)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(expected))
+    if origin is Literal:
+        return value in get_args(expected)
+    if origin is Callable:
+        return callable(value)
+    if origin is not None:  # Sequence[str]
+        entries = isinstance(value, list | tuple | set | frozenset)
+        return entries and all(_fits(entry, get_args(expected)[0]) for entry in value)
+    if expected in (int, float) and isinstance(value, bool):
+        return False
+    if expected is float:
+        return isinstance(value, int | float)
+    return isinstance(value, expected)
+
+
+def demand(condition: bool, options: Any, message: str) -> None:
+    """Raise OptionError(message), prefixed with the pass's name, unless the condition holds."""
+    if not condition:
+        raise OptionError(f"{options.name}: {message}")

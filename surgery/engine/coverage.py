@@ -1,0 +1,95 @@
+"""Which weights the forwards have read so far: reached by the rewrite, unused, or lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from surgery.compat.tensors import leaves
+from surgery.engine.decide import Decision
+from surgery.engine.guards import unreached
+from surgery.weights.sites import Site
+
+
+@dataclass(eq=False, kw_only=True)
+class Coverage:
+    """What is known of the weights of one surgery.
+
+    complete: some training forward has been judged. captures: graphs captured when it was.
+    """
+
+    decision: Decision
+    complete: bool = False
+    captures: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"complete": False, "captures": 0}
+
+    @property
+    def missing(self) -> list[Site]:
+        return [site for site in self.decision.sites if not site.reached]
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of weights that the output of no forward has depended on."""
+        return [site.name for site in self.decision.sites if site.unused]
+
+    def before(self) -> Any:
+        """Return what `after` needs of the state before a forward."""
+        if not self.missing:
+            return None
+        return torch.get_rng_state(), get_device_states(*self.decision.model.parameters())
+
+    def after(self, before: Any, plain: Callable[[], Any], captures: int) -> None:
+        """Judge what a training forward has reached; `plain` runs the same one without surgery.
+
+        Raises CaptureError if a weight that its output depends on was not read by the rewrite. What
+        it does not depend on is unused, and left alone until some forward uses it.
+        """
+        if self.complete and self.captures == captures:
+            return
+        missing = self.missing
+        if missing:
+            unused = _unused(missing, self.decision.model, plain, before)
+            lost = [site.name for site in missing if site not in unused]
+            if lost:
+                raise unreached(lost)
+            for site in unused:
+                site.unused_so_far = True
+        if not self.complete:
+            for method in self.decision.methods:
+                method.check_reached()
+        self.complete, self.captures = True, captures
+
+
+def _unused(
+    sites: Sequence[Site], model: nn.Module, plain: Callable[[], Any], before: Any
+) -> list[Site]:
+    """Return those of the weights that the output of a forward does not depend on."""
+    devices, states = before[1]
+    weights = [site.shown() for site in sites]
+    flags = [weight.requires_grad for weight in weights]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.set_rng_state(before[0])
+        set_device_states(devices, states)
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            given = [t for t in leaves(plain()) if isinstance(t, Tensor) and t.requires_grad]
+            found: Sequence[Tensor | None] = [None] * len(weights)
+            if given:
+                total = torch.stack([t.sum().double() for t in given]).sum()
+                found = torch.autograd.grad(total, weights, allow_unused=True)
+        finally:
+            for weight, flag in zip(weights, flags, strict=True):
+                weight.requires_grad_(flag)
+            for name, buffer in model.named_buffers():
+                if not buffer.equal(buffers[name]):
+                    buffer.copy_(buffers[name])
+    return [site for site, grad in zip(sites, found, strict=True) if grad is None]

@@ -1,0 +1,175 @@
+"""What a surgery will be: decided from a model and its passes, before anything changes.
+
+`surgery.apply` carries a decision out, `surgery.plan` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from surgery.compat.dynamo import Backend
+from surgery.compat.hf import Workarounds
+from surgery.contract.method import EVERY, Method, overrides
+from surgery.engine.compile import check_backend
+from surgery.engine.finding import surgery_of
+from surgery.engine.guards import check_layout
+from surgery.errors import ConflictError, ModelError
+from surgery.weights.coordinate import Coordinate
+from surgery.weights.sites import Site
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Decision:
+    """What was decided for one model.
+
+    passes: as given, and methods: the state of each, in the same order. rewriting: those that
+    rewrite graphs, in the order in which they do. sites: the weights that passes train, with their
+    coordinates, in the model's order; none if every pass is exact. flags: `requires_grad` of the
+    model's parameters as it was. backend: that compiles rewritten graphs.
+    """
+
+    model: nn.Module
+    passes: tuple[Any, ...]
+    methods: tuple[Method, ...]
+    rewriting: tuple[Method, ...]
+    sites: tuple[Site, ...]
+    flags: tuple[tuple[nn.Module, str, bool], ...]
+    workarounds: Workarounds
+    backend: Backend | None
+
+    @property
+    def coordinates(self) -> list[Coordinate]:
+        return [each for site in self.sites for each in site.coordinates]
+
+
+def decide(
+    model: nn.Module, passes: Sequence[Any], backend: Backend | None = None, data: bool = True
+) -> Decision:
+    """Return what a surgery will be; changes nothing of the model.
+
+    passes: checked options. data: whether the weights must be there (not on the meta device).
+    Raises OptionError, TargetError, ModelError, ConflictError.
+    """
+    _check_model(model, data)
+    _check_twice(passes)
+    methods = tuple(options.start(model) for options in passes)
+    _check_conflicts(methods)
+    check_backend(methods, backend)
+    return Decision(
+        model=model,
+        passes=tuple(passes),
+        methods=methods,
+        rewriting=_in_order([m for m in methods if overrides(m, "rewrite")]),
+        sites=_sites(model, methods),
+        flags=tuple(
+            (owner, key, p.requires_grad)
+            for owner in model.modules()
+            for key, p in owner.named_parameters(recurse=False)
+        ),
+        workarounds=Workarounds(model),
+        backend=backend,
+    )
+
+
+def _check_model(model: nn.Module, data: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"surgery takes an nn.Module, not a {type(model).__name__}.")
+    present = surgery_of(model)
+    if present is not None:
+        names = ", ".join(options.name for options in present.decision.passes)
+        raise ModelError(
+            f"surgery was applied to this {type(model).__name__} already ({names}). Give all "
+            "passes in one list, or call surgery.remove(model) first."
+        )
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise ModelError(
+            f"this model is wrapped in {type(model).__name__} already, which has laid out its "
+            "gradients. Apply first, wrap afterwards: surgery.apply(model, ...), then "
+            f"{type(model).__name__}(model)."
+        )
+    check_layout(model)
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
+    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if meta and data:
+        raise ModelError(
+            f"{len(meta)} parameters are on the meta device, {meta[0]} first: load the weights "
+            "before surgery.apply. To see what a pass would do, use surgery.plan(model, ...)."
+        )
+
+
+def _check_twice(passes: Sequence[Any]) -> None:
+    for options in passes:
+        if list(passes).count(options) > 1:
+            raise ConflictError(f"{options.name} is given twice: {options!r}. Leave one out.")
+
+
+def _check_conflicts(methods: Sequence[Method]) -> None:
+    for method in methods:
+        for other in methods:
+            why = method.conflicts.get(other.name, method.conflicts.get(EVERY))
+            if other is not method and why is not None:
+                raise ConflictError(
+                    f"{method.name} and {other.name} cannot be applied together. Of {method.name}: "
+                    f"{why}. Leave one of them out."
+                )
+
+
+def _in_order(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """Return passes so that each comes after those that it names, else in the order given."""
+    waiting, found = list(methods), []
+    while waiting:
+        ready = [m for m in waiting if not any(_precedes(o, m) for o in waiting if o is not m)]
+        if not ready:
+            names = " and ".join(method.name for method in waiting)
+            raise ConflictError(
+                f"{names} each want to rewrite after the other (`after` of their states), so they "
+                "cannot be applied together. Leave one of them out."
+            )
+        found.append(ready[0])
+        waiting.remove(ready[0])
+    return tuple(found)
+
+
+def _precedes(first: Method, then: Method) -> bool:
+    if first.name in then.after:
+        return True
+    return EVERY in then.after and EVERY not in first.after
+
+
+def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
+    # Passes that sample draw from what passes that map have made of the same weights.
+    for method in methods:
+        for each in [c for c in method.coordinates if c.mapped]:
+            for other in methods:
+                if other is not method and other.adopt(each):
+                    break
+    claims: dict[str, tuple[Method, list[Coordinate]]] = {}
+    for method in methods:
+        for each in method.coordinates:
+            holder, own = claims.setdefault(each.weight, (method, []))
+            if each in own:
+                continue
+            if holder is not method:
+                parts = any(c.index is not None for c in [each, *own])
+                way = ", a larger budget draws it as a whole" if parts else ""
+                raise ConflictError(
+                    f"{holder.name} and {method.name} both train {each.name}. Give each its own "
+                    f"weights with targets=..., or leave one of them out{way}."
+                )
+            own.append(each)
+    order = [name for name, _ in model.named_parameters() if name in claims]
+    return tuple(
+        Site(
+            name=name,
+            owner=model.get_submodule(name.rpartition(".")[0]),
+            coordinates=tuple(claims[name][1]),
+        )
+        for name in order
+    )

@@ -1,0 +1,203 @@
+"""The way into the graph: a model's training forward, captured by Dynamo, rewritten, run eagerly.
+
+`Dispatch` stands in the place of `model.forward`. Without gradients it calls the model's own
+forward; with gradients, the captured one. Everything downstream (fx passes, nodes) is ours; only
+the front end is `torch.compile(backend=...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from surgery.compat import dynamo, modules
+from surgery.contract.method import overrides
+from surgery.engine.compile import check_backend, compiled
+from surgery.engine.finding import Forward
+from surgery.engine.guards import check_layout, check_wrapping
+from surgery.engine.leaves import Leaf, leaves
+from surgery.engine.rewrite import rewrite
+from surgery.errors import CaptureError
+from surgery.weights.coordinate import TABLE
+
+if TYPE_CHECKING:
+    from surgery.engine.surgery import Surgery
+
+STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """One captured graph. graph: weak, as it is rewritten now. before: its code as captured."""
+
+    graph: Callable[[], GraphModule | None]
+    before: str
+
+
+class Dispatch(Forward):
+    """What `model.forward` is between `surgery.apply` and `surgery.remove`.
+
+    captures: graphs captured so far. taken: pass -> bytes that its rewrites take away. calls:
+    graphs run and their inputs, while someone listens.
+    """
+
+    def __init__(self, surgery: Surgery) -> None:
+        self.surgery = surgery
+        self.model = surgery.decision.model
+        self.backend = surgery.decision.backend
+        self.replaced: Callable[..., Any] | None = self.model.__dict__.get("forward")
+        self.leaves: dict[nn.Module, Leaf] = {}
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.captures, self.running = 0, False
+        self.taken: dict[str, int] = {}
+        self.graphs: list[Captured] = []
+        self.calls: list[tuple[GraphModule, Sequence[Any]]] | None = None
+        self._captured: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("captures", "running", "taken", "graphs", "calls", "_captured")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._fresh()
+
+    @contextmanager
+    def listening(self) -> Iterator[list[tuple[GraphModule, Sequence[Any]]]]:
+        """Give the graphs that are run inside, with their inputs."""
+        self.calls = found = []
+        try:
+            yield found
+        finally:
+            self.calls = None
+
+    def install(self) -> None:
+        """Take the place of `model.forward`."""
+        self.model.__dict__["forward"] = self
+        modules.keep(self.model, "forward", self)
+        table = modules.child(self.model, TABLE)
+        if table is not None:
+            modules.keep(self.model, TABLE, table)
+
+    def uninstall(self) -> None:
+        """Give the place back."""
+        self.surgery.decision.workarounds.restore()
+        for module in self.leaves:
+            del module.__dict__["forward"]
+        self.leaves.clear()
+        self.model.__dict__.pop("forward", None)
+        if self.replaced is not None:
+            self.model.__dict__["forward"] = self.replaced
+        modules.drop(self.model, "forward")
+        modules.drop(self.model, TABLE)
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        return self.replaced or MethodType(type(self.model).forward, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.plain(*args, **kwargs)
+        backend = dynamo.outer_backend()
+        if backend is None:
+            return self._train(args, kwargs)
+        if self.backend is None:
+            check_backend(self.surgery.decision.methods, backend)
+            self.backend, self._captured = backend, None
+        return self._train_alone(args, kwargs)
+
+    def _train(self, args: Any, kwargs: Any) -> Any:
+        surgery, decision = self.surgery, self.surgery.decision
+        decision.workarounds.take_off()
+        if not surgery.coverage.complete:  # once: each look costs a walk over all parameters
+            check_layout(self.model)
+        surgery.bind(forward=True)
+        check_wrapping(decision.coordinates)
+        self._tell(args, kwargs)
+        if self._captured is None:
+            self._captured = self._compiled(self.plain)
+        if surgery.binding.cut and not self.leaves:
+            running = partial(_is_running, weakref.ref(self))
+            self.leaves = leaves(self.model, self._compiled, running)
+        surgery.clock.forward()
+        before = surgery.coverage.before()
+        output = self._run(self._captured, args, kwargs)
+        again = partial(self.plain, *args, **kwargs)
+        surgery.coverage.after(before, again, self.captures)
+        return output
+
+    _train_alone: Any = dynamo.past(_train)  # for a torch.compile that is around us
+
+    def _tell(self, args: Any, kwargs: Any) -> None:
+        """Tell the passes that want to know with what the model is called."""
+        methods = self.surgery.decision.methods
+        wanting = [method for method in methods if overrides(method, "before_forward")]
+        if wanting:
+            arguments = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
+            for method in wanting:
+                method.before_forward(arguments, self.surgery.clock)
+
+    def _run(self, captured: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return the output of a training forward."""
+        driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
+        forward = partial(captured, *args, **kwargs)
+        self.running = True
+        try:
+            with dynamo.capturing(STRUCTURES):
+                return driving[0].drive(forward, self.surgery.clock) if driving else forward()
+        except dynamo.LimitHit as error:
+            raise CaptureError(
+                f"the forward of {type(self.model).__name__} was captured {STRUCTURES} times for "
+                "different input structures, and Dynamo would now run it without the rewrite. The "
+                "likely cause is a Python number, string or flag among the inputs that changes at "
+                "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
+            ) from error
+        finally:
+            self.running = False
+
+    def _compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        # Weak: Dynamo's cache lives as long as the code object of the model's class does.
+        return dynamo.capture(forward, partial(_captured, weakref.ref(self)), STRUCTURES)
+
+
+def _is_running(dispatch: weakref.ref[Dispatch]) -> bool:
+    alive = dispatch()
+    return alive is not None and alive.running
+
+
+def _captured(
+    dispatch: weakref.ref[Dispatch], graph: GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """Rewrite a graph that Dynamo has captured, and return what runs it."""
+    owner = dispatch()
+    if owner is not None:
+        owner.captures += 1
+        owner.graphs.append(Captured(graph=weakref.ref(graph), before=graph.code))
+        rewrite(graph, inputs, owner.surgery.decision, owner.taken)
+        if owner.backend is not None:
+            return compiled(graph, inputs, owner.backend)
+
+    def run(*args: Any) -> Any:
+        listening = dispatch()
+        if listening is not None and listening.calls is not None:
+            listening.calls.append((graph, args))
+        return graph.forward(*args)
+
+    return run

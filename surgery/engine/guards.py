@@ -1,0 +1,117 @@
+"""Whether what surgery meets will do: wraps, layouts, forwards, optimizers. Each raises or not."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from surgery.compat import fsdp
+from surgery.errors import CaptureError, ModelError, OptimizerError, SurgeryError, listed
+from surgery.weights import shards
+from surgery.weights.coordinate import Coordinate, unique
+
+
+def around(what: str) -> SurgeryError:
+    """Return the error for a forward that was not ours."""
+    return SurgeryError(
+        f"{what}: the forward went around surgery. Call the model itself, model(...), and not one "
+        "of its parts. If something has put its own forward in place of the model's (SFTTrainer of "
+        "TRL does), apply surgery after it: surgery.apply(trainer.model, ...)."
+    )
+
+
+def unreached(names: Sequence[str]) -> CaptureError:
+    """Return the error for weights that a forward uses and the rewrite has not reached."""
+    stacked = any("experts" in name for name in names)
+    way = ' For stacked experts: model.set_experts_implementation("grouped_mm").' if stacked else ""
+    return CaptureError(
+        f"{len(names)} targeted weights were not reached by the rewrite in the first training "
+        f"forward: {listed(names)}. Its output depends on them, so the part of the model that "
+        "reads them could not be captured (TORCH_LOGS=graph_breaks names the line): leave them out "
+        f"with targets=... Nothing was trained; surgery.remove(model) restores the model.{way}"
+    )
+
+
+def check_wrapping(coordinates: Iterable[Coordinate]) -> None:
+    """Raise ModelError, in a training forward, if DistributedDataParallel is around us and waits
+    for gradients of what is not being trained now."""
+    wrapper = fsdp.ddp_around()
+    if wrapper is None or wrapper.find_unused_parameters:
+        return
+    if not all(each.active for each in coordinates):
+        raise ModelError(
+            "DistributedDataParallel waits for a gradient of every weight, and only some are "
+            "trained in a round. Wrap it as "
+            "DistributedDataParallel(model, find_unused_parameters=True); in the HF Trainer, "
+            "ddp_find_unused_parameters=True."
+        )
+
+
+def check_layout(model: nn.Module) -> None:
+    """Raise ModelError if FSDP1 or DeepSpeed has laid out the model's parameters anew."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ModelError(
+            "this model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters "
+            "together. Use FSDP2: surgery.apply(model, ...), then "
+            "torch.distributed.fsdp.fully_shard(model) (accelerate: fsdp_version: 2)."
+        )
+    for name, parameter in model.named_parameters():
+        if fsdp.is_zero(parameter):
+            raise ModelError(
+                f"{name} belongs to DeepSpeed ZeRO, whose optimizer steps flat copies of many "
+                "parameters at once, past any coordinates. Use FSDP2, "
+                "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2), or DDP."
+            )
+
+
+def check_membership(
+    coordinates: Sequence[Coordinate], optimizer: Optimizer, held: Mapping[int, Tensor]
+) -> None:
+    """Raise OptimizerError if a coordinate is held by no optimizer."""
+    missing = {id(p.parameter): p.name for p in coordinates if id(p.parameter) not in held}
+    if not missing:
+        return
+    # Only here, once, on the way to an error: another optimizer may hold the rest.
+    others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+    for other in others:
+        for group in other.param_groups:
+            for parameter in group["params"]:
+                missing.pop(id(parameter), None)
+    if missing:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} steps this model but holds none of "
+            f"{len(missing)} coordinates, which no other optimizer holds either: "
+            f"{listed(missing.values())}. It was probably built before surgery.apply, or from "
+            "a part of the parameters (get_peft_model after surgery.apply switches "
+            "requires_grad off). Build it afterwards, from all: "
+            "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
+        )
+
+
+def check_fresh(coordinates: Sequence[Coordinate], optimizer: Optimizer) -> None:
+    """Raise OptimizerError if an optimizer has made steps before the surgery's first."""
+    stepped = [p for p in unique(coordinates) if optimizer.state.get(p.parameter)]
+    if not stepped:
+        return
+    made = optimizer.state[stepped[0].parameter].get("step")
+    count = "steps" if made is None else f"{int(made)} steps"
+    raise OptimizerError(
+        f"{type(optimizer).__name__} has made {count} already, with state for "
+        f"{stepped[0].name}, and the surgery none. If a run is resumed, give the surgery its "
+        "state too: surgery.load(model, folder, optimizer), or surgery.TrainerCallback() in a "
+        "Trainer. If not, build the optimizer after surgery.apply."
+    )
+
+
+def only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether a step has rate zero and gradients of zeros: torch.distributed.checkpoint makes the
+    state of an optimizer so, to load into."""
+    if any(group.get("lr", 1.0) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    there = [shards.local(grad) for grad in grads if grad is not None]
+    return bool(there) and not any(bool(grad.any()) for grad in there)

@@ -1,0 +1,106 @@
+"""Putting the nodes of all passes into captured graphs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from surgery.compat.dynamo import CHECKPOINT
+from surgery.contract.method import Method
+from surgery.engine.decide import Decision
+from surgery.graph.nodes import checkpointed, gate
+from surgery.graph.reading import name_modules, placeholders
+from surgery.graph.saved import Saved
+from surgery.graph.simplify import simplify
+
+LOG = "SURGERY_LOG"  # environment: "passes" prints what each pass does to each captured graph
+
+
+def rewrite(
+    graph: GraphModule, inputs: Sequence[Any], decision: Decision, taken: dict[str, int]
+) -> None:
+    """Rewrite one captured graph, in place.
+
+    taken: pass -> bytes that it takes away of what is kept for backward, added up here. A node that
+    a pass has put in bears its name, `node.meta["pass"]`.
+    """
+    reads = [
+        node
+        for node, value in zip(placeholders(graph), inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    ]
+    _gate_reads(graph, reads)
+    name_modules(graph, decision.model)
+    for body in _bodies(graph):
+        _restore_checkpoints(body)
+        simplify(body)
+        body.recompile()
+    for method in decision.methods:
+        known = _nodes(graph)
+        method.reread(graph)
+        _sign(graph, known, method)
+    if decision.rewriting:
+        saved = Saved(graph, inputs)
+        for method in decision.rewriting:
+            saved = _apply(method, graph, inputs, saved, taken)
+    graph.recompile()
+
+
+def _apply(
+    method: Method,
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    saved: Saved,
+    taken: dict[str, int],
+) -> Saved:
+    """Let one pass rewrite a graph; return the account of what has become of it."""
+    known, start = _nodes(graph), time.perf_counter()
+    method.rewrite(graph, inputs, saved)
+    added, now = _sign(graph, known, method), Saved(graph, saved.inputs, saved.mode)
+    away = saved.total - now.total
+    taken[method.name] = taken.get(method.name, 0) + away
+    if "passes" in os.environ.get(LOG, ""):
+        seconds = time.perf_counter() - start
+        print(
+            f"surgery: {method.name}: {seconds:.2f} s, {added} nodes added to {len(known)}, "
+            f"{away / 1e6:,.1f} MB less kept for backward",
+            file=sys.stderr,
+        )
+    return now
+
+
+def _bodies(graph: GraphModule) -> list[GraphModule]:
+    """Return a graph and those that it runs."""
+    return [module for module in graph.modules() if isinstance(module, GraphModule)]
+
+
+def _nodes(graph: GraphModule) -> set[Node]:
+    return {node for body in _bodies(graph) for node in body.graph.nodes}
+
+
+def _sign(graph: GraphModule, known: set[Node], method: Method) -> int:
+    """Mark the nodes that a pass has put into a graph; return their number."""
+    fresh = _nodes(graph) - known
+    for node in fresh:
+        node.meta.setdefault("pass", method.name)
+    return len(fresh)
+
+
+def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
+    # Every parameter, not only the targets: the graph may be reused for a layer whose weights are.
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for node in reads:
+        with graph.graph.inserting_before(first):
+            gated = graph.graph.call_function(gate, (node,))
+        node.replace_all_uses_with(gated, delete_user_cb=lambda user, new=gated: user is not new)
+
+
+def _restore_checkpoints(graph: GraphModule) -> None:
+    for node in graph.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        node.target = checkpointed

@@ -1,0 +1,70 @@
+"""One applied surgery: what was decided, and who serves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from surgery.compat import modules
+from surgery.engine.backward import Backward
+from surgery.engine.binding import Binding
+from surgery.engine.clock import Clock
+from surgery.engine.coverage import Coverage
+from surgery.engine.decide import Decision
+from surgery.engine.dispatch import Dispatch
+from surgery.weights.coordinate import TABLE, CoordinateTable
+
+
+class Surgery:
+    """What one `surgery.apply` keeps: plain Python state beside the model.
+
+    decision: what it is. dispatch: its forwards. coverage: what these have read. backward: its
+    backwards. clock: its steps. binding: the tensors that its coordinates are on. Each of them
+    alone writes what it holds.
+    """
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.coverage = Coverage(decision=decision)
+        self.backward = Backward(decision=decision)
+        self.binding = Binding(decision=decision, backward=self.backward)
+        self.clock = Clock(decision=decision, backward=self.backward, coverage=self.coverage)
+        self.dispatch = Dispatch(self)
+
+    def install(self) -> None:
+        """Carry the decision out. An error leaves the model as it was."""
+        model, sites = self.decision.model, self.decision.sites
+        try:
+            own = [each for site in sites if not site.whole for each in site.coordinates]
+            if sites:
+                whole = {site.name for site in sites if site.whole}
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(name in whole)
+            if own:
+                model.add_module(TABLE, CoordinateTable(own))
+            self.dispatch.install()
+            self.bind()
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def uninstall(self) -> None:
+        """Take everything out; the weights keep what they have learned."""
+        self.clock.stop()
+        self.binding.release()
+        self.dispatch.uninstall()
+        modules.take_child(self.decision.model, TABLE)
+        for parameter, required in self.flags():
+            parameter.requires_grad_(required)
+
+    def bind(self, forward: bool = False) -> None:
+        """Be on the model's present parameters, and hear optimizers. forward: see `Binding`."""
+        self.binding.bind(forward)
+        self.clock.listen()
+
+    def flags(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the model's own parameters, each with its requires_grad before apply."""
+        found = [(modules.held(owner, key), flag) for owner, key, flag in self.decision.flags]
+        once: dict[int, Any] = {id(p): (p, flag) for p, flag in found if p is not None}
+        return list(once.values())

@@ -1,0 +1,86 @@
+"""What the engine puts into captured graphs.
+
+One captured graph may serve many layers (under gradient checkpointing, after a graph break), so a
+node never carries a name from capture time: it finds its site by the identity of the tensor that it
+is given. What changes while training is plain Python state, which Dynamo's guards never see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+from surgery.compat.dynamo import policy_of
+from surgery.weights.coordinate import Index
+from surgery.weights.sites import read, site_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def by_identity(run: F) -> F:
+    """Mark a node that finds something by the identity of a tensor that it is given.
+
+    It must get that very object: no pass may put it into a graph of its own.
+    """
+    run.by_identity = True  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def is_by_identity(node: Node) -> bool:
+    """Whether a node finds something by the identity of a tensor that it is given."""
+    return bool(getattr(node.target, "by_identity", False))
+
+
+@by_identity
+def gate(weight: Tensor) -> Tensor:
+    """Return the weight as the graph shall read it now.
+
+    A weight that is trained whole: itself. One that is not being trained: detached, so that
+    autograd saves nothing for it. One trained in blocks: attached to its active blocks. One with a
+    mapped coordinate: itself, since the pass's own node, which reads it next, knows it by identity.
+    """
+    site = site_of(weight)
+    if site is None or site.mapped:
+        return weight
+    read(weight)
+    active = [each for each in site.coordinates if each.active]
+    if not active:
+        return weight.detach()
+    if site.whole:
+        return weight
+    indices = tuple(each.index for each in active)
+    return _Blocks.apply(weight.detach(), indices, *(each.parameter for each in active))
+
+
+class _Blocks(torch.autograd.Function):
+    """The identity on a weight whose gradient goes to blocks that view parts of it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: tuple[Index, ...], *blocks: Tensor) -> Tensor:
+        ctx.indices = indices
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        # Cloned: a view would keep the gradient of the whole weight alive in `.grad`.
+        return None, None, *(grad[index].clone() for index in ctx.indices)
+
+
+@by_identity
+def checkpointed(body: GraphModule, *inputs: Any, **options: Any) -> Any:
+    """Run a captured checkpoint region as eager does: recomputed in backward, same dropout masks.
+
+    Dynamo's own operator, run outside of a compiler, dispatches every operation through a mode and
+    does not restore the generator: with dropout its gradients would be wrong.
+    """
+    known = {name: options[name] for name in ("preserve_rng_state",) if name in options}
+    policy = policy_of(body)
+    if policy is not None:
+        known["context_fn"] = policy
+    return checkpoint(body, *inputs, use_reentrant=False, **known)

@@ -1,0 +1,69 @@
+"""Taking out of a captured graph what computes nothing; results stay the same to the bit.
+
+A Hugging Face block makes about a dozen such calls: casts to the dtype that a tensor has already,
+the concatenation of keys and values with an empty cache, one `unsqueeze` of the rotary tables per
+layer. Eager pays for each; a graph need not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from surgery.compat.dynamo import surely
+from surgery.graph.reading import dtype_of, writes
+
+
+def simplify(graph: GraphModule) -> None:
+    """Remove casts to the same dtype, concatenations with nothing, and repeated unsqueezes."""
+    if any(writes(node) for node in graph.graph.nodes):
+        return  # a value may be written in place: aliases would matter
+    seen: dict[Any, Node] = {}
+    for node in graph.graph.nodes:
+        same = _same_value(node)
+        if same is None and (node.op, node.target) == ("call_method", "unsqueeze"):
+            same = seen.setdefault((node.target, node.args), node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.tensor):
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def _same_value(node: Node) -> Node | None:
+    """Return the node whose value this one only repeats."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None
+    if (node.op, node.target) == ("call_method", "to"):
+        source, *rest = node.args
+        only_dtype = rest == [value.dtype] and not node.kwargs
+        if only_dtype and isinstance(source, Node) and dtype_of(source) == value.dtype:
+            return source
+    source = copied(node)
+    return source if source is not None and _fills(source) else None
+
+
+def copied(node: Node) -> Node | None:
+    """Return the node that this one copies by joining it with an empty tensor, if it does that."""
+    parts = node.args[0] if node.target is torch.cat else None
+    if not isinstance(parts, list | tuple):
+        return None
+    full = [part for part in parts if isinstance(part, Node) and not _is_empty(part)]
+    only = len(full) == 1 < len(parts) and dtype_of(full[0]) == dtype_of(node)
+    return full[0] if only else None
+
+
+def _is_empty(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.tensor and node.args == ([],)
+
+
+def _fills(node: Node) -> bool:
+    """Whether a value fills its storage; a part of a fused projection keeps all of it alive."""
+    value = node.meta["example_value"]
+    size = value.numel() * value.element_size()
+    return surely(value.untyped_storage().nbytes() == size)

@@ -1,0 +1,59 @@
+"""Counter-based random numbers: every draw is a pure function of its labels.
+
+There is no state to save, to synchronise between ranks or to disturb: the value for
+(seed, weight name, period) is the same on every machine and in any order of evaluation, and
+the global generators of Python, NumPy and torch are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def round_into(target: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Write the matrix `exact` (float32) into `target` (bfloat16 or float16), rounded at random.
+
+    Each entry goes to one of its two neighbours, with probabilities that make it right on average.
+    Entry (i, j) is rounded by u = (rows[i] + columns[j]) mod 2^16: uniform, and independent of any
+    other entry's, for the price of one word per row and column.
+    """
+    u = (rows[:, None] + columns[None, :]).bitwise_and_(0xFFFF)
+    if target.dtype == torch.bfloat16:  # the upper half of float32: add below the cut, cut
+        pattern = exact.contiguous().view(torch.int32) + u.to(torch.int32)
+        target.copy_(pattern.bitwise_and_(-0x10000).view(torch.float32))
+        return
+    quantum = _quantum(exact, target.dtype)
+    quanta = exact / quantum
+    below = quanta.floor()
+    # Compared, not added: quanta + u would round up to the next number where u is close to 1.
+    below += (quanta - below) > u * 2.0**-16
+    target.copy_(below.mul_(quantum))
+
+
+@torch.no_grad()
+def before_rounding(rounded: Tensor, change: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return what `round_into` started from, in float32, if it wrote start + change, and start was
+    of the same 16-bit dtype: as the words are the same, one number of the grid at `rounded` fits.
+
+    A start of a finer grid, of less than half the size, is found to the nearest of that grid once,
+    and to the bit from then on.
+    """
+    u = (rows[:, None] + columns[None, :]).bitwise_and_(0xFFFF) * 2.0**-16
+    value = rounded.float()
+    quantum = _quantum(value, rounded.dtype)
+    quanta = (value - change).div_(quantum)
+    if rounded.dtype == torch.bfloat16:  # positive numbers were rounded up by u, negative ones down
+        sign = torch.where(value < 0, -1.0, 1.0)
+        return (quanta.mul_(sign) - u).ceil_().mul_(sign).mul_(quantum)
+    return (quanta + u).floor_().mul_(quantum)
+
+
+def _quantum(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the distance of neighbours in a dtype, at each number."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact)[1].clamp_(min=math.frexp(info.tiny)[1])
+    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)

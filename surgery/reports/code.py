@@ -1,0 +1,55 @@
+"""Captured graphs as readable code, before and after the passes have rewritten them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from surgery.engine.surgery import Surgery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One captured graph. before, after: its code; each line that a pass has put in ends with
+    "# <- name of the pass". inserted: pass -> nodes that it has put in. Print it to see `after`."""
+
+    before: str
+    after: str
+    inserted: dict[str, int]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} nodes of {name}" for name, count in self.inserted.items())
+        return f"# {counts or 'no node of a pass'}\n{self.after}"
+
+
+def graphs(surgery: Surgery) -> list[Graph]:
+    """Return the graphs that are alive."""
+    found = []
+    for captured in surgery.dispatch.graphs:
+        graph = captured.graph()
+        if graph is None:
+            continue
+        bodies = [m for m in graph.named_modules() if isinstance(m[1], GraphModule)]
+        inserted: dict[str, int] = {}
+        texts = []
+        for path, body in bodies:
+            signs = {n.name: n.meta["pass"] for n in body.graph.nodes if "pass" in n.meta}
+            for name in signs.values():
+                inserted[name] = inserted.get(name, 0) + 1
+            title = f"# {path}\n" if path else ""
+            texts.append(title + _marked(body.code.strip(), signs))
+        found.append(
+            Graph(before=captured.before.strip(), after="\n\n".join(texts), inserted=inserted)
+        )
+    return found
+
+
+def _marked(code: str, signs: dict[str, str]) -> str:
+    lines = []
+    for line in code.splitlines():
+        made = re.match(r"\s*(\w+)(?:\s*:[^=]+)? = ", line)
+        sign = signs.get(made[1]) if made else None
+        lines.append(f"{line}  # <- {sign}" if sign else line)
+    return "\n".join(lines)

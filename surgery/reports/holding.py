@@ -1,0 +1,37 @@
+"""Bytes of weights, gradients and optimizer state, from a decision alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from surgery.engine.decide import Decision
+from surgery.memory import Bytes, storage_bytes
+from surgery.weights.coordinate import TABLE, unique
+
+
+def bytes_of(
+    decision: Decision, trainable: Iterable[nn.Parameter], state: int | None = None
+) -> tuple[Bytes, Bytes]:
+    """Return what training holds without surgery, and with it as it is now, with Adam.
+
+    trainable: the weights that required gradients before. state: bytes of optimizer state that are
+    there already (default: two numbers for each that is trained now).
+    """
+    named = decision.model.named_parameters()
+    own = [p for name, p in named if TABLE not in name.split(".")]
+    coordinates = unique(decision.coordinates)
+    dense = sum(map(_size, trainable))
+    active = [each.parameter for each in coordinates if each.active]
+    live = sum(map(_size, active)) if decision.sites else dense
+    both = [*own, *(each.parameter for each in coordinates)]
+    held = 2 * live if state is None else state
+    return (
+        Bytes(parameters=storage_bytes(own), gradients=dense, optimizer=2 * dense),
+        Bytes(parameters=storage_bytes(both), gradients=live, optimizer=held),
+    )
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()

@@ -1,0 +1,88 @@
+"""What a surgery has done to a model, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from surgery.compat.dynamo import name_of_backend
+from surgery.engine.surgery import Surgery
+from surgery.errors import listed
+from surgery.memory import Bytes, device_of, loss_of, measure, state_bytes
+from surgery.reports.holding import bytes_of
+from surgery.reports.kept import Kept, account
+from surgery.reports.table import Report, megabytes
+
+
+def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
+    """Build the report of a surgery; see `surgery.report`."""
+    decision, dispatch, clock = surgery.decision, surgery.dispatch, surgery.clock
+    weights = [parameter for parameter, required in surgery.flags() if required]
+    held = sum(state_bytes(optimizer) for optimizer in clock.optimizers)
+    before, after = bytes_of(decision, weights, held or None)
+    kept: tuple[Kept, ...] = ()
+    if batch is not None:
+        before, after, kept = _with_activations(surgery, batch, before, after)
+    lines: list[tuple[str, str]] = []
+    for options, method in zip(decision.passes, decision.methods, strict=True):
+        lines += [("pass", repr(options)), *method.lines()]
+        if method.name in dispatch.taken and dispatch.backend is None:
+            lines.append((f"{method.name} takes away", _taken(dispatch.taken[method.name])))
+    if dispatch.backend is not None:
+        lines.append(("compiled by", name_of_backend(dispatch.backend)))
+    unused = surgery.coverage.unused
+    if unused:
+        lines.append(("unused by every forward", listed(unused)))
+    lines += [
+        ("optimizer steps", f"{clock.step:,}"),
+        ("skipped steps", f"{clock.skipped:,} (NaN or infinite gradients)"),
+        ("captured graphs", f"{dispatch.captures}"),
+    ]
+    return Report(
+        title=f"surgery on {type(decision.model).__name__}",
+        lines=tuple(lines),
+        before=before,
+        after=after,
+        measured=batch is not None,
+        kept=kept,
+    )
+
+
+def _taken(count: int) -> str:
+    return f"{megabytes(count)} kept for backward, at the shapes that were captured"
+
+
+def _with_activations(
+    surgery: Surgery, batch: dict[str, Any], before: Bytes, after: Bytes
+) -> tuple[Bytes, Bytes, tuple[Kept, ...]]:
+    model, dispatch = surgery.decision.model, surgery.dispatch
+    device, plain = device_of(model), dispatch.plain
+    with torch.random.fork_rng(), torch.enable_grad():
+        with surgery.clock.rehearsing():
+            with dispatch.listening() as calls:
+                model(**batch)  # captures
+            kept = account(calls)
+            now = measure(lambda: loss_of(model(**batch)), device).live
+        with _as_before(surgery):
+            plain(**batch)
+            then = measure(lambda: loss_of(plain(**batch)), device).live
+    return (
+        Bytes(**vars(before) | {"activations": then}),
+        Bytes(**vars(after) | {"activations": now}),
+        kept,
+    )
+
+
+@contextmanager
+def _as_before(surgery: Surgery) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter, _ in surgery.flags()]
+    try:
+        for parameter, required in surgery.flags():
+            parameter.requires_grad_(required)
+        yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)

@@ -1,0 +1,168 @@
+"""What passes share whose optimizer sees a projection of each weight."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from surgery.contract.method import Method, Run
+from surgery.errors import CaptureError, TargetError, listed
+from surgery.graph.saved import Saved
+from surgery.subspace.nodes import Projection
+from surgery.subspace.rewrite import Rewritten, project_linears
+from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
+from surgery.weights.linears import inputs_of, linears
+from surgery.weights.matrices import wide
+from surgery.weights.targets import Targets, select
+
+
+def choose(
+    model: nn.Module,
+    targets: Targets,
+    always: str | Sequence[str],
+    what: str,
+    option: str,
+    size: int,
+    stacked: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Return the weights to project, and those to train densely, in the model's order.
+
+    Linears among the default targets with no more than `size` inputs are trained densely. Raises
+    TargetError, naming the pass `what` and its `option` of that size. stacked: also of experts.
+    """
+    dense = set(select(model, always, "always")) if always else set()
+    names = [name for name in linears(model, targets, what, stacked) if name not in dense]
+    small = [name for name in names if inputs_of(model, name) <= size]
+    if small and targets is not None:
+        raise TargetError(
+            f"{what}: {listed(small)} has {inputs_of(model, small[0])} inputs, no more than "
+            f"{option}={size}: there is nothing to project. Train it densely with always=[...], or "
+            f"use a smaller {option}."
+        )
+    names = [name for name in names if name not in small]
+    if not names:
+        raise TargetError(
+            f"{what}: no trainable Linear with more than {option}={size} inputs among the targets. "
+            f"Use a smaller {option}, name others with targets=[...], and check that requires_grad "
+            "was not switched off before surgery.apply."
+        )
+    return names, [name for name, _ in model.named_parameters() if name in dense | set(small)]
+
+
+def densely(model: nn.Module, names: Iterable[str]) -> list[Coordinate]:
+    """Return coordinates for weights that are trained whole, all the time."""
+    found = [coordinate_of(model, name) for name in names]
+    for each in found:
+        each.active = True
+    return found
+
+
+def projection_of(coordinate: Coordinate) -> Projection:
+    """Return what stands beside a projected weight."""
+    assert isinstance(coordinate.beside, Projection)
+    return coordinate.beside
+
+
+def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
+    """Return a coordinate (out, k) of a weight, zero, with a projection of its x as map."""
+    weight = model.get_parameter(name)
+    out = weight.numel() // inputs_of(model, name)
+    start = torch.zeros(out, projection.width, dtype=wide(weight), device=weight.device)
+    return Coordinate(
+        weight=name,
+        parameter=nn.Parameter(start),
+        rule=Mapped(map=projection, covers=weight.numel()),
+        beside=projection,
+        active=True,
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class Projecting(Method, ABC):
+    """The run-time state: which weights are projected, and since when.
+
+    total: parameters of the model. named: whether the user named the targets. period: optimizer
+    steps after which `redraw` is called. shared: one projection for all readers of an input.
+    """
+
+    name: str
+    total: int
+    named: bool
+    period: int | None
+    compiles = True
+    shared: bool = True
+    projected: list[Coordinate] = field(default_factory=list)
+    always: list[Coordinate] = field(default_factory=list)
+    found: Rewritten = field(default_factory=Rewritten)
+    round: int = 0
+    steps: int = 0  # optimizer steps made in this round
+
+    @property
+    def coordinates(self) -> Sequence[Coordinate]:
+        return [*self.projected, *self.always]
+
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
+        wanted = {each.weight for each in self.projected}
+        project_linears(graph, inputs, wanted, self.found, self.shared)
+
+    def check_reached(self) -> None:
+        missing = [each.weight for each in self.projected if not each.reached]
+        if missing:
+            raise CaptureError(
+                f"{self.name}: {listed(missing)} is not read by a Linear of its own in the "
+                "captured forward, so its input cannot be projected. Leave it out of targets=, or "
+                "train it densely with always=[...]."
+            )
+        if self.found.kept and self.named:
+            warnings.warn(
+                f"{self.name} saves no activations at {self._kept()}. Its gradient and optimizer "
+                "state are small all the same. Add the other readers of the same input to "
+                "targets=, or leave it out.",
+                stacklevel=2,
+            )
+
+    def after_step(self, run: Run) -> None:
+        self.steps += 1
+        if self.steps == self.period:
+            self.round += 1
+            self.steps = 0
+            self.redraw(run)
+            for each in self.projected:
+                if each.mapped:
+                    each.mapped.since = run.step
+
+    @abstractmethod
+    def redraw(self, run: Run) -> None:
+        """Begin a round: another projection, coordinates from zero."""
+
+    def state(self) -> dict[str, Any]:
+        origins = {each.weight: projection_of(each).origin for each in self.projected}
+        return {"round": self.round, "steps": self.steps, "origins": origins}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.round, self.steps = state["round"], state["steps"]
+        own = {each.weight: projection_of(each) for each in self.projected}
+        for name, origin in state["origins"].items():
+            if name != origin:
+                own[name].share(own[origin])
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        numel = sum(each.numel for each in self.projected)
+        yield "projected", f"{len(self.projected)} weights, by {numel:,} coordinates"
+        if self.found.kept:
+            yield "no activations saved", self._kept()
+        always = sum(each.numel for each in self.always)
+        yield "trained densely", f"{always:,} parameters, {always / self.total:.2%}"
+        if self.period is not None:
+            yield "round", f"{self.round}, step {self.steps} of {self.period}"
+
+    def _kept(self) -> str:
+        by = self.found.kept
+        return listed([f"{n} (its input is kept for {op})" for n, op in sorted(by.items())], 3)

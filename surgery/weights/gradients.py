@@ -1,0 +1,58 @@
+"""Norms of gradients, and whether they are finite: the same on all ranks that hold parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from surgery.compat import autograd
+from surgery.weights import shards
+from surgery.weights.coordinate import Coordinate
+from surgery.weights.matrices import wide
+
+_LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
+
+
+def norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the norm of each gradient, of all of it, in float32 (float64 if one is)."""
+    if not grads:
+        return []
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    dtype = torch.float64 if double else torch.float32
+    own = [shards.local(grad) for grad in grads]
+    found = autograd.norms(own, dtype)
+    cut = [place for place, grad in enumerate(grads) if shards.is_cut(grad)]
+    if cut:
+        squares = torch.stack([found[place] for place in cut]).square_()
+        total = shards.add_up(squares, [grads[place] for place in cut]).sqrt_()
+        for place, norm in zip(cut, total.unbind(), strict=True):
+            found[place] = norm
+    return found
+
+
+def finite(coordinates: Sequence[Coordinate]) -> bool:
+    """Return whether all gradients that are about to be stepped are finite."""
+    known: list[Tensor] = []
+    changed: list[Tensor] = []
+    for each in coordinates:
+        grad = each.parameter.grad
+        if grad is None or not each.active:
+            continue
+        if each.norm is not None and each.version == shards.version(grad):
+            known.append(each.norm)
+        else:
+            changed.append(grad)
+    own = [shards.local(grad) for grad in changed]
+    # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
+    known += [grad.sum(dtype=wide(grad)) for grad in own if grad.numel() > _LARGE]
+    known += norms([grad for grad in own if grad.numel() <= _LARGE])
+    devices = {norm.device for norm in known}
+    groups = [torch.stack([n for n in known if n.device == d]) for d in devices]
+    good = all(bool(group.isfinite().all()) for group in groups)
+    cut = [each.parameter for each in coordinates if shards.is_cut(each.parameter)]
+    if not cut:
+        return good
+    bad = torch.tensor([float(not good)], device=cut[0].device)
+    return not bool(shards.add_up(bad, cut))

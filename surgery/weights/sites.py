@@ -1,0 +1,170 @@
+"""Sites: where graphs read a weight, found by the identity of the tensor that is read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from surgery.compat import modules
+from surgery.compat.fsdp import Twins
+from surgery.compat.tensors import is_fake
+from surgery.weights import shards
+from surgery.weights.coordinate import Beside, Block, Coordinate, Coordinates, Mapped, Whole
+from surgery.weights.matrices import wide
+
+B = TypeVar("B", bound=Beside)
+
+
+@dataclass(eq=False, kw_only=True)
+class Site:
+    """One weight, and what is known of it where a graph reads it."""
+
+    name: str
+    owner: nn.Module
+    coordinates: tuple[Coordinate, ...]
+    reached: bool = False  # whether a captured graph has read this weight through a gate
+    unused_so_far: bool = False  # whether a forward that did not read it did not depend on it
+    weight: Callable[[], Tensor | None] = field(default=lambda: None)  # weak reference
+    twin: Callable[[], Tensor | None] = field(default=lambda: None)  # what a forward reads instead
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"weight": None, "twin": None, "reached": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"weight": lambda: None, "twin": lambda: None}
+
+    def __post_init__(self) -> None:
+        self.key = self.name.rpartition(".")[2]
+        rule = self.coordinates[0].rule
+        self.mapped = isinstance(rule, Mapped)
+        self.whole = isinstance(rule, Whole)
+
+    def current(self) -> nn.Parameter:
+        """Return the parameter that the model holds under this name now."""
+        return self.owner.get_parameter(self.key)
+
+    def shown(self) -> nn.Parameter:
+        """Return the parameter that a forward reads now: under FSDP2, a whole one."""
+        twin = self.twin()
+        return twin if isinstance(twin, nn.Parameter) else self.current()
+
+    @property
+    def unused(self) -> bool:
+        """Whether the output of no forward so far has depended on the weight."""
+        return self.unused_so_far and not self.reached
+
+    def beside(self, kind: type[B]) -> B | None:
+        """Return what stands beside the weight, if it is of this kind."""
+        found = self.coordinates[0].beside
+        return found if isinstance(found, kind) else None
+
+    def in_place(self) -> bool:
+        """Whether the weight is the object that was bound, and the blocks still view its storage.
+
+        `model.to(...)` moves a weight and its blocks apart; `load_state_dict(assign=True)` replaces
+        the object.
+        """
+        weight = modules.held(self.owner, self.key)
+        if weight is None:
+            raise shards.flattened(self.name)
+        if self.weight() is not weight and self.twin() is not weight:
+            return False
+        if shards.is_cut(weight) and self.twin() is None:
+            return False
+        if self.mapped:
+            own = self.coordinates[0].parameter
+            moved = own.dtype != wide(weight) or own.device != weight.device
+            return shards.is_cut(own) or not moved
+        return self.whole or all(_views(each, weight) for each in self.coordinates)
+
+    def bind(self, twins: Twins) -> None:
+        """Register the weight for the nodes of graphs, and let the blocks view it (again)."""
+        weight, twin = twins.get((id(self.owner), self.key), (self.current(), None))
+        self.weight = weakref.ref(weight)
+        SITES[weight] = weakref.ref(self)
+        if twin is not None:
+            self.twin = weakref.ref(twin)
+            SITES[twin] = weakref.ref(self)
+        for each in self.coordinates:
+            match each.rule:
+                case Block(index=index):
+                    each.parameter.data = weight.detach()[index]
+                case Whole():
+                    each.parameter, each.twin = weight, twin
+                case Mapped() if not shards.is_cut(each.parameter):
+                    own = each.parameter.detach()
+                    each.parameter.data = own.to(weight.device, wide(weight))
+
+    def release(self) -> None:
+        """Let the nodes of graphs forget the weight."""
+        for weight in (self.weight(), self.twin()):
+            if weight is not None:
+                SITES.pop(weight, None)
+
+
+# weight -> weak reference to its Site, for all models. Weak on both sides: a Site leads back to the
+# model, which holds the weight.
+SITES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def site_of(weight: Tensor) -> Site | None:
+    """Return the site of the tensor object `weight`, if it has one."""
+    reference = SITES.get(weight)
+    return None if reference is None else reference()
+
+
+def read(weight: Tensor) -> Site | None:
+    """Return the site of a weight that a graph reads now, and note that it was reached.
+
+    A dry run on tensors without memory reaches nothing.
+    """
+    site = site_of(weight)
+    if site is not None and not is_fake(weight):
+        site.reached = True
+    return site
+
+
+def stand_in(fake: Tensor, weight: Tensor) -> None:
+    """Let a tensor of a dry run be found as the weight that it stands for."""
+    if weight in SITES:
+        SITES[fake] = SITES[weight]
+
+
+def _views(coordinate: Coordinate, weight: nn.Parameter) -> bool:
+    assert coordinate.index is not None
+    block, part = coordinate.parameter, weight.detach()[coordinate.index]
+    return block.data_ptr() == part.data_ptr() and block.dtype == part.dtype
+
+
+def describe(sites: Iterable[Site]) -> list[Coordinates]:
+    """Return the public view of the coordinates, in the order of the model's weights."""
+    return [
+        Coordinates(
+            weight=each.weight,
+            parameter=each.parameter,
+            expand=partial(_expand, each, site.current().shape),
+            active=each.active,
+        )
+        for site in sites
+        for each in site.coordinates
+    ]
+
+
+def _expand(coordinate: Coordinate, shape: torch.Size, delta: Tensor) -> Tensor:
+    match coordinate.rule:
+        case Mapped(map=map):
+            change = map.expand(delta)
+            return change.t() if map.transposed else change.view(shape)
+        case Block(index=index):
+            change = delta.new_zeros(shape)
+            change[index] = delta
+            return change
+        case Whole():
+            return delta

@@ -1,0 +1,85 @@
+"""Reads of a weight with what is added to it: nodes of captured graphs.
+
+A node finds what it has to add by the identity of the weight that it is given; a weight that has
+none is read as it is. No node lets autograd see a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgery.compat.tensors import is_fake
+from surgery.weights.matrices import wide
+from surgery.weights.sites import read
+from surgery.zeroth_order.direction import LowRank, Perturbation, parts
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def found(weight: Any) -> Perturbation | None:
+    """Return what stands beside a weight, and note that a graph has read it."""
+    if is_fake(weight) or not isinstance(weight, Tensor):
+        return None
+    site = read(weight)
+    return None if site is None else site.beside(Perturbation)
+
+
+def perturb(weight: Tensor) -> Tensor:
+    """Return a weight as it shall be read now."""
+    beside = found(weight)
+    return weight.detach() if beside is None else beside.perturbed(weight.dtype)
+
+
+def perturb_wide(weight: Tensor) -> Tensor:
+    """Return a vector in float32: in bfloat16, most of a norm's entries would not move."""
+    beside = found(weight)
+    dtype = wide(weight)
+    return weight.detach().to(dtype) if beside is None else beside.perturbed(dtype)
+
+
+def perturbed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b with what is added to W and b."""
+    return _linear(x, weight, bias, transposed=False)
+
+
+def perturbed_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return b + x W, as GPT-2 does it, with what is added to W and b."""
+    return _linear(x, weight, bias, transposed=True)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    beside = found(weight)
+    half = bias is not None and bias.dtype in HALF
+    plain = None if bias is None or half else perturb(bias)
+    if beside is None or isinstance(beside, LowRank):
+        matrix = weight.detach()
+        y = functional.linear(x, matrix.t() if transposed else matrix, plain)
+        y = y if beside is None else beside.add_to(y, x, transposed)
+    else:
+        y = beside.multiply(x, transposed, plain)
+    if half:
+        assert bias is not None
+        y = (y.to(wide(y)) + perturb_wide(bias)).to(y.dtype)
+    return y
+
+
+def perturbed_embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Return rows of W with what is added to them; z is drawn for these rows only."""
+    beside = found(weight)
+    y = functional.embedding(ids, weight.detach())
+    if beside is None or beside.probe.shift is None:
+        return y
+    if ids.numel() >= weight.shape[0]:
+        return functional.embedding(ids, beside.perturbed(weight.dtype))
+    shift, slot, flat = beside.probe.shift, beside.probe.slot, ids.reshape(-1)
+    if isinstance(shift, Tensor):
+        z = beside.gather(slot, flat).view(y.shape)
+        return y + shift.to(y.dtype) * z.to(y.dtype)
+    rows = y.view(-1, weight.shape[1])
+    for part in parts(rows):
+        torch.add(rows[part], beside.gather(slot, flat[part]), alpha=shift, out=rows[part])
+    return y

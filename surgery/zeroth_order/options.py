@@ -1,0 +1,136 @@
+"""Options and start of passes that train by forwards, and the weights that they perturb."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from surgery.contract.options import check_types, demand
+from surgery.errors import TargetError
+from surgery.kernels.directions import Kind
+from surgery.ranks import rank_of_world
+from surgery.weights.coordinate import Coordinate, Mapped, Whole
+from surgery.weights.linears import check_steps
+from surgery.weights.matrices import wide
+from surgery.weights.targets import Targets, select
+from surgery.zeroth_order.direction import Perturbation
+from surgery.zeroth_order.method import Estimate, TwoPoint
+
+# What a model is perturbed by, by kind of weight: MeZO's own for full weights, LoRA, prefixes.
+EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrder:
+    """Options of all passes that train by forwards.
+
+    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are of LoRA, 1e-1 if they are
+    prefixes). directions: q, each of two forwards; the variance of the gradient falls by q. noise:
+    of z. estimate: "central", "one_sided" ((L(W + eps z) - L(W)) / eps: q + 1 forwards), or
+    "forward": the exact derivative along z, by forward-mode differentiation, eps unused. dense:
+    let the optimizer see g z, of the weights' own size, and not g: for momentum and Adam over
+    weights. per_rank: other directions on each rank of a data-parallel run. targets: weights,
+    biases and norms among them (default: all that require gradients).
+    """
+
+    eps: float | None = None
+    directions: int = 1
+    noise: Kind = "rademacher"
+    estimate: Estimate = "central"
+    dense: bool = False
+    per_rank: bool = False
+    targets: Targets = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        good = self.eps is None or (math.isfinite(self.eps) and self.eps > 0)
+        demand(good, self, f"eps={self.eps} must be positive.")
+        demand(self.directions >= 1, self, f"directions={self.directions} must be at least 1.")
+
+    def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
+        """Return what stands beside one weight: by default z, dense."""
+        return Perturbation(name=name, owner=owner, probe=method)
+
+    def start(self, model: nn.Module) -> TwoPoint:
+        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        name: str = self.name  # pyright: ignore[reportAttributeAccessIssue] # set by @register
+        names = weights_of(model, self.targets, name)
+        method = TwoPoint(
+            name=name,
+            seed=self.seed,
+            kind=self.noise,
+            eps=self.eps if self.eps is not None else eps_of(names),
+            directions=self.directions,
+            estimate=self.estimate,
+            dense=self.dense,
+            per_rank=self.per_rank,
+            ranks=rank_of_world()[1] if self.per_rank else 1,
+        )
+        first = model.get_parameter(names[0])
+        count = self.directions * method.ranks
+        scalars = nn.Parameter(torch.zeros(count, dtype=wide(first), device=first.device))
+        for each in names:
+            weight = model.get_parameter(each)
+            z = self.beside(each, model.get_submodule(each.rpartition(".")[0]), method)
+            rule = Whole() if self.dense else Mapped(map=z, covers=weight.numel())
+            parameter = weight if self.dense else scalars
+            method.weights.append(
+                Coordinate(weight=each, parameter=parameter, rule=rule, beside=z, active=True)
+            )
+        return method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decaying(ZerothOrder):
+    """Options of those that decay weights; see `ZerothOrder`.
+
+    weight_decay: of matrices, decoupled, times the learning rate (the optimizer's own would act on
+    scalars that start from zero in each step).
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        demand(good, self, f"weight_decay={self.weight_decay} must be >= 0.")
+
+    def start(self, model: nn.Module) -> TwoPoint:
+        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        method = super().start(model)
+        for each in method.weights:
+            if each.mapped and model.get_parameter(each.weight).ndim > 1:
+                each.mapped.weight_decay = self.weight_decay
+        return method
+
+
+def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
+    """Return the names of the weights to perturb. Raises TargetError if one cannot be."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    wanted = trained if targets is None else select(model, targets, "targets")
+    for name in wanted:
+        weight = model.get_parameter(name)
+        check_steps(name, weight, what)
+        if not weight.is_contiguous():
+            raise TargetError(
+                f"{what}: {name} has gaps, strides {weight.stride()}. Make it contiguous, "
+                f"p.data = p.data.contiguous(), or leave it out of targets=."
+            )
+    chosen = [name for name in wanted if name in set(trained)]
+    if not chosen:
+        raise TargetError(
+            f"{what}: no trainable weight among the targets. Check targets=, and that "
+            "requires_grad was not switched off before surgery.apply."
+        )
+    return chosen
+
+
+def eps_of(names: Iterable[str]) -> float:
+    """Return the smallest eps that the kinds of these weights ask for."""
+    found = {next((e for kind, e in EPS.items() if kind in name), 1e-3) for name in names}
+    return min(found)
