@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from surgery.compat.tensors import storage_of
+
 T = TypeVar("T")
 
 
@@ -71,7 +73,7 @@ class Bytes:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages behind the tensors."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    storages = {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Keeping less for backward: recomputed regions, packed tensors, losses in chunks."""

@@ -10,7 +10,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from surgery.checkpoints import encoding
-from surgery.checkpoints.run import about_of, check, restore, state_of
+from surgery.checkpoints.contents import about_of, state_of
+from surgery.checkpoints.fits import check
+from surgery.checkpoints.run import restore
 from surgery.engine.finding import applied
 from surgery.errors import CheckpointError
 

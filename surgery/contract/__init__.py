@@ -1,1 +1,1 @@
-"""TODO"""
+"""What a pass is: its hooks, its options, its name."""

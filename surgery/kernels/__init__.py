@@ -1,1 +1,1 @@
-"""TODO"""
+"""Elementwise work on whole tensors, as pure functions."""

@@ -37,6 +37,9 @@ def flattened(name: str) -> ModelError:
     )
 
 
+# -- what this rank holds --------------------------------------------------------------------------
+
+
 def is_cut(t: Any) -> bool:
     """Whether this rank holds only a part of it."""
     return isinstance(t, DTensor)
@@ -89,6 +92,9 @@ def _first(t: Tensor) -> int:
     return start
 
 
+# -- whole values ----------------------------------------------------------------------------------
+
+
 def whole(t: Tensor) -> Tensor:
     """Return all of a tensor; on all ranks, if it is cut."""
     return t.full_tensor() if isinstance(t, DTensor) else t
@@ -128,6 +134,9 @@ def like(value: Tensor, t: Tensor) -> Tensor:
 def take(t: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor, into what this rank holds of it."""
     local(t.detach()).copy_(local(like(value, t)))
+
+
+# -- sums over ranks -------------------------------------------------------------------------------
 
 
 def add_up(values: Tensor, like: Iterable[Tensor]) -> Tensor:

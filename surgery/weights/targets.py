@@ -64,6 +64,9 @@ def _leaves(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
     }
 
 
+# -- targets=, always= -----------------------------------------------------------------------------
+
+
 def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[str]:
     """Return the names of the parameters that `targets` names, in the model's order.
 

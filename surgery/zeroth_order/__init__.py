@@ -1,1 +1,1 @@
-"""TODO"""
+"""Gradients from forwards: directions, reads of W + s z, two evaluations."""

@@ -1,0 +1,110 @@
+"""Whether a save fits a model, its passes and an optimizer: an error that says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from surgery.checkpoints import encoding
+from surgery.checkpoints.contents import about_of, kind_of, known_parameters, names_in, places
+from surgery.contract.options import to_json
+from surgery.engine.surgery import Surgery
+from surgery.errors import CheckpointError, listed
+from surgery.weights import shards
+
+
+def for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved state as this optimizer's load_state_dict takes it. Raises."""
+    if saved["kind"] != kind_of(optimizer):
+        raise CheckpointError(
+            f"the save was made with {saved['kind']}, and {kind_of(optimizer)} is given. Build the "
+            "optimizer as it was, or pass optimizer=False."
+        )
+    found, own = optimizer.state_dict(), names_in(surgery, optimizer)
+    known = known_parameters(surgery)
+    by_names = {frozenset(group["params"]): group for group in saved["groups"]}
+    groups = []
+    for group, names in zip(found["param_groups"], own, strict=True):
+        same = by_names.get(frozenset(names))
+        if same is None or len(found["param_groups"]) != len(saved["groups"]):
+            first = next((n for n in names if not any(n in each for each in by_names)), "")
+            raise CheckpointError(
+                f"the parameter groups of {kind_of(optimizer)} are not those of the save"
+                + (f", which has no state for {first}" if first else "")
+                + ". Build them from the same parameters as before."
+            )
+        groups.append({**group, **same, "params": group["params"]})
+    states = {
+        i: {key: _cut_like(value, known[n]) for key, value in saved["states"][n].items()}
+        for i, n in places(found, own).items()
+        if n in saved["states"]
+    }
+    return {**found, "param_groups": groups, "state": states}
+
+
+def _cut_like(value: Any, parameter: Tensor) -> Any:
+    same = isinstance(value, Tensor) and value.shape == parameter.shape
+    return shards.like(value, parameter) if same else value
+
+
+def check(surgery: Surgery, about: Mapping[str, Any], folder: Any) -> None:
+    """Raise CheckpointError if a save is not of this model, its passes and their coordinates."""
+    _check_passes(surgery, about["passes"], folder)
+    own = about_of(surgery)
+    _check_shapes(about["weights"], own["weights"], "weight")
+    _check_shapes(about["coordinates"], own["coordinates"], "coordinate")
+
+
+def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Any) -> None:
+    own = [to_json(options) for options in surgery.decision.passes]
+    if own == saved:
+        return
+    names, others = ([each["name"] for each in passes] for passes in (own, saved))
+    if names != others:
+        raise CheckpointError(
+            f"{folder} was saved with {listed(others)}, and {listed(names)} was applied here. "
+            "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
+        )
+    for mine, theirs in zip(own, saved, strict=True):
+        for option in sorted(set(mine["options"]) | set(theirs["options"])):
+            here, there = mine["options"].get(option), theirs["options"].get(option)
+            if here != there:
+                raise CheckpointError(
+                    f"{folder} was saved with {mine['name']}({option}={there!r}), and "
+                    f"{option}={here!r} was applied here. "
+                    "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
+                )
+
+
+def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:
+    missing, extra = [n for n in saved if n not in own], [n for n in own if n not in saved]
+    if missing or extra:
+        raise CheckpointError(
+            f"the save is of another {'model' if what == 'weight' else 'partition'}: "
+            + (
+                f"{len(missing)} of its {what}s are not here, {missing[0]} first; "
+                if missing
+                else ""
+            )
+            + (f"{len(extra)} {what}s are not in it, {extra[0]} first; " if extra else "")
+            + "load the model that it was made from, and apply the same passes."
+        )
+    for name, shape in saved.items():
+        if shape != own[name]:
+            raise CheckpointError(
+                f"{name} is {own[name][0]} {tuple(own[name][1:])} here, {shape[0]} "
+                f"{tuple(shape[1:])} in the save. Load the model that it was made from."
+            )
+
+
+def check_sums(saved: Mapping[str, str], own: Mapping[str, Tensor]) -> None:
+    changed = [
+        n for n, digest in saved.items() if encoding.checksum(shards.whole(own[n])) != digest
+    ]
+    if changed:
+        raise CheckpointError(
+            "the save holds no weights (weights=False), and the model does not have those that it "
+            f"had then: {listed(changed)}. Load them first, from the checkpoint beside it."
+        )
