@@ -22,53 +22,56 @@ import passes
 import surgery
 from benchmarks.common import save
 from examples.real import kjv, smollm2, token_rows
-from surgery.carrying import carry
-from surgery.coordinates import Piece
 from surgery.engine.finding import surgery_of
+from surgery.weights.carry import carry
+from surgery.weights.coordinate import Coordinate, Mapped
 
 STEPS, RATES = 100, (1e-4, 1e-3)
 WATCHED = ("layers.1.self_attn.q_proj", "layers.4.mlp.up_proj", "layers.6.mlp.down_proj")
-Replay = Callable[[Tensor, Piece, list[Tensor]], Tensor]  # W, its coordinate, steps of B -> change
+Replay = Callable[
+    [Tensor, Coordinate, list[Tensor]], Tensor
+]  # W, its coordinate, steps of B -> change
 
 
-def at_random(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+def at_random(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
     now = weight.clone()
     # A start that is not zero would be told from the weight: each step by itself, as with decay.
     for number, step in enumerate(steps):
-        piece.since = number
-        carry(piece, now, torch.zeros_like(step), step, number)
+        rule_of(each).since = number
+        carry(each, now, torch.zeros_like(step), step, number)
     return now.float() - weight.float()
 
 
-def as_rso_does(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
-    now, old, piece.since = weight.clone(), torch.zeros_like(steps[0]), 0
+def as_rso_does(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
+    now, old = weight.clone(), torch.zeros_like(steps[0])
+    rule_of(each).since = 0
     for step in steps:
-        carry(piece, now, old, old + step, 0)
+        carry(each, now, old, old + step, 0)
         old = old + step
     return now.float() - weight.float()
 
 
-def to_nearest(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+def to_nearest(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
     now = weight.clone()
     for step in steps:
-        now = (now.float() + expanded(piece, step)).to(now.dtype)
+        now = (now.float() + expanded(each, step)).to(now.dtype)
     return now.float() - weight.float()
 
 
-def once(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
-    now = (weight.float() + expanded(piece, total(steps))).to(weight.dtype)
+def once(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
+    now = (weight.float() + expanded(each, total(steps))).to(weight.dtype)
     return now.float() - weight.float()
 
 
-def once_nf4(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+def once_nf4(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
     start = bits.dequantize_4bit(*bits.quantize_4bit(weight.float(), quant_type="nf4"))
-    now = start + expanded(piece, total(steps))
+    now = start + expanded(each, total(steps))
     return bits.dequantize_4bit(*bits.quantize_4bit(now, quant_type="nf4")) - start
 
 
-def once_int8(weight: Tensor, piece: Piece, steps: list[Tensor]) -> Tensor:
+def once_int8(weight: Tensor, each: Coordinate, steps: list[Tensor]) -> Tensor:
     start = rows_int8(weight.float())
-    return rows_int8(start + expanded(piece, total(steps))) - start
+    return rows_int8(start + expanded(each, total(steps))) - start
 
 
 def rows_int8(weight: Tensor) -> Tensor:
@@ -80,9 +83,13 @@ def total(steps: list[Tensor]) -> Tensor:
     return torch.stack(steps).double().sum(0).float()
 
 
-def expanded(piece: Piece, step: Tensor) -> Tensor:
-    assert piece.map is not None
-    return piece.map.expand(step)
+def expanded(each: Coordinate, step: Tensor) -> Tensor:
+    return rule_of(each).map.expand(step)
+
+
+def rule_of(each: Coordinate) -> Mapped:
+    assert each.mapped is not None
+    return each.mapped
 
 
 REPLAYS: dict[str, Replay] = {
@@ -95,7 +102,7 @@ REPLAYS: dict[str, Replay] = {
 }
 
 
-def record(lr: float) -> list[tuple[Tensor, Piece, list[Tensor]]]:
+def record(lr: float) -> list[tuple[Tensor, Coordinate, list[Tensor]]]:
     """Train for a round, and return what was watched: W in bfloat16, its coordinate, its steps."""
     torch._dynamo.reset()
     model, tokenizer = smollm2(layers=8)
@@ -104,17 +111,17 @@ def record(lr: float) -> list[tuple[Tensor, Piece, list[Tensor]]]:
     surgery.apply(model.train(), passes.Rso(rank=64, period=10 * STEPS))
     state = surgery_of(model)
     assert state is not None
-    pieces = [p for p in state.pieces if any(name in p.weight for name in WATCHED)]
+    watched = [p for p in state.decision.coordinates if any(name in p.weight for name in WATCHED)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    seen: dict[str, list[Tensor]] = {p.weight: [] for p in pieces}
+    seen: dict[str, list[Tensor]] = {p.weight: [] for p in watched}
     for ids in rows.split(2):
-        before = [p.parameter.detach().clone() for p in pieces]
+        before = [p.parameter.detach().clone() for p in watched]
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for piece, old in zip(pieces, before, strict=True):
-            seen[piece.weight].append(piece.parameter.detach() - old)
-    return [(starts[p.weight], p, seen[p.weight]) for p in pieces]
+        for each, old in zip(watched, before, strict=True):
+            seen[each.weight].append(each.parameter.detach() - old)
+    return [(starts[p.weight], p, seen[p.weight]) for p in watched]
 
 
 def main() -> None:
@@ -124,9 +131,9 @@ def main() -> None:
         recorded = record(lr)
         for name, replay in REPLAYS.items():
             errors = []
-            for weight, piece, steps in recorded:
-                exact = expanded(piece, total(steps))
-                errors.append(((replay(weight, piece, steps) - exact).norm() / exact.norm()).item())
+            for weight, each, steps in recorded:
+                exact = expanded(each, total(steps))
+                errors.append(((replay(weight, each, steps) - exact).norm() / exact.norm()).item())
             result.setdefault(name, {})[str(lr)] = round(statistics.fmean(errors), 4)
             print(name, lr, result[name][str(lr)], flush=True)
     save("folding", {"steps": STEPS, "weights": WATCHED, "relative_error_of_the_change": result})

@@ -207,7 +207,9 @@ def test_one_compiled_graph_serves_many_layers():
             optimizer.zero_grad()
     for name, parameter in own(ours).items():
         torch.testing.assert_close(parameter, eager.get_parameter(name), msg=name)
-    assert state_of(ours).dispatch.captures == 3  # norms, Linears, the first of which passes no gradient on
+    assert (
+        state_of(ours).dispatch.captures == 3
+    )  # norms, Linears, the first of which passes no gradient on
 
 
 def test_a_graph_of_layers_of_two_kinds_is_refused():

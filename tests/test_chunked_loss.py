@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import passes
 import surgery
-from passes.chunked_loss import chunked_cross_entropy
+from surgery.activations.chunks import chunked_cross_entropy
 from surgery.memory import measure
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch import nn
 import passes
 import surgery
 from passes.compress import Compression
-from surgery.kernels import bits
+from surgery.kernels import bits as packing
 from surgery.memory import measure
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ SHAPES = [(7,), (5, 96), (3, 4, 200), (2, 3, 4, 64), (3, 131), (1, 1), (0, 8), (
 def packed(x: torch.Tensor, bits: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     u = [torch.rand(300, generator=generator) for _ in range(2)]
-    return bits.unpack(*bits.quantise(x, bits, *u))
+    return packing.unpack(*packing.quantise(x, bits, *u))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -87,8 +87,8 @@ def test_views_keep_their_entries_in_place(make_view):
 def test_masks_are_exact(count, seed):
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.7
     for x in (drawn, drawn * 1.25, torch.zeros(count)):
-        kept = bits.mask(x)
-        assert torch.equal(bits.unpack(*kept), x)
+        kept = packing.mask(x)
+        assert torch.equal(packing.unpack(*kept), x)
         assert kept.tensors[0].numel() == -(-count // 8)
 
 

@@ -175,7 +175,7 @@ def test_the_unrelated_distribution_is_named(monkeypatch):
 def test_third_parties_can_register_and_names_are_unique():
     from dataclasses import dataclass
 
-    from surgery.registry import _PASSES
+    from surgery.contract.registry import _PASSES
 
     with pytest.raises(surgery.OptionError, match=r"taken by passes\.misa"):
 

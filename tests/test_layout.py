@@ -16,7 +16,7 @@ from surgery.contract.registry import registered
 ROOT = Path(__file__).parent.parent
 LEAVES = ("surgery.errors", "surgery.noise", "surgery.ranks")
 # room -> what it may import besides itself
-LOWER: dict[str, tuple[str, ...]] = {room: () for room in LEAVES}
+LOWER: dict[str, tuple[str, ...]] = dict.fromkeys(LEAVES, ())
 for room, below in (
     ("kernels", LEAVES),
     ("compat", ("kernels",)),
@@ -177,7 +177,9 @@ def code_of(page: Path) -> ast.Module:
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "passes").glob("[a-z]*.py")), ROOT / "docs" / "write_a_pass.md"], ids=str
+    "path",
+    [*sorted((ROOT / "passes").glob("[a-z]*.py")), ROOT / "docs" / "write_a_pass.md"],
+    ids=str,
 )
 def test_passes_import_from_the_kit_only(path):
     tree = tree_of(path) if path.suffix == ".py" else code_of(path)
@@ -218,7 +220,9 @@ def words_of(tree: ast.Module) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+        ):
             yield node.value
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import passes
 import surgery
-from passes.mezo import eps_of
+from surgery.zeroth_order.options import eps_of
 
 LORA = ".*lora_.*"
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from surgery.catalogue import from_json
 from surgery.checkpoints import encoding
+from surgery.checkpoints import folder as saves
 from surgery.checkpoints.contents import (
     about_of,
     coordinates_of,
@@ -69,7 +70,7 @@ def save(
     with on_first_rank() as first:
         whole = each_leaf(partial(shards.gathered, keep=first), state)  # on all ranks
         if first:
-            folder.write(Path(folder), about | {"sums": sums}, whole)
+            saves.write(Path(folder), about | {"sums": sums}, whole)
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def load(
     optimizer or a scheduler that is not given here.
     """
     surgery, folder = applied(model), Path(folder)
-    about, state = folder.read(folder)
+    about, state = saves.read(folder)
     check(surgery, about, folder)
     weights = tensors_of(surgery.decision.model)
     check_sums(about["sums"], weights)
@@ -116,7 +117,7 @@ def saved_passes(folder: str | Path) -> list[Any]:
     Raises CheckpointError if there is no readable save, OptionError if this library does not know a
     pass or one of its options.
     """
-    return [from_json(each) for each in folder.read_record(Path(folder))["passes"]]
+    return [from_json(each) for each in saves.read_record(Path(folder))["passes"]]
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def capture(
     `capturing` raises LimitHit.
     """
     if _isolates():
-        return torch.compile(
+        return torch.compile(  # pyright: ignore[reportCallIssue]
             forward, backend=backend, dynamic=True, recompile_limit=most, isolate_recompiles=True
         )
     return torch.compile(_with_own_code(forward), backend=backend, dynamic=True)

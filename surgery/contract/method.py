@@ -38,10 +38,17 @@ class Run(Protocol):
     of `surgery.report`, which leaves no trace.
     """
 
-    model: nn.Module
-    step: int
-    loss_scale: float
-    rehearsal: bool
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def loss_scale(self) -> float: ...
+
+    @property
+    def rehearsal(self) -> bool: ...
 
     @property
     def optimizers(self) -> Iterable[Optimizer]: ...

@@ -39,15 +39,18 @@ def node(run: Any = None, *, cheap: bool = False, fake: Callable[..., Any] | Non
     The function itself never runs in a dry run.
     """
     if run is None:
-        return lambda function: node(function, cheap=cheap, fake=fake)
+        return functools.partial(_node, cheap, fake)
+    return _node(cheap, fake, run)
 
+
+def _node(cheap: bool, fake: Callable[..., Any] | None, run: Any) -> Any:
     @functools.wraps(run)
     def call(owner: Owner, *args: Any) -> Any:
         if any(is_fake(each) for each in leaves(args)):
             return (fake or _like_first)(*args)
         return run(owner.method(), *args)
 
-    call.cheap = cheap  # pyright: ignore[reportFunctionMemberAccess]
+    call.cheap = cheap  # pyright: ignore[reportAttributeAccessIssue]
     return call
 
 

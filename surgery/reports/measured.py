@@ -11,10 +11,10 @@ import torch
 from surgery.compat.dynamo import name_of_backend
 from surgery.engine.surgery import Surgery
 from surgery.errors import listed
-from surgery.memory import Bytes, device_of, loss_of, measure, state_bytes
+from surgery.memory import Bytes, device_of, loss_of, measure, megabytes, state_bytes
 from surgery.reports.holding import bytes_of
 from surgery.reports.kept import Kept, account
-from surgery.reports.table import Report, megabytes
+from surgery.reports.table import Report
 
 
 def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from surgery.memory import Bytes
+from surgery.memory import Bytes, comparison, megabytes
 from surgery.reports.kept import Kept
 
 LARGEST_KINDS = 12  # rows of a printed report; all are in `Report.kept`
@@ -49,31 +49,3 @@ class Report:
         with console.capture() as captured:
             console.print(self)
         return captured.get()
-
-
-def comparison(columns: dict[str, Bytes]) -> list[tuple[str, str]]:
-    """Return rows 'kind of memory' -> 'a MB (name), b MB (name)'."""
-    rows = []
-    for kind in ("parameters", "gradients", "optimizer", "activations"):
-        values = {name: getattr(column, kind) for name, column in columns.items()}
-        if any(value is None for value in values.values()):
-            continue
-        rows.append((kind, ", ".join(f"{megabytes(v)} ({name})" for name, v in values.items())))
-    return rows
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
-def table(columns: dict[str, Bytes], title: str) -> Table:
-    """Return a rich table of memory, one column each."""
-    made = Table(title=title)
-    made.add_column("memory")
-    for name in columns:
-        made.add_column(name, justify="right")
-    for kind in ("parameters", "gradients", "optimizer", "activations", "total"):
-        values = [getattr(column, kind) for column in columns.values()]
-        if None not in values:
-            made.add_row(kind, *(megabytes(value) for value in values))
-    return made
