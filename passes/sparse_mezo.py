@@ -76,7 +76,7 @@ class Sparse(Perturbation):
             random = directions.sixteen(
                 start * width, (stop - start) * width, self._mask, weight.device
             )
-            return z.masked_fill_((random >= self._share).view(z.shape), 0.0)
+            return z.masked_fill_((random >= self._share).view_as(z), 0.0)
         return self._small(z, rows_of(weight, part))
 
     def gather(self, slot: int, ids: Tensor) -> Tensor:

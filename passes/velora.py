@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -178,7 +179,7 @@ class Direction:
     def _mean(self, x: Tensor) -> Tensor | None:
         mask = self.method.mask
         if mask is not None and mask.numel() == x.shape[0]:
-            x = x[mask.flatten() != 0]
+            x = x[rearrange(mask, "row token -> (row token)") != 0]
         sums = _cut(x.sum(0, dtype=torch.float64)[None], self.width).sum((0, 1))
         add_up(sums)  # over ranks; normalised afterwards: the number of rows cancels
         norm = sums.norm()
@@ -234,7 +235,7 @@ class SubTokenMap(Projection):
     def compress(self, rows: Tensor) -> Tensor:
         v = self.direction.of(rows)
         whole = rows.shape[1] // self.sub_token * self.sub_token
-        z = rows[:, :whole].unflatten(1, (-1, self.sub_token)) @ v
+        z = _sub_tokens(rows[:, :whole], self.sub_token) @ v
         if whole == rows.shape[1]:
             return z
         return torch.cat([z, rows[:, whole:] @ v[: rows.shape[1] - whole, None]], 1)
@@ -246,7 +247,8 @@ class SubTokenMap(Projection):
                 f"velora: v of {self.direction.name} is taken from the next training batch, which "
                 "has not been seen yet."
             )
-        return (rows[..., None] * v.to(rows)).flatten(1)[:, : self.inputs]
+        change = rearrange(rows[..., None] * v.to(rows), "out group channel -> out (group channel)")
+        return change[:, : self.inputs]
 
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         v = self.direction.vector
@@ -258,4 +260,8 @@ class SubTokenMap(Projection):
 
 def _cut(x: Tensor, width: int) -> Tensor:
     """Return the sub-tokens (rows, G, width) of x (rows, in), padded with zeros."""
-    return functional.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
+    return _sub_tokens(functional.pad(x, (0, -x.shape[1] % width)), width)
+
+
+def _sub_tokens(x: Tensor, width: int) -> Tensor:
+    return rearrange(x, "row (group channel) -> row group channel", channel=width)

@@ -4,6 +4,7 @@ import importlib as _importlib
 import warnings as _warnings
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from surgery.api import apply as apply
 from surgery.api import coordinates as coordinates
@@ -28,15 +29,21 @@ from surgery.errors import OptimizerError as OptimizerError
 from surgery.errors import OptionError as OptionError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TargetError as TargetError
+from surgery.errors import extra as _extra
 from surgery.reports.predicted import plan as plan
 from surgery.weights.coordinate import Coordinates as Coordinates
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> _Any:
+    if name == "testing":
+        return _importlib.import_module("surgery.testing")
     if name == "TrainerCallback":  # loads transformers' Trainer, and with it a second of imports
-        return _importlib.import_module("surgery.checkpoints.trainer").TrainerCallback
+        try:
+            return _importlib.import_module("surgery.checkpoints.trainer").TrainerCallback
+        except ModuleNotFoundError as error:
+            raise _extra("hf", "the callback of the HF Trainer needs transformers") from error
     raise AttributeError(f"module 'surgery' has no attribute {name!r}")
 
 

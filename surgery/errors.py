@@ -49,3 +49,8 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def extra(name: str, why: str) -> ModuleNotFoundError:
+    """Return the error for what needs more packages than the base installation."""
+    return ModuleNotFoundError(f'{why}: pip install "model-surgery[{name}]"')

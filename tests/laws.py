@@ -6,19 +6,21 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from models import inputs_of, loss_of
+from models import inputs_of, loss_of, make
 from torch import nn
 
 import passes
-import surgery
 from surgery.engine.finding import surgery_of
-from surgery.weights.coordinate import TABLE
+from surgery.testing.case import Case, Moved, adamw, anatomy, own, weights
+
+__all__ = ["Moved", "adamw", "anatomy", "own", "weights"]
 
 M = TypeVar("M")
 
@@ -106,6 +108,27 @@ laws = settings(
 )
 
 
+def case(row: str, family: str = "plain") -> Case:
+    """Return a row on a family, as `surgery.testing` takes it."""
+    average = row in ROUNDED or row in ZEROTH
+    # What is sampled has the gradients of eager to the bit, exact rewrites up to the order of sums.
+    gradient = 1e-12 if row in SAMPLING else 0.02 if average else 1e-6
+    return Case(
+        spec=PASSES[row](),
+        model=partial(make, family),
+        inputs=partial(inputs_by_name, family),
+        forward=1e-3 if row in ZEROTH else 0.0,
+        gradient=gradient,
+        average=average,
+        rate=1e-3 if row in ZEROTH else 0.1,  # a step goes along all coordinates at once
+    )
+
+
+def inputs_by_name(family: str, **options: int) -> dict[str, torch.Tensor]:
+    found = inputs_of(family, **options)
+    return found | {"targets": found["tokens"]} if "tokens" in found else found
+
+
 def state_of(model: nn.Module):
     state = surgery_of(model)
     assert state is not None
@@ -121,53 +144,6 @@ def optimizer_of(kind: str, parameters: Iterable[nn.Parameter], lr: float) -> to
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
-class Moved:
-    """Where a run should have taken each weight: its coordinates' steps, in plain arithmetic."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.weights = model, weights(model)
-        self.before: dict[int, torch.Tensor] = {}
-        optimizer.register_step_pre_hook(self.note)
-
-    def note(self, *_: object) -> None:
-        self.before = {id(p): p.detach().clone() for p in self.model.parameters()}
-
-    def move(self, *_: object) -> None:
-        for c in surgery.coordinates(self.model):
-            step = c.parameter.detach() - self.before[id(c.parameter)]
-            if bool(step.any()):
-                self.weights[c.weight] += c.expand(step)
-
-
-def anatomy(model: nn.Module) -> dict:
-    """Everything about a module that apply and remove must keep."""
-    return {
-        "class": type(model),
-        "modules": {n: (id(m), type(m), sorted(m.__dict__)) for n, m in model.named_modules()},
-        "parameters": {
-            n: (id(p), p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
-        },
-        "buffers": {n: id(b) for n, b in model.named_buffers()},
-        "keys": list(model.state_dict()),
-        "hooks": {
-            n: [len(v) for k, v in sorted(m.__dict__.items()) if k.endswith("_hooks")]
-            for n, m in model.named_modules()
-        },
-    }
-
-
-def own(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in own(model).items()}
-
-
-def adamw(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
 
 
 def train(model: nn.Module, family: str, steps: int, optimizer=None) -> torch.optim.Optimizer:

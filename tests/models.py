@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
+from surgery.testing import Tiny
+
 logging.set_verbosity_error()
 
 VOCAB, LAYERS = 96, 2
@@ -136,34 +138,6 @@ class Wide(nn.Module):
         return self.layers[0](x).square().sum()
 
 
-class Plain(nn.Module):
-    """A module of the user's own: no config, no ModelOutput, tied first and last weight."""
-
-    def __init__(self, width: int = 16, depth: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, width)
-        self.blocks = nn.ModuleList(PlainBlock(width) for _ in range(depth))
-        self.head = nn.Linear(width, 32, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Run a model as its user would."""
     if "tokens" in inputs:
@@ -183,5 +157,5 @@ def make(family: str, seed: int = 0, **options: Any) -> nn.Module:
     if family in FAMILIES:
         return build(family, seed, **options)
     torch.manual_seed(seed)
-    plain = Plain().train()
+    plain = Tiny().train()
     return torch.fx.symbolic_trace(plain) if family == "graph" else plain

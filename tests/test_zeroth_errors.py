@@ -122,11 +122,19 @@ def test_momentum_on_scalars_of_changing_directions_warns():
         assert not optimizer.state
 
 
-def test_an_optimizer_whose_weight_decay_does_nothing_warns():
-    model = surgery.apply(nn.Sequential(nn.Linear(4, 3)), "mezo")
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("mezo", r'surgery\.apply\(model, "mezo", weight_decay=0\.1\), and weight_decay=0'),
+        ("subzero", r'surgery\.apply\(model, "subzero", weight_decay=0\.1\)'),
+        ("sparse_mezo", "has none of its own: give weight_decay=0 to the optimizer"),
+    ],
+)
+def test_an_optimizer_whose_weight_decay_does_nothing_warns(name, way):
+    model = surgery.apply(nn.Sequential(nn.Linear(4, 3)), name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     model(torch.randn(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=r"weight_decay.*passes.Mezo\(weight_decay=0.1\)"):
+    with pytest.warns(UserWarning, match=f"the weight_decay of SGD.*{way}"):
         optimizer.step()
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from laws import method_of, own, weights
-from models import Plain, inputs_of, loss_of, make
+from models import inputs_of, loss_of, make
 from torch import nn
 from zeroth import ZEROTH, dtypes, scalars, sgd, step, z_of, zeroth
 
 import passes
 import surgery
+from surgery.testing import Tiny
 from surgery.zeroth_order.method import TwoPoint
 from surgery.zeroth_order.nodes import perturb_wide
 
@@ -32,7 +33,7 @@ def test_evaluations_leave_every_bit_of_the_weights(kind, dtype):
 
 @zeroth
 def test_evaluations_leave_the_weights_when_the_loss_raises(kind):
-    class Failing(Plain):
+    class Failing(Tiny):
         def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             loss = super().forward(tokens, targets)
             self.calls = getattr(self, "calls", 0) + 1

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from laws import method_of
-from models import Plain, inputs_of, loss_of, make
+from models import inputs_of, loss_of, make
 from torch import nn
 from zeroth import ZEROTH, bowl, scalars, sgd, z_of, zeroth
 
 import passes
 import surgery
+from surgery.testing import Tiny
 from surgery.zeroth_order.method import TwoPoint
 
 # -- 10 to 13: the slope ---------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def true_slope(model: nn.Module, inputs, z: dict[str, torch.Tensor]) -> float:
     return sum(float((grads[n].double() * z[n].double()).sum()) for n in z)
 
 
-class Smooth(Plain):
+class Smooth(Tiny):
     """Embedding, norms, Linears and a tied head, in float64 throughout."""
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,4 @@
-"""One complete save in a folder, replaced as a whole: a process may be killed at any moment.
-
-`surgery_config.json` is the record of the save, for people and programs to read. It names the file
-that holds the tensors and its checksum. A save writes that file under the name that the record in
-place does not use, and then replaces the record. Nothing is ever unpickled.
-"""
+"""Values and tensors nested, as JSON beside a flat dict of tensors, and digests of tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from surgery.errors import CheckpointError
@@ -82,6 +78,6 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def checksum(tensor: Tensor) -> str:
     """Return a short digest of a tensor's bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = rearrange(tensor.detach().cpu().contiguous(), "... -> (...)").view(torch.uint8)
     numbers: Any = flat.numpy()
     return hashlib.blake2b(numbers, digest_size=8).hexdigest()

@@ -72,10 +72,11 @@ class Method:
 
     # -- what it composes with, declared ----------------------------------------------------------
 
-    # Names of passes whose rewrites come before this one's, if they are applied too. EVERY: all
-    # that do not say so themselves. Passes that do not name each other come in the order given.
+    # Names of passes whose rewrites come before this one's, or behind it, if they are applied too.
+    # EVERY: all that do not say so themselves. Others come in the order given.
     after: ClassVar[Collection[str]] = ()
-    # Name of a pass, or EVERY -> why the two cannot be applied together, a sentence.
+    before: ClassVar[Collection[str]] = ()
+    # Name of a pass, or EVERY -> why the two cannot be applied together; {other} is the other one.
     conflicts: ClassVar[Mapping[str, str]] = {}
     # Whether each step trains the same, so that a compiler may have its nodes.
     compiles: ClassVar[bool] = False

@@ -83,7 +83,7 @@ def _arrived(
     coordinate_ref: weakref.ref[Coordinate], backward_ref: weakref.ref[Backward], grown: Tensor
 ) -> None:
     coordinate, backward = coordinate_ref(), backward_ref()
-    if coordinate is None or backward is None:
+    if coordinate is None or backward is None or grown.grad is None:
         return
     if not coordinate.active:
         raise around(f"a gradient reached {coordinate.name}, which is not being trained now")

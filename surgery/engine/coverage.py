@@ -60,7 +60,7 @@ class Coverage:
             if lost:
                 raise unreached(lost)
             for site in unused:
-                site.unused_so_far = True
+                site.note(reached=False)
         if not self.complete:
             for method in self.decision.methods:
                 method.check_reached()
@@ -74,10 +74,10 @@ def _unused(
     devices, states = before[1]
     weights = [site.shown() for site in sites]
     flags = [weight.requires_grad for weight in weights]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.set_rng_state(before[0])
         set_device_states(devices, states)
+        buffers = _spare_buffers(model)
         try:
             for weight in weights:
                 weight.requires_grad_(True)
@@ -89,7 +89,17 @@ def _unused(
         finally:
             for weight, flag in zip(weights, flags, strict=True):
                 weight.requires_grad_(flag)
-            for name, buffer in model.named_buffers():
-                if not buffer.equal(buffers[name]):
-                    buffer.copy_(buffers[name])
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
     return [site for site, grad in zip(sites, found, strict=True) if grad is None]
+
+
+def _spare_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Put copies in the place of buffers, for a forward to write into; return what was there.
+
+    Copied back, they would count as changed for the backward of the forward that came before.
+    """
+    held = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
+    for module, name, buffer in held:
+        setattr(module, name, buffer.clone())
+    return held

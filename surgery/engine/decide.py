@@ -117,7 +117,7 @@ def _check_conflicts(methods: Sequence[Method]) -> None:
             if other is not method and why is not None:
                 raise ConflictError(
                     f"{method.name} and {other.name} cannot be applied together. Of {method.name}: "
-                    f"{why}. Leave one of them out."
+                    f"{why.format(other=other.name)}. Leave one of them out."
                 )
 
 
@@ -129,8 +129,8 @@ def _in_order(methods: Sequence[Method]) -> tuple[Method, ...]:
         if not ready:
             names = " and ".join(method.name for method in waiting)
             raise ConflictError(
-                f"{names} each want to rewrite after the other (`after` of their states), so they "
-                "cannot be applied together. Leave one of them out."
+                f"{names} each want to rewrite after the other (`after` and `before` of their "
+                "states), so they cannot be applied together. Leave one of them out."
             )
         found.append(ready[0])
         waiting.remove(ready[0])
@@ -138,9 +138,10 @@ def _in_order(methods: Sequence[Method]) -> tuple[Method, ...]:
 
 
 def _precedes(first: Method, then: Method) -> bool:
-    if first.name in then.after:
+    if first.name in then.after or then.name in first.before:
         return True
-    return EVERY in then.after and EVERY not in first.after
+    last, foremost = EVERY in then.after, EVERY in first.before
+    return (last and EVERY not in first.after) or (foremost and EVERY not in then.before)
 
 
 def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:

@@ -69,7 +69,7 @@ def _apply(
         seconds = time.perf_counter() - start
         print(
             f"surgery: {method.name}: {seconds:.2f} s, {added} nodes added to {len(known)}, "
-            f"{away / 1e6:,.1f} MB less kept for backward",
+            f"{abs(away) / 1e6:,.2f} MB {'less' if away >= 0 else 'more'} kept for backward",
             file=sys.stderr,
         )
     return now

@@ -63,7 +63,7 @@ class Lowering:
         """Return what the graph gets besides its inputs; None if some of it is yet to be drawn."""
         sites = self._sites(inputs)
         for site in sites.values():
-            site.reached = True
+            site.note(reached=True)
         coordinates = _found_by_nodes(sites)
         if coordinates.keys() != self.coordinates.keys():
             raise CaptureError(

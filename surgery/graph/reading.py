@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -114,6 +114,13 @@ def bodies(graph: GraphModule) -> Iterable[tuple[Node, GraphModule]]:
         body = graph.get_submodule(str(where.target))
         assert isinstance(body, GraphModule)
         yield node, body
+
+
+def all_graphs(graph: GraphModule) -> Iterator[GraphModule]:
+    """Return a graph and its checkpointed regions, inner ones first."""
+    for _, body in bodies(graph):
+        yield from all_graphs(body)
+    yield graph
 
 
 def inside(body: GraphModule, node: Node, known: Mapping[Node, T]) -> dict[Node, T]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,7 +49,8 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
     count = -(-width // GROUP)
     while count and width % count:
         count += 1
-    grouped = flat.view(height, count, width // max(1, count))
+    shape = {"row": height, "group": count, "channel": width // max(1, count)}
+    grouped = rearrange(flat, "(row group channel) -> row group channel", **shape)
     low = grouped.amin(-1, keepdim=True)
     levels = (1 << bits) - 1
     step = (grouped.amax(-1, keepdim=True).float() - low) / levels
@@ -60,9 +62,10 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
         scaled = (grouped[part].float() - low[part]).mul_(inverse[part])
         u = _repeated(rows, part.start, part.stop)[:, None] + _repeated(columns, 0, width)
         codes[part] = scaled.add_(u.frac_().view_as(scaled)).clamp_(max=levels)
-    codes = codes.flatten()
+    codes = rearrange(codes, "row group channel -> (row group channel)")
     if bits == 4:
-        pairs = functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+        even = functional.pad(codes, (0, codes.numel() % 2))
+        pairs = rearrange(even, "(byte half) -> byte half", half=2)
         codes = pairs[:, 0] | (pairs[:, 1] << 4)
     return Packed(_form(bits, x), (codes, low, step))
 
@@ -71,7 +74,8 @@ def mask(x: Tensor) -> Packed:
     """Pack a tensor that has one value besides zero (a mask), exactly."""
     flat = flat_of(x)
     value = flat.amax() if flat.numel() else flat.new_zeros(())
-    set_ = functional.pad(flat != 0, (0, -flat.numel() % 8)).view(-1, 8)
+    whole = functional.pad(flat != 0, (0, -flat.numel() % 8))
+    set_ = rearrange(whole, "(byte bit) -> byte bit", bit=8)
     places = torch.arange(8, dtype=torch.uint8, device=x.device)
     codes = (set_.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
     return Packed(_form(1, x), (codes, value))
@@ -83,13 +87,15 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
     if form.bits == 1:
         codes, value = tensors
         places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        flat = ((codes[:, None] >> places) & 1).flatten()[:count].to(form.dtype) * value
+        set_ = rearrange((codes[:, None] >> places) & 1, "byte bit -> (byte bit)")
+        flat = set_[:count].to(form.dtype) * value
     else:
         codes, low, step = tensors
         if form.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], 1).flatten()[:count]
+            codes = rearrange([codes & 15, codes >> 4], "half byte -> (byte half)")[:count]
         flat = torch.empty(count, dtype=form.dtype, device=codes.device)
         size = count // max(1, low.numel())
+        # Views: `into` is written.
         into, grouped = (t.view(*low.shape[:-1], size) for t in (flat, codes))
         for part in _parts(into):
             into[part] = grouped[part].float().mul_(step[part]).add_(low[part])

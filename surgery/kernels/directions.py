@@ -1,8 +1,6 @@
-"""Counter-based random numbers: every draw is a pure function of its labels.
+"""Random directions: one number for each entry of a weight, a pure function of (key, place).
 
-There is no state to save, to synchronise between ranks or to disturb: the value for
-(seed, weight name, period) is the same on every machine and in any order of evaluation, and
-the global generators of Python, NumPy and torch are never touched.
+Integer arithmetic modulo 2^64 and a table: the same on every device, in whatever pieces.
 """
 
 from __future__ import annotations
@@ -11,19 +9,17 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-BLOCK = 4096  # signs of 64 words, one bit of each after the other: long rows to vectorise over
-
+WORDS = 64  # whose bits stand one after the other: long rows to vectorise over
+BLOCK = 64 * WORDS  # signs in them
 
 Kind: TypeAlias = Literal["rademacher", "gaussian"]
 
 
 def mixed(places: Tensor, key: int) -> Tensor:
-    """Turn places (int64) into 64 random bits each, in place: SplitMix64 (Steele et al., 2014).
-
-    The same on every device: integer arithmetic modulo 2^64.
-    """
+    """Turn places (int64) into 64 random bits each, in place: SplitMix64 (Steele et al., 2014)."""
     x = places.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
@@ -40,11 +36,13 @@ def direction(kind: Kind, start: int, count: int, key: int, device: Any = "cpu")
     if kind == "gaussian":
         return _quantiles(str(device)).index_select(0, sixteen(start, count, key, device))
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
-    words = mixed(torch.arange(first * 64, last * 64, device=device), key)
-    shifts = torch.arange(32, dtype=torch.int32, device=device).view(32, 1)
-    lifted = (words.view(torch.int32).view(-1, 1, 128) << shifts).view(torch.float32)
+    words = mixed(torch.arange(first * WORDS, last * WORDS, device=device), key)
+    shifts = torch.arange(32, dtype=torch.int32, device=device)[:, None]
+    halves = rearrange(words.view(torch.int32), "(block half) -> block 1 half", half=2 * WORDS)
+    lifted = (halves << shifts).view(torch.float32)
     one = torch.ones((), device=device)
-    signs = torch.copysign(one, lifted, out=lifted).view(-1)  # in place: it is in the cache
+    signs = torch.copysign(one, lifted, out=lifted)  # in place: it is in the cache
+    signs = rearrange(signs, "block bit half -> (block bit half)")
     return signs[start - first * BLOCK :][:count]
 
 

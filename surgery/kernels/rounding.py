@@ -1,8 +1,6 @@
-"""Counter-based random numbers: every draw is a pure function of its labels.
+"""Rounding at random into 16 bits, and what was there before.
 
-There is no state to save, to synchronise between ranks or to disturb: the value for
-(seed, weight name, period) is the same on every machine and in any order of evaluation, and
-the global generators of Python, NumPy and torch are never touched.
+Words decide, one for each row and column: the same on every device.
 """
 
 from __future__ import annotations

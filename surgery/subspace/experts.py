@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Node
@@ -84,5 +85,5 @@ class ProjectedExperts(torch.autograd.Function):
             for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
                 part = slice(start, end)
                 db[expert] = grad[part].t() @ z[part].to(grad.dtype)
-            db = db.view(experts * out, -1)
+            db = rearrange(db, "expert out k -> (expert out) k")
         return dx, None, None, None, db, None

@@ -11,8 +11,15 @@ from torch.fx import Node
 
 from surgery.errors import CaptureError
 from surgery.graph.lowering import Body, lowers
-from surgery.subspace.method import projection_of
-from surgery.subspace.nodes import Projection, compress, keep, project, projected, projected_experts
+from surgery.subspace.nodes import (
+    Projection,
+    compress,
+    keep,
+    project,
+    projected,
+    projected_experts,
+    projection_of,
+)
 from surgery.weights.coordinate import Coordinate
 
 

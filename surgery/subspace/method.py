@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 from surgery.contract.method import Method, Run
 from surgery.errors import CaptureError, TargetError, listed
 from surgery.graph.saved import Saved
-from surgery.subspace.nodes import Projection
+from surgery.subspace import lowering  # noqa: F401 # says how compilers take the nodes
+from surgery.subspace.nodes import Projection, projection_of
 from surgery.subspace.rewrite import Rewritten, project_linears
 from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
 from surgery.weights.linears import inputs_of, linears
@@ -64,12 +65,6 @@ def densely(model: nn.Module, names: Iterable[str]) -> list[Coordinate]:
     return found
 
 
-def projection_of(coordinate: Coordinate) -> Projection:
-    """Return what stands beside a projected weight."""
-    assert isinstance(coordinate.beside, Projection)
-    return coordinate.beside
-
-
 def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
     """Return a coordinate (out, k) of a weight, zero, with a projection of its x as map."""
     weight = model.get_parameter(name)
@@ -113,7 +108,7 @@ class Projecting(Method, ABC):
         project_linears(graph, inputs, wanted, self.found, self.shared)
 
     def check_reached(self) -> None:
-        missing = [each.weight for each in self.projected if not each.reached]
+        missing = [c.weight for c in self.projected if not c.reached and not c.unused]
         if missing:
             raise CaptureError(
                 f"{self.name}: {listed(missing)} is not read by a Linear of its own in the "

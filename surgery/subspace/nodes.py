@@ -81,6 +81,12 @@ class Projection(Beside, ABC):
         matrix += self.expand(delta)
 
 
+def projection_of(coordinate: Coordinate) -> Projection:
+    """Return what stands beside a projected weight."""
+    assert isinstance(coordinate.beside, Projection)
+    return coordinate.beside
+
+
 @by_identity
 def project(x: Tensor, *weights: Tensor) -> Tensor | None:
     """Return z of x (..., in) for weights that read it; None if none of them needs it now."""

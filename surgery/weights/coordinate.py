@@ -98,6 +98,7 @@ class Coordinate:
     twin: nn.Parameter | None = field(default=None, repr=False)  # freed between forwards
     active: bool = False
     reached: bool = False  # whether a node of its pass has run on its weight
+    unused: bool = False  # whether the output of no forward so far has depended on its weight
     watched: bool = False  # whether a pass wants the norm of its gradient
     norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
     version: int = -1  # of the gradient when `norm` was taken: clipping and unscaling raise it

@@ -1,9 +1,4 @@
-"""What the optimizer sees: coordinates, each a parameter with a linear map into a weight.
-
-A coordinate of the sampling passes is a weight itself, or a *block*: a parameter that views a part
-of the weight's own storage, so that the optimizer writes straight into the weight. Others are
-*mapped*: small parameters of their own, each step of which is carried into the weight.
-"""
+"""Weights as matrices, and the dtype that their steps are computed in."""
 
 from __future__ import annotations
 
@@ -17,7 +12,10 @@ def wide(weight: Tensor) -> torch.dtype:
 
 
 def matrix_of(weight: Tensor) -> Tensor:
-    """Return a weight as a matrix, sharing its storage: those of experts under one another."""
+    """Return a weight as a matrix, sharing its storage: those of experts under one another.
+
+    A view, not einops' reshape, which would copy where it must: the matrix is written.
+    """
     return weight.detach().view(-1, weight.shape[-1] if weight.ndim else 1)
 
 

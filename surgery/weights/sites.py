@@ -30,7 +30,6 @@ class Site:
     owner: nn.Module
     coordinates: tuple[Coordinate, ...]
     reached: bool = False  # whether a captured graph has read this weight through a gate
-    unused_so_far: bool = False  # whether a forward that did not read it did not depend on it
     weight: Callable[[], Tensor | None] = field(default=lambda: None)  # weak reference
     twin: Callable[[], Tensor | None] = field(default=lambda: None)  # what a forward reads instead
 
@@ -58,7 +57,14 @@ class Site:
     @property
     def unused(self) -> bool:
         """Whether the output of no forward so far has depended on the weight."""
-        return self.unused_so_far and not self.reached
+        return self.coordinates[0].unused
+
+    def note(self, reached: bool) -> None:
+        """Note that a graph has read the weight, or that the output did not depend on it."""
+        if reached != self.reached or not reached:
+            self.reached = reached
+            for each in self.coordinates:
+                each.unused = not reached
 
     def beside(self, kind: type[B]) -> B | None:
         """Return what stands beside the weight, if it is of this kind."""
@@ -126,8 +132,8 @@ def read(weight: Tensor) -> Site | None:
     A dry run on tensors without memory reaches nothing.
     """
     site = site_of(weight)
-    if site is not None and not is_fake(weight):
-        site.reached = True
+    if site is not None and not site.reached and not is_fake(weight):
+        site.note(reached=True)
     return site
 
 

@@ -97,11 +97,23 @@ def matched(model: nn.Module, targets: str | Sequence[str], what: str) -> set[st
     hit: set[str] = set()
     for pattern in [targets] if isinstance(targets, str) else list(targets):
         rule = pattern if isinstance(targets, str) else [pattern]
+        if isinstance(rule, str):
+            _check_pattern(rule, what)
         found = {name for name in names if _match(rule, name)}
         if not found:
             raise _nothing(pattern, what, names)
         hit |= found
     return hit
+
+
+def _check_pattern(pattern: str, what: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise TargetError(
+            f"{what}={pattern!r} is no regular expression: {error}. A string stands for the whole "
+            f'name (".*q_proj"); ends of names go into a list, {what}=["q_proj"].'
+        ) from error
 
 
 def _match(rule: str | list[str], name: str) -> bool:

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery import noise
 from surgery.compat.modules import held
+from surgery.graph.linear import rows_of
 from surgery.kernels import directions
-from surgery.weights.coordinate import Beside
+from surgery.weights.coordinate import Beside, Coordinate
 from surgery.weights.matrices import matrix_of, matrix_shape, wide
 
 BAND = 1 << 19  # entries that z is drawn for at a time: 2 MB, the size of a cache
@@ -67,9 +69,8 @@ class Perturbation(Beside):
         start, stop, _ = part.indices(height)
         count = (stop - start) * width
         key, device = self.key(slot), weight.device
-        return directions.direction(self.probe.kind, start * width, count, key, device).view(
-            -1, width
-        )
+        z = directions.direction(self.probe.kind, start * width, count, key, device)
+        return rearrange(z, "(row column) -> row column", column=width)
 
     def gather(self, slot: int, ids: Tensor) -> Tensor:
         """Return the rows of z with these numbers (n,)."""
@@ -111,13 +112,13 @@ class Perturbation(Beside):
             moved = self.perturbed(weight.dtype)
             return functional.linear(x, moved.t() if transposed else moved, bias)
         # In bands, each used while it is in the cache: no copy of the weight ever stands whole.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         result = rows.new_empty(rows.shape[0], weight.shape[0])
         for part in parts(weight):
             torch.mm(rows, self._band(weight, part, shift).t(), out=result[:, part])
         if bias is not None:
             result += bias
-        return result.view(*x.shape[:-1], -1)
+        return result.unflatten(0, x.shape[:-1])
 
     def _band(self, matrix: Tensor, part: slice, shift: float) -> Tensor:
         z = self.rows(self.probe.slot, part)
@@ -147,6 +148,12 @@ class Perturbation(Beside):
                 matrix[part].add_(self.rows(slot, part), alpha=value)
             else:  # all z of W before any is added: a mask depends on it
                 matrix[part] += self.change(delta, part)
+
+
+def perturbation_of(coordinate: Coordinate) -> Perturbation:
+    """Return what stands beside a weight."""
+    assert isinstance(coordinate.beside, Perturbation)
+    return coordinate.beside
 
 
 def parts(matrix: Tensor) -> Iterable[slice]:
@@ -192,7 +199,7 @@ class LowRank(Perturbation):
         """Return a matrix (rows, rank) of normal numbers in the dtype of steps."""
         weight = self.current()
         entries = directions.direction("gaussian", 0, rows * self.rank, key, weight.device)
-        return entries.view(rows, self.rank).to(wide(weight))
+        return rearrange(entries, "(row r) -> row r", r=self.rank).to(wide(weight))
 
     def rows(self, slot: int, part: slice) -> Tensor:
         left, right = self.factors(slot)
@@ -218,8 +225,8 @@ class LowRank(Perturbation):
         if isinstance(shift, Tensor):
             return y + shift.to(y.dtype) * functional.linear(thin, second)
         if y.dtype == wide(y) and y.is_contiguous():
-            flat = y.view(-1, y.shape[-1])
-            flat.addmm_(thin.reshape(-1, thin.shape[-1]), second.t(), alpha=shift)
+            flat = y.view(-1, y.shape[-1])  # a view: it is written
+            flat.addmm_(rows_of(thin), second.t(), alpha=shift)
             return y
         return (y.to(wide(y)) + shift * functional.linear(thin, second)).to(y.dtype)
 

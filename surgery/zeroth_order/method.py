@@ -21,13 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from surgery.contract.method import EVERY, Method, Run
-from surgery.errors import ModelError, OptimizerError, SurgeryError
+from surgery.errors import ModelError, OptimizerError
 from surgery.kernels import directions
 from surgery.ranks import rank_of_world
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate, unique
 from surgery.weights.matrices import wide
-from surgery.zeroth_order.direction import Perturbation
+from surgery.zeroth_order.attach import Attach
+from surgery.zeroth_order.direction import perturbation_of
 from surgery.zeroth_order.evaluation import Modes, Output, Same
 from surgery.zeroth_order.rewrite import perturb_reads
 
@@ -46,7 +47,7 @@ class TwoPoint(Method):
 
     conflicts: ClassVar = {
         EVERY: "it trains by forwards alone: nothing is kept for backward, and no gradient reaches "
-        "a weight, so another pass has nothing to work on"
+        "a weight, so {other} has nothing to work on"
     }
 
     name: str
@@ -58,6 +59,7 @@ class TwoPoint(Method):
     dense: bool
     per_rank: bool
     ranks: int  # that probe directions of their own; 1 unless per_rank
+    decays: bool = False  # whether the pass has a weight decay of its own
     weights: list[Coordinate] = field(default_factory=list)
     step: int = 0
     slot: int = 0
@@ -101,7 +103,7 @@ class TwoPoint(Method):
         self.probed = self.probed or not run.rehearsal
         weights = [p.read for p in self.weights] if self.dense else [self.weights[0].read]
         flat = [value for each in slopes for value in each]
-        attached = _Attach.apply(self, slots, tuple(middle), len(flat), *flat, *weights)
+        attached = Attach.apply(self, slots, tuple(middle), len(flat), *flat, *weights)
         return last.with_values(attached)
 
     def _evaluate(
@@ -166,8 +168,8 @@ class TwoPoint(Method):
         if decays:
             warnings.warn(
                 f"{self.name}: the weight_decay of {kind} acts on scalars that start from zero in "
-                f"each step: it does nothing. Give it to the pass, "
-                f"weight_decay={decays[0]}, and weight_decay=0 to the optimizer.",
+                f"each step: it does nothing. {self._instead(decays[0])}weight_decay=0 to the "
+                "optimizer.",
                 stacklevel=2,
             )
         if any(group.get("momentum") or (group.get("betas") or (0.0,))[0] for group in groups):
@@ -178,6 +180,12 @@ class TwoPoint(Method):
                 "for momentum over weights.",
                 stacklevel=2,
             )
+
+    def _instead(self, decay: float) -> str:
+        if not self.decays:
+            return f"{self.name} has none of its own: give "
+        example = f'surgery.apply(model, "{self.name}", weight_decay={decay})'
+        return f"Give it to the pass, {example}, and "
 
     def before_step(self) -> None:
         if self.probed and all(parameter.grad is None for parameter in self.parameters):
@@ -238,56 +246,3 @@ class TwoPoint(Method):
         yield "forwards", f"{count} for each batch ({self.estimate}), no backward"
         if self.dense:
             yield "dense", "gradients and optimizer state have the size of the weights"
-
-
-def perturbation_of(coordinate: Coordinate) -> Perturbation:
-    """Return what stands beside a weight."""
-    assert isinstance(coordinate.beside, Perturbation)
-    return coordinate.beside
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, method: TwoPoint, slots: Sequence[int], values: Sequence[Tensor], count: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.method, ctx.slots, ctx.step, ctx.used = method, slots, method.step, False
-        ctx.count = count
-        ctx.save_for_backward(*tensors[:count])
-        return tuple(values)  # no inputs of the node: loops may write into them (loss *= ...)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        method: TwoPoint = ctx.method
-        if ctx.used or ctx.step != method.step:
-            raise SurgeryError(
-                f"{method.name}: backward was called "
-                + ("twice on one output" if ctx.used else "on an output of an earlier step")
-                + ": its slope was taken along directions of one step. Run the model again."
-            )
-        ctx.used = True
-        kept = iter(ctx.saved_tensors)
-        factor = method.scale * method.ranks  # data parallel training averages over ranks
-        slopes: list[Tensor] = []
-        for _ in ctx.slots:
-            each = [
-                (grad.to(slope) * slope).sum() for grad, slope in zip(grads, kept, strict=False)
-            ]
-            slopes.append(factor * torch.stack(each).sum())
-        found = _to_coordinates(method, ctx.slots, slopes)
-        return None, None, None, None, *([None] * ctx.count), *found
-
-
-def _to_coordinates(
-    method: TwoPoint, slots: Sequence[int], slopes: list[Tensor]
-) -> Sequence[Tensor]:
-    first = method.weights[0].parameter
-    scalars = torch.zeros(method.directions * method.ranks, dtype=wide(first), device=first.device)
-    scalars[slots[0] : slots[0] + len(slots)] = torch.stack(slopes).to(scalars)
-    if not method.dense:
-        return [scalars]
-    return [
-        perturbation_of(each).expand(scalars).view(each.parameter.shape).to(each.parameter.dtype)
-        for each in method.weights
-    ]

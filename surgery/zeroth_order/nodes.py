@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -75,11 +76,11 @@ def perturbed_embedding(ids: Tensor, weight: Tensor) -> Tensor:
         return y
     if ids.numel() >= weight.shape[0]:
         return functional.embedding(ids, beside.perturbed(weight.dtype))
-    shift, slot, flat = beside.probe.shift, beside.probe.slot, ids.reshape(-1)
+    shift, slot, flat = beside.probe.shift, beside.probe.slot, rearrange(ids, "... -> (...)")
     if isinstance(shift, Tensor):
         z = beside.gather(slot, flat).view(y.shape)
         return y + shift.to(y.dtype) * z.to(y.dtype)
-    rows = y.view(-1, weight.shape[1])
+    rows = y.view(-1, weight.shape[1])  # a view: it is written
     for part in parts(rows):
         torch.add(rows[part], beside.gather(slot, flat[part]), alpha=shift, out=rows[part])
     return y

@@ -103,6 +103,7 @@ class Decaying(ZerothOrder):
     def start(self, model: nn.Module) -> TwoPoint:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
         method = super().start(model)
+        method.decays = True
         for each in method.weights:
             if each.mapped and model.get_parameter(each.weight).ndim > 1:
                 each.mapped.weight_decay = self.weight_decay

@@ -1,0 +1,68 @@
+"""Outputs of two evaluations attached to the coordinates, with their slope as gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import SurgeryError
+from surgery.weights.coordinate import Coordinate
+from surgery.weights.matrices import wide
+from surgery.zeroth_order.direction import perturbation_of
+
+if TYPE_CHECKING:
+    from surgery.zeroth_order.method import TwoPoint
+
+
+class Attach(torch.autograd.Function):
+    """Values of outputs, whose gradient goes to the coordinates by the slopes that are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, method: TwoPoint, slots: Sequence[int], values: Sequence[Tensor], count: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.method, ctx.slots, ctx.step, ctx.used = method, slots, method.step, False
+        ctx.count = count
+        ctx.save_for_backward(*tensors[:count])
+        return tuple(values)  # no inputs of the node: loops may write into them (loss *= ...)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        method: TwoPoint = ctx.method
+        if ctx.used or ctx.step != method.step:
+            raise SurgeryError(
+                f"{method.name}: backward was called "
+                + ("twice on one output" if ctx.used else "on an output of an earlier step")
+                + ": its slope was taken along directions of one step. Run the model again."
+            )
+        ctx.used = True
+        kept = iter(ctx.saved_tensors)
+        factor = method.scale * method.ranks  # data parallel training averages over ranks
+        slopes: list[Tensor] = []
+        for _ in ctx.slots:
+            each = [
+                (grad.to(slope) * slope).sum() for grad, slope in zip(grads, kept, strict=False)
+            ]
+            slopes.append(factor * torch.stack(each).sum())
+        found = _to_coordinates(method, ctx.slots, slopes)
+        return None, None, None, None, *([None] * ctx.count), *found
+
+
+def _to_coordinates(
+    method: TwoPoint, slots: Sequence[int], slopes: list[Tensor]
+) -> Sequence[Tensor | None]:
+    first = method.weights[0].parameter
+    scalars = torch.zeros(method.directions * method.ranks, dtype=wide(first), device=first.device)
+    scalars[slots[0] : slots[0] + len(slots)] = torch.stack(slopes).to(scalars)
+    if not method.dense:
+        return [scalars]
+    return [None if each.unused else _dense(each, scalars) for each in method.weights]
+
+
+def _dense(coordinate: Coordinate, scalars: Tensor) -> Tensor:
+    change = perturbation_of(coordinate).expand(scalars)
+    return change.view_as(coordinate.parameter).to(coordinate.parameter.dtype)

@@ -1,0 +1,403 @@
+"""A canary for each private or version-bound name that `surgery/compat` stands on.
+
+Each runs the thing itself, small, and fails with a sentence that says what to look at.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from laws import run_two_ranks
+from models import make
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from surgery.compat import autograd, dynamo, fsdp, hf, modules, tensors
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(s, x: torch.Tensor, flag: str = "") -> torch.Tensor:
+        for layer in s.layers:
+            x = layer(x)
+        return x * (1 + len(flag))
+
+
+def captured(model: nn.Module, *args, most: int = 8):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, inputs))
+        assert dynamo.fake_mode_of(inputs) is not None, "torch._guards.detect_fake_mode finds none"
+        return graph.forward
+
+    run = dynamo.capture(model.forward, backend, most)
+    with dynamo.capturing(most):
+        run(*args)
+    return run, graphs
+
+
+# -- dynamo ----------------------------------------------------------------------------------------
+
+
+def test_a_capture_gives_graphs_whose_inputs_are_the_parameters():
+    model = Two()
+    _, ((_, inputs),) = captured(model, torch.randn(2, 4))
+    known = {id(parameter) for parameter in model.parameters()}
+    assert known <= {id(value) for value in inputs}, (
+        "parameters are no inputs of a captured graph any more: sites cannot be found by identity. "
+        "Look at torch._dynamo.config.inline_inbuilt_nn_modules."
+    )
+
+
+def test_captures_of_one_class_do_not_share_a_cache():
+    x = torch.randn(2, 4)
+    counts = [len(captured(Two(), x)[1]) for _ in range(3)]
+    assert counts == [1, 1, 1], (
+        "isolate_recompiles=, or the code object of its own, does not isolate"
+    )
+
+
+def test_the_limit_of_a_capture_raises():
+    run, graphs = captured(Two(), torch.randn(2, 4), most=3)
+    with pytest.raises(dynamo.LimitHit):  # else Dynamo runs the model without the rewrite, silently
+        for flag in ("a", "bb", "ccc", "dddd"):
+            with dynamo.capturing(3):
+                run(torch.randn(2, 4), flag)
+    assert len(graphs) == 3, "recompile_limit is counted otherwise"
+
+
+def test_other_shapes_are_no_other_capture():
+    run, graphs = captured(Two(), torch.randn(2, 4))
+    with dynamo.capturing(8):
+        run(torch.randn(3, 4))
+        run(torch.randn(7, 4))
+    assert len(graphs) == 1, "dynamic=True specialises shapes now"
+
+
+def test_an_error_of_ours_in_a_backend_comes_out_as_itself():
+    from surgery.errors import CaptureError
+
+    def backend(graph, inputs):
+        raise CaptureError("as it is")
+
+    run = dynamo.capture(Two().forward, backend, 8)
+    with pytest.raises(CaptureError, match=r"^as it is$"), dynamo.capturing(8):
+        run(torch.randn(2, 4))
+
+
+def test_advice_that_is_logged_once_neither_breaks_the_graph_nor_logs_a_traceback(capfd):
+    logger = logging.getLogger("transformers.canary")
+
+    class Advises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            logger.warning_once("advice")  # a method that transformers adds
+            return self.layer(x)
+
+    _, graphs = captured(Advises(), torch.randn(2, 4))
+    assert len(graphs) == 1, "look at torch._dynamo.config.ignore_logging_functions"
+    assert "Traceback" not in capfd.readouterr().err, "dynamo.capturing: the set cannot be sorted"
+
+
+class Asks:
+    """In the place of a forward, as ours is."""
+
+    def __init__(self, forward) -> None:
+        self.forward, self.found = forward, []
+
+    def __call__(self, *args):
+        self.found.append(dynamo.outer_backend())
+        return self.forward(*args)
+
+
+def test_the_backend_of_an_outer_compile_is_found():
+    model = Two()
+    model.__dict__["forward"] = asks = Asks(model.forward)
+
+    def mine(graph, inputs):
+        return graph.forward
+
+    model(torch.ones(1, 4))
+    torch.compile(model, backend=mine)(torch.ones(1, 4))
+    assert asks.found[0] is None and dynamo.name_of_backend(asks.found[1]) == "mine", (
+        "dynamo.outer_backend: look at get_eval_frame_callback and _torchdynamo_orig_backend"
+    )
+    assert dynamo.name_of_backend("inductor") == "inductor"
+
+
+def test_backends_are_known_by_name():
+    assert "inductor" in dynamo.backends() and "aot_eager" in dynamo.backends(hidden=True)
+    assert callable(dynamo.backend_named("eager")), "torch._dynamo.backends.registry has moved"
+
+
+def test_a_checkpoint_is_the_operator_that_we_replace():
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    policy = lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default])  # noqa: E731
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = checkpoint(self.layer, x, use_reentrant=False)
+            return checkpoint(self.layer, x, use_reentrant=False, context_fn=policy)
+
+    _, ((graph, _),) = captured(Checkpointed(), torch.randn(2, 4, requires_grad=True))
+    nodes = graph.graph.find_nodes(op="call_function", target=dynamo.CHECKPOINT)
+    assert len(nodes) == 2, (
+        "torch._higher_order_ops.wrap.tag_activation_checkpoint is not it any more"
+    )
+    policies = [dynamo.policy_of(graph.get_submodule(str(n.args[0].target))) for n in nodes]
+    assert policies == [None, policy], "the context_fn of a captured checkpoint stands elsewhere"
+
+
+def test_nodes_tell_the_module_that_they_come_from():
+    model = Two()
+    _, ((graph, _),) = captured(model, torch.randn(2, 4))
+    stacks = [dynamo.stack_of(node) for node in graph.graph.nodes]
+    places = {stack[-1] for stack in stacks if stack}
+    expected = {(id(layer), f"layers.{i}") for i, layer in enumerate(model.layers)}
+    assert expected <= places, f"nn_module_stack has another form: {places}"
+
+
+def test_copies_of_a_graph_keep_the_sources_of_their_inputs():
+    from surgery.graph.lowering import duplicate
+
+    _, ((graph, _),) = captured(Two(), torch.randn(2, 4))
+    for node, copied in zip(graph.graph.nodes, duplicate(graph).graph.nodes, strict=True):
+        if node.op == "placeholder":
+            assert copied._dynamo_source is node._dynamo_source
+
+
+def test_dynamo_does_not_look_into_what_it_is_kept_from():
+    seen = []
+
+    def call(x):
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    torch.compile(lambda x: dynamo.past(call)(x) * 2, backend="eager")(torch.ones(2))
+    assert seen == [False]
+
+
+def test_symbolic_conditions():
+    assert dynamo.surely(True) and not dynamo.surely(False)
+
+
+# -- modules, autograd, tensors --------------------------------------------------------------------
+
+
+def test_what_a_module_holds():
+    model = Two()
+    assert modules.held(model.layers[0], "weight") is model.layers[0].weight
+    assert modules.held(model.layers[0], "other") is None
+    model.add_module("extra", nn.Identity())
+    assert isinstance(modules.child(model, "extra"), nn.Identity)
+    modules.take_child(model, "extra")
+    modules.take_child(model, "extra")
+    assert modules.child(model, "extra") is None and not hasattr(model, "extra")
+    plain = model(torch.ones(1, 4))
+    handle = model.register_forward_hook(lambda module, args, out: out + 1)
+    ((key, hook),) = modules.forward_hooks(model)
+    modules.take_hook(model, key)
+    assert torch.equal(model(torch.ones(1, 4)), plain), "a hook that is taken off is still called"
+    modules.put_hook(model, key, hook)
+    assert torch.equal(model(torch.ones(1, 4)), plain + 1)
+    handle.remove()
+    assert not list(modules.forward_hooks(model))
+
+
+def test_a_graph_module_keeps_what_it_is_told_to_when_it_is_copied():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    graph.mine = "kept"
+    assert not hasattr(copy.deepcopy(graph), "mine")
+    modules.keep(graph, "mine", graph.mine)
+    assert copy.deepcopy(graph).mine == "kept", "_USER_PRESERVED_ATTRIBUTES_KEY has another meaning"
+    modules.drop(graph, "mine")
+    assert not hasattr(copy.deepcopy(graph), "mine") and not graph.meta
+
+
+def test_checkpoints_neither_see_nor_miss_an_unsaved_module():
+    model = Two()
+    keys = list(model.state_dict())
+    table = modules.Unsaved()
+    table.register_parameter("hidden", nn.Parameter(torch.ones(2)))
+    model.table = table
+    assert list(model.state_dict()) == keys and "table.hidden" in dict(model.named_parameters())
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_callbacks_at_the_end_of_backward_run_behind_what_was_queued():
+    said = []
+    leaf = torch.ones(3, requires_grad=True)
+
+    def hook(grad):
+        autograd.after_backward(lambda: autograd.after_backward(lambda: said.append("ours")))
+        autograd.after_backward(lambda: said.append("theirs"))
+
+    leaf.register_hook(hook)
+    leaf.sum().backward()
+    assert said == ["theirs", "ours"], "look at Variable._execution_engine.queue_callback"
+
+
+def test_versions_and_norms():
+    t = torch.zeros(3)
+    before = autograd.version(t)
+    t.add_(1)
+    assert autograd.version(t) > before, "changes in place do not raise a version any more"
+    found = autograd.norms([torch.ones(4), torch.ones(9, dtype=torch.bfloat16)], torch.float32)
+    assert [float(norm) for norm in found] == [2.0, 3.0] and found[1].dtype == torch.float32
+
+
+def test_storages_and_fakes():
+    x = torch.zeros(4)
+    assert tensors.storage_of(x) == tensors.storage_of(x[1:]) != tensors.storage_of(x.clone())
+    with tensors.fakes():
+        fake = torch.zeros(4)
+        assert tensors.storage_of(fake) == tensors.storage_of(fake.view(2, 2))
+    assert tensors.is_fake(fake) and not tensors.is_fake(x) and not tensors.is_fake(3)
+    with tensors.fakes(real=True) as mode:
+        assert tensors.is_fake(mode.from_tensor(x, static_shapes=True) + x)
+
+
+def test_trees():
+    tree = {"a": [1, (2, 3)], "b": 4}
+    assert tensors.leaves(tree) == [1, 2, 3, 4]
+    found, spec = tensors.flatten(tree)
+    assert tensors.unflatten(found, spec) == tree
+    assert tensors.each(lambda n: n + 1, tree) == {"a": [2, (3, 4)], "b": 5}
+    output = transformers.modeling_outputs.CausalLMOutput(loss=torch.ones(()), logits=torch.ones(2))
+    again = tensors.unflatten(*tensors.flatten(output))
+    assert type(again) is type(output) and again.loss is output.loss, (
+        "ModelOutput is no tree any more"
+    )
+
+
+def test_wrapper_subclasses():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(32, 32))
+    assert not tensors.is_wrapper(model[0].weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_(model, Int8WeightOnlyConfig())
+    assert tensors.is_wrapper(model[0].weight), (
+        "torchao's weights are no wrapper subclasses any more"
+    )
+
+
+# -- data parallelism ------------------------------------------------------------------------------
+
+SHARDED = """
+    import sys, torch
+    sys.path[:0] = ["tests"]
+    from ranks import begin, shard
+    from models import make
+    from surgery.compat import fsdp
+    from torch import distributed
+    rank = begin()
+    model = make("plain")
+    whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+    kind = type(model)
+    shard(model)
+    assert fsdp.own_class(model) is kind, "fully_shard makes its class in another way"
+    seen = []
+    block = model.blocks[0].up
+    block.register_forward_pre_hook(lambda module, args: seen.append(module.weight))
+    for gather in (True, False):
+        found = fsdp.twins(model, gather)
+        sharded, shown = found[id(block), "weight"]
+        assert sharded is block.weight, "fsdp.twins: sharded_param is not what the module holds"
+        model(torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long))
+        assert seen[-1] is shown, "fsdp.twins: _unsharded_param is not what a forward reads"
+        torch.testing.assert_close(sharded.full_tensor(), whole["blocks.0.up.weight"])
+    distributed.destroy_process_group()
+    print("equal")
+"""
+
+
+def test_fsdp2_shows_the_sharded_and_the_whole_parameter(tmp_path):
+    run_two_ranks(SHARDED, tmp_path)
+
+
+def test_the_ddp_around_a_forward_is_found(tmp_path):
+    seen = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            seen.append(fsdp.ddp_around())
+            return self.layer(x)
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        outer = DistributedDataParallel(Asks(), find_unused_parameters=True)
+        outer(torch.ones(1, 2))
+        assert seen == [outer], "DistributedDataParallel._active_ddp_module has gone"
+        assert fsdp.ddp_around() is None and outer.find_unused_parameters
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_marks_of_zero():
+    weight = nn.Parameter(torch.ones(2))
+    assert not fsdp.is_zero(weight)
+    weight.ds_id = 3  # what DeepSpeed puts on each parameter that it partitions
+    assert fsdp.is_zero(weight)
+
+
+# -- transformers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_does_for_reentrant_checkpoints_is_undone():
+    model = make("llama")
+    model.enable_input_require_grads()
+    found = hf.Workarounds(model)
+    table = model.get_input_embeddings()
+    assert any(hook.__name__.startswith(hf.HOOK) for _, hook in modules.forward_hooks(table)), (
+        f"transformers' hook on the embeddings is not called {hf.HOOK} any more"
+    )
+    found.take_off()
+    assert not list(modules.forward_hooks(table))
+    found.restore()
+    assert len(list(modules.forward_hooks(table))) == 1
+    t5 = make("t5")
+    t5.gradient_checkpointing_enable({"use_reentrant": False})
+    biased = hf.Workarounds(t5).biased
+    assert {type(module).__name__ for module in biased} == {"T5Attention"}, (
+        "no module of T5 makes a bias of its own require gradients for checkpointing any more"
+    )
+
+
+def test_every_function_of_compat_has_a_canary():
+    """By name: what no test here mentions has none."""
+    here = Path(__file__).read_text()
+    for module in (autograd, dynamo, fsdp, hf, modules, tensors):
+        for node in ast.parse(inspect.getsource(module)).body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            if public:
+                name = f"{module.__name__.rpartition('.')[2]}.{node.name}"
+                indirect = {"dynamo.copy_sources", "dynamo.without_source"}
+                assert name in here or name in indirect, f"{name} has no canary"

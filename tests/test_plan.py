@@ -1,0 +1,114 @@
+"""plan is apply that changes nothing: it takes what apply takes, and refuses in its words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import PASSES
+from models import make
+from torch import nn
+
+import passes
+import surgery
+
+REFUSED = {
+    "two samplers": lambda: [passes.Misa(budget=0.5), passes.BAdam()],
+    "a sampler beside forwards": lambda: [passes.Mezo(), passes.BAdam()],
+    "forwards, then an exact pass": lambda: [passes.Mezo(), passes.Recompute()],
+    "an exact pass, then forwards": lambda: [passes.Recompute(), passes.Mezo()],
+    "twice": lambda: [passes.Recompute(), passes.Recompute()],
+    "flush over mapped ones": lambda: [passes.Misa(budget=0.5, flush=True), passes.Rso(rank=4)],
+    "no such target": lambda: passes.Misa(targets=["nowhere"]),
+    "a bad pattern": lambda: passes.Misa(targets="*.weight"),
+    "no such pass": lambda: "miza",
+    "an option of many": lambda: ["misa", "lisa"],
+    "projections that clash": lambda: [passes.Rso(rank=4), passes.Velora(groups=4)],
+}
+
+
+def said_by(call, *args, **options) -> str:
+    with pytest.raises(surgery.SurgeryError) as error:
+        call(*args, **options)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_plan_refuses_what_apply_refuses_with_the_same_words(row):
+    options = {"budget": 0.5} if row == "an option of many" else {}
+    planned = said_by(surgery.plan, make("plain"), None, REFUSED[row](), **options)
+    applied = said_by(surgery.apply, make("plain"), REFUSED[row](), **options)
+    assert planned == applied
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        wrapped,
+        lambda model: surgery.apply(model, "recompute"),
+        lambda model: nn.Identity(),
+        lambda model: "a string",
+    ],
+    ids=["wrapped", "applied already", "no parameters", "no module"],
+)
+def test_plan_refuses_the_models_that_apply_refuses(spoil):
+    model = spoil(make("plain"))
+    planned = said_by(surgery.plan, model, None, "misa", budget=0.5)
+    assert planned == said_by(surgery.apply, model, "misa", budget=0.5)
+
+
+def test_a_backend_that_apply_refuses():
+    options = {"budget": 0.5, "backend": "inductor"}
+    planned = said_by(surgery.plan, make("plain"), None, "misa", **options)
+    assert planned == said_by(surgery.apply, make("plain"), "misa", **options)
+
+
+MORE = {
+    "misa over rso": lambda: [passes.Misa(budget=0.4, targets=".*(up|down).*"), passes.Rso(rank=4)],
+    "rso under misa": lambda: [
+        passes.Rso(rank=4),
+        passes.Misa(budget=0.4, targets=".*(up|down).*"),
+    ],
+    "misa over velora": lambda: [
+        passes.Misa(budget=0.6, targets=".*(up|down).*"),
+        passes.Velora(groups=4),
+    ],
+    "rso, embeddings always": lambda: passes.Rso(rank=4, always=["embed"]),
+    "mezo, four directions": lambda: passes.Mezo(directions=4),
+    "mezo, dense": lambda: passes.Mezo(dense=True),
+}
+
+
+def frozen_in_part(dtype: torch.dtype) -> nn.Module:
+    model = make("plain").to(dtype=dtype)
+    model.head.weight = model.embed.weight  # tied, on the meta device too
+    model.blocks[0].norm.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row", [*PASSES, *MORE])
+def test_plans_numbers_are_those_of_report_after_apply(row, dtype):
+    spec = (PASSES | MORE)[row]
+    model = frozen_in_part(dtype)
+    planned = [surgery.plan(model, None, spec())]
+    with torch.device("meta"):
+        planned.append(surgery.plan(frozen_in_part(dtype), None, spec()))
+    found = surgery.report(surgery.apply(model, spec()))
+    for each in planned:
+        for side in ("before", "after"):
+            mine, theirs = vars(getattr(each, side)), vars(getattr(found, side))
+            assert mine == theirs, (row, side)
+
+
+def test_a_plan_of_misa_over_rso_counts_what_is_drawn():
+    """9,216 bytes of gradients once stood in the plan of a run that has 512."""
+    model = make("plain")
+    spec = [passes.Misa(budget=0.4, targets=".*up.weight"), passes.Rso(rank=4, targets=["up"])]
+    found = surgery.plan(model, None, spec)
+    applied = surgery.apply(make("plain"), spec)
+    active = {id(c.parameter): c.parameter for c in surgery.coordinates(applied) if c.active}
+    assert found.after.gradients == sum(4 * p.numel() for p in active.values())
