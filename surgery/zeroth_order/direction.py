@@ -168,7 +168,7 @@ class LowRank(Perturbation):
 
     rank: int
     period: int  # steps that what `draw_round` draws is kept for
-    held: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None  # of one (step, slot)
+    held: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # step, slot
     rounds: dict[int, tuple[int, tuple[Tensor, ...]]] = field(default_factory=dict)  # slot: round
 
     @abstractmethod
@@ -188,12 +188,12 @@ class LowRank(Perturbation):
 
     def factors(self, slot: int) -> tuple[Tensor, Tensor]:
         place = (self.probe.step, slot)
-        if self.held is None or self.held[0] != place:
-            self.held = (place, self.draw(slot))
-        return self.held[1]
+        if place not in self.held:
+            self.held[place] = self.draw(slot)
+        return self.held[place]
 
     def forget(self) -> None:
-        self.held = None
+        self.held.clear()
 
     def normal(self, rows: int, key: int) -> Tensor:
         """Return a matrix (rows, rank) of normal numbers in the dtype of steps."""
