@@ -58,7 +58,7 @@ class Lazy(LowRank):
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
         height, _ = matrix_shape(self.current())
         (right,) = self.of_round(slot)
-        return self.normal(height, self.key(slot, "U")), right
+        return self.normal(height, self.key(slot, "U"), dtype=self.current().dtype), right
 
     def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
         _, width = matrix_shape(self.current())

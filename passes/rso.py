@@ -232,6 +232,13 @@ class FrameMap(Projection):
             )
         return rows @ self.frame.matrix.to(rows)
 
+    def pure(self) -> tuple[Any, ...] | None:
+        return None if self.frame.matrix is None else (_product, self.frame.matrix)
+
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         assert self.frame.matrix is not None
         matrix.addmm_(rows, self.frame.matrix.to(rows))
+
+
+def _product(_: Tensor, rows: Tensor, frame: Tensor) -> Tensor:
+    return rows @ frame.to(rows)

@@ -25,6 +25,7 @@ from surgery.passkit import (
     matrix_of,
     matrix_shape,
     noise,
+    number,
     register,
     rows_of,
     wide,
@@ -86,6 +87,13 @@ class Sparse(Perturbation):
             return z.masked_fill_(directions.sixteen_at(places, self._mask) >= self._share, 0.0)
         return self._small(z, weight[ids])
 
+    def mask(self) -> tuple[directions.Mask | None, tuple[Any, ...]]:
+        weight = self.current()
+        if self.options.mask == "random":
+            return _at_random, (self._mask, self._share)
+        self._renew()
+        return _below, (number(self.above, weight),)
+
     def _small(self, z: Tensor, weight: Tensor) -> Tensor:
         """Return z where |W| <= h, else 0."""
         self._renew()
@@ -123,8 +131,16 @@ class Sparse(Perturbation):
 
     @property
     def _mask(self) -> int:
-        return noise.bits(self.options.seed, "mask", self.name)
+        return directions.signed(noise.bits(self.options.seed, "mask", self.name))
 
     @property
     def _share(self) -> int:
         return round(self.options.keep_fraction * (1 << 16))
+
+
+def _below(z: Tensor, weight: Tensor, places: Tensor, above: Tensor) -> Tensor:
+    return z.masked_fill(weight.abs() >= above, 0.0)
+
+
+def _at_random(z: Tensor, weight: Tensor, places: Tensor, key: int, share: int) -> Tensor:
+    return z.masked_fill(directions.sixteen_at(places, key) >= share, 0.0)

@@ -58,13 +58,14 @@ class Framed(LowRank):
 
     def draw(self, slot: int) -> tuple[Tensor, Tensor]:
         left, right = self.of_round(slot)
-        core = self.normal(self.rank, self.key(slot, "Z")) * spread(self.current(), self.rank)
-        return left @ core, right.t()
+        weight = self.current()
+        return self.normal(self.rank, self.key(slot, "Z"), left, weight.dtype), right
 
     def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
-        return tuple(
+        left, right = (
             noise.orthonormal(
                 self.normal(n, noise.bits(self.options.seed, side, self.name, round, slot))
             ).to(wide(self.current()))
             for side, n in zip("UV", matrix_shape(self.current()), strict=True)
         )
+        return left * spread(self.current(), self.rank), right.t()

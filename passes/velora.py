@@ -247,8 +247,11 @@ class SubTokenMap(Projection):
                 f"velora: v of {self.direction.name} is taken from the next training batch, which "
                 "has not been seen yet."
             )
-        change = rearrange(rows[..., None] * v.to(rows), "out group channel -> out (group channel)")
-        return change[:, : self.inputs]
+        return _spread(rows, rows, v, self.inputs)
+
+    def pure(self) -> tuple[Any, ...] | None:
+        v = self.direction.vector
+        return None if v is None else (_spread, v, self.inputs)
 
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
         v = self.direction.vector
@@ -256,6 +259,11 @@ class SubTokenMap(Projection):
             matrix += self.expand(rows)
         else:
             matrix.unflatten(1, (-1, self.sub_token)).addcmul_(rows[..., None], v.to(rows))
+
+
+def _spread(_: Tensor, rows: Tensor, v: Tensor, inputs: int) -> Tensor:
+    change = rearrange(rows[..., None] * v.to(rows), "out group channel -> out (group channel)")
+    return change[:, :inputs]
 
 
 def _cut(x: Tensor, width: int) -> Tensor:

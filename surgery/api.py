@@ -15,6 +15,7 @@ from surgery.engine.decide import decide
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
 from surgery.errors import OptimizerError
+from surgery.kernels.plan import Compile
 from surgery.ranks import rank_of_world
 from surgery.reports import code, measured
 from surgery.reports.table import Report
@@ -23,7 +24,12 @@ from surgery.weights.sites import describe
 
 
 def apply(
-    model: nn.Module, spec: Any, *, backend: Backend | None = None, **options: Any
+    model: nn.Module,
+    spec: Any,
+    *,
+    backend: Backend | None = None,
+    compile: Compile = "auto",
+    **options: Any,
 ) -> nn.Module:
     """Rewrite a model in place, so that it trains by the given passes in any plain loop.
 
@@ -31,13 +37,15 @@ def apply(
     instance from `passes`, or a list of these. Each pass says after which others it rewrites the
     graph (`Method.after`); those that do not name each other do it in the order given. options: of
     a pass given by name. backend: of torch.compile ("inductor", "aot_eager", or a function), which
-    compiles the rewritten graphs; for passes whose nodes are the same in every step. Build the
-    optimizer afterwards. Returns the same model.
+    compiles the rewritten graphs; for passes whose nodes are the same in every step. compile: the
+    regions that passes recompute, the loss in chunks and work on whole weights are compiled one by
+    one, under every pass: on accelerators ("auto"), on CPUs, too (True: regions and the loss), or
+    nowhere (False). Build the optimizer afterwards. Returns the same model.
 
     All or nothing: an error of any kind leaves the model as it was. Raises OptionError,
     TargetError, ModelError, ConflictError (all SurgeryError).
     """
-    Surgery(decide(model, resolve(spec, options), backend)).install()
+    Surgery(decide(model, resolve(spec, options), backend, compile=compile)).install()
     return model
 
 

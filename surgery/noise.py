@@ -59,9 +59,14 @@ def words(count: int, seed: int, *labels: str | int, start: int = 0, device: Any
     each keyed by half of the labels' 64 bits; the same on every device.
     """
     key = bits(seed, *labels)
+    return stream(start, count, (key & _WORD, key >> 32), device)
+
+
+def stream(start: int, count: int, halves: Iterable[int | Tensor], device: Any) -> Tensor:
+    """Return `words` of labels whose `bits` are given in halves, the lower one first."""
     places = torch.arange(start, start + count, dtype=torch.int64, device=device)
     x = places.mul_(0x9E3779B9)
-    for half in (key & _WORD, key >> 32):
+    for half in halves:
         x = x.add_(half).bitwise_and_(_WORD)
         x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_WORD)
         x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_WORD)

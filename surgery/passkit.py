@@ -73,9 +73,10 @@ from surgery.weights.targets import Targets as Targets
 from surgery.weights.targets import blocks as blocks
 from surgery.weights.targets import matched as matched
 from surgery.weights.targets import select as select
-from surgery.zeroth_order.direction import LowRank as LowRank
 from surgery.zeroth_order.direction import Perturbation as Perturbation
-from surgery.zeroth_order.direction import spread as spread
+from surgery.zeroth_order.direction import number as number
 from surgery.zeroth_order.method import TwoPoint as TwoPoint
 from surgery.zeroth_order.options import Decaying as Decaying
 from surgery.zeroth_order.options import ZerothOrder as ZerothOrder
+from surgery.zeroth_order.thin import LowRank as LowRank
+from surgery.zeroth_order.thin import spread as spread

@@ -18,10 +18,10 @@ LEAVES = ("surgery.errors", "surgery.noise", "surgery.ranks")
 # room -> what it may import besides itself
 LOWER: dict[str, tuple[str, ...]] = dict.fromkeys(LEAVES, ())
 for room, below in (
-    ("kernels", LEAVES),
-    ("compat", ("kernels",)),
+    ("compat", LEAVES),
+    ("kernels", ("compat",)),
     ("memory", ("compat",)),
-    ("weights", ("memory", "compat")),
+    ("weights", ("memory", "kernels")),
     ("graph", ("weights",)),
     ("contract", ("graph",)),
     ("engine", ("contract",)),

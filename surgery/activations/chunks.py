@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from surgery.compat.tensors import adds_wider
 from surgery.graph.linear import rows_of
 from surgery.graph.reading import name_of
+from surgery.kernels.fused import compiles, launch, shared
+from surgery.kernels.loss import cross_entropy, gradient_of
+from surgery.kernels.plan import plan_of
+from surgery.weights.matrices import wide
 
-# Bytes of a chunk's logits. Smaller chunks read the head's weight too often: at V = 49,152 on two
-# cores, 128 tokens took 0.9x of eager's time and 64 tokens 1.2x.
-CHUNK = 24 << 20
 KEEPS_NOTHING = frozenset(["float", "to", "truediv", "div", "mul"])  # by a number, of a tensor
 POINTWISE = frozenset(["float", "to", "truediv", "div", "mul", "tanh", "contiguous"])
 
@@ -42,7 +44,8 @@ def chunked_cross_entropy(
 
     target: (number of rows,). Both reductions, label smoothing and ignore_index as in torch.
     """
-    rows = tokens or max(1, CHUNK // (4 * weight.shape[0]))
+    sizes = plan_of(hidden.device)
+    rows = tokens or max(sizes.tokens, sizes.logits // (4 * weight.shape[0]))
     how = (body, ignore_index, reduction, smoothing, rows, keep_logits)
     return _Chunked.apply(how, hidden, weight, bias, target)
 
@@ -67,12 +70,25 @@ class _Chunked(torch.autograd.Function):
         flat, used = rows_of(hidden), target != ignore_index
         places = target.where(used, 0)[:, None]
         divisor = used.sum().clamp(min=1) if reduction == "mean" else used.new_ones((), dtype=int)
-        sums = _Sums(flat, weight, bias, ctx.needs_input_grad[1:4])
+        one = shared(body)
+        pull = gradient_of(one)
+        whole = pull is not None and compiles(flat, graphs=True)
+        sums = _Sums(flat, weight, bias, ctx.needs_input_grad[1:4], whole, len(flat) <= rows)
+        share = (used / divisor).to(wide(flat)) if whole else used / divisor
         picked, spread, shown = [], [], []
         overwrites = not keep_logits and _last_keeps_nothing(body)
         for start in range(0, max(1, len(flat)), rows):  # no rows: one empty chunk
             part = slice(start, start + rows)
             z = functional.linear(flat[part], weight, bias)
+            if whole:
+                how = (one, pull if sums.needed else None, smoothing, keep_logits)
+                log_p, total, seen = launch(cross_entropy, z, places[part], share[part], *how)
+                picked.append(log_p)
+                spread += [] if total is None else [total]
+                shown += [] if seen is None else [seen]
+                if sums.needed:
+                    sums.add(part, z)
+                continue
             with torch.enable_grad():
                 logits, seen = body(z.requires_grad_())
             if keep_logits:
@@ -89,7 +105,7 @@ class _Chunked(torch.autograd.Function):
                 log_p.scatter_add_(1, places[part], log_p.new_full((len(z), 1), smoothing - 1))
                 if smoothing:
                     log_p -= smoothing / log_p.shape[-1]
-                log_p *= (used[part] / divisor)[:, None].to(log_p.dtype)
+                log_p *= share[part][:, None].to(log_p.dtype)
                 sums.add(part, torch.autograd.grad(logits, z, log_p.to(logits.dtype))[0])
             # Or they would live on while the next chunk is computed.
             del z, logits, seen, plain, into, log_p
@@ -121,24 +137,42 @@ class _Sums:
     """dh, dW and db, each only where it is needed; the sums over chunks in float32."""
 
     def __init__(
-        self, flat: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+        self,
+        flat: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, ...],
+        whole: bool,
+        alone: bool,
     ) -> None:
-        self.flat, self.weight, self.bias = flat, weight, bias
+        self.flat, self.weight, self.bias, self.whole = flat, weight, bias, whole
         self.needed = any(needs)
         self.d_hidden = torch.empty_like(flat) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        self.d_bias = None
+        self.d_weight, self.d_bias = None, None
+        self.alone = alone  # one chunk: nothing is summed
+        if needs[1] and not alone:
+            self.d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.needs_weight = needs[1]
         if bias is not None and needs[2]:
             self.d_bias = torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, part: slice, dz: Tensor) -> None:
         with torch.autocast(dz.device.type, enabled=False):
             if self.d_hidden is not None:
-                self.d_hidden[part] = dz @ self.weight.to(dz.dtype)
-            if self.d_weight is not None:
+                if dz.dtype == self.d_hidden.dtype:
+                    torch.mm(dz, self.weight.to(dz.dtype), out=self.d_hidden[part])
+                else:
+                    self.d_hidden[part] = dz @ self.weight.to(dz.dtype)
+            if self.needs_weight:
                 h = self.flat[part].to(dz.dtype)
-                if dz.dtype == self.d_weight.dtype:
+                if self.d_weight is None:
+                    self.d_weight = dz.t() @ h
+                elif dz.dtype == self.d_weight.dtype:
                     self.d_weight.addmm_(dz.t(), h)
+                elif self.whole and adds_wider(dz):
+                    torch.addmm(
+                        self.d_weight, dz.t(), h, out_dtype=torch.float32, out=self.d_weight
+                    )
                 else:
                     self.d_weight += dz.t() @ h
             if self.d_bias is not None:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from surgery.graph.linear import input_gradient, linear, rows_of
+from surgery.kernels import fused
 
 
 class Reader(NamedTuple):
@@ -54,7 +55,7 @@ class _Recomputed(torch.autograd.Function):
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         ctx.save_for_backward(*states, *tensors)
         ctx.autocast = _autocast_state(inputs)
-        results = body(*inputs[: spec.count])
+        results = _run(body, spec, *inputs[: spec.count])
         weights = iter(inputs[spec.count :])
         outputs = []
         for source, transposed, biased in spec.readers:
@@ -79,7 +80,7 @@ class _Recomputed(torch.autograd.Function):
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(wanted)))
             _reenter(stack, ctx.autocast, random)
-            results = ctx.body(*given)
+            results = _run(ctx.body, spec, *given)
         back: list[Tensor | None] = [*grads[: spec.escaping]]
         back += [None] * (len(results) - spec.escaping)
         found: list[Tensor | None] = []
@@ -105,6 +106,11 @@ class _Recomputed(torch.autograd.Function):
         flow = iter(through)
         first = [next(flow) if isinstance(v, Tensor) and v.requires_grad else None for v in given]
         return None, None, *first, *found
+
+
+def _run(body: GraphModule, spec: Spec, *inputs: Any) -> Sequence[Tensor]:
+    """Run a body, compiled on accelerators; not where it draws: compilers draw otherwise."""
+    return (body if spec.random else fused.body(body, inputs))(*inputs)
 
 
 def _gradients(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -49,3 +50,8 @@ def unflatten(found: list[Any], spec: Any) -> Any:
 def each(call: Callable[[Any], Any], tree: Any) -> Any:
     """Return the tree with a function applied to every leaf."""
     return pytree.tree_map(call, tree)
+
+
+def adds_wider(t: Tensor) -> bool:
+    """Whether products of tensors like this one can be added into float32 as they are computed."""
+    return t.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()

@@ -130,7 +130,7 @@ class Clock:
             return
         self.before = {
             id(each.parameter): each.parameter.detach().clone()
-            for each in coordinates
+            for each in unique(coordinates)
             if each.mapped and each.active and id(each.parameter) in held
         }
 

@@ -18,7 +18,8 @@ from surgery.contract.method import EVERY, Method, overrides
 from surgery.engine.compile import check_backend
 from surgery.engine.finding import surgery_of
 from surgery.engine.guards import check_layout
-from surgery.errors import ConflictError, ModelError
+from surgery.errors import ConflictError, ModelError, OptionError
+from surgery.kernels.plan import Compile
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.sites import Site
 
@@ -30,7 +31,7 @@ class Decision:
     passes: as given, and methods: the state of each, in the same order. rewriting: those that
     rewrite graphs, in the order in which they do. sites: the weights that passes train, with their
     coordinates, in the model's order; none if every pass is exact. flags: `requires_grad` of the
-    model's parameters as it was. backend: that compiles rewritten graphs.
+    model's parameters as it was. backend: that compiles rewritten graphs. compile: of kernels.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Decision:
     flags: tuple[tuple[nn.Module, str, bool], ...]
     workarounds: Workarounds
     backend: Backend | None
+    compile: Compile
 
     @property
     def coordinates(self) -> list[Coordinate]:
@@ -48,11 +50,16 @@ class Decision:
 
 
 def decide(
-    model: nn.Module, passes: Sequence[Any], backend: Backend | None = None, data: bool = True
+    model: nn.Module,
+    passes: Sequence[Any],
+    backend: Backend | None = None,
+    data: bool = True,
+    compile: Compile = "auto",
 ) -> Decision:
     """Return what a surgery will be; changes nothing of the model.
 
     passes: checked options. data: whether the weights must be there (not on the meta device).
+    compile: see `surgery.apply`.
     Raises OptionError, TargetError, ModelError, ConflictError.
     """
     _check_model(model, data)
@@ -60,6 +67,8 @@ def decide(
     methods = tuple(options.start(model) for options in passes)
     _check_conflicts(methods)
     check_backend(methods, backend)
+    if compile not in (True, False, "auto"):
+        raise OptionError(f'compile={compile!r} must be True, False or "auto" (on accelerators).')
     return Decision(
         model=model,
         passes=tuple(passes),
@@ -73,6 +82,7 @@ def decide(
         ),
         workarounds=Workarounds(model),
         backend=backend,
+        compile=compile,
     )
 
 

@@ -28,6 +28,7 @@ from surgery.engine.guards import check_layout, check_wrapping
 from surgery.engine.leaves import Leaf, leaves
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
+from surgery.kernels import plan
 from surgery.weights.coordinate import TABLE
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class Dispatch(Forward):
         if surgery.binding.cut and not self.leaves:
             running = partial(_is_running, weakref.ref(self))
             self.leaves = leaves(self.model, self._compiled, running)
+        plan.compile_for(decision.compile)
         surgery.clock.forward()
         before = surgery.coverage.before()
         output = self._run(self._captured, args, kwargs)

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK = 1 << 18  # entries packed at a time: temporaries that stay in the cache, and in the heap
-
+from surgery.kernels.fused import compiles, launch
+from surgery.kernels.plan import bands, plan_of
 
 GROUP = 128  # channels that share a range, at most: 8 bytes of range on 512 of float32
 
@@ -50,49 +50,38 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
     while count and width % count:
         count += 1
     shape = {"row": height, "group": count, "channel": width // max(1, count)}
+    if compiles(flat) and flat.numel():
+        found = launch(_quantised, flat, *shape.values(), bits, rows, columns)
+        return Packed(_form(bits, x), found)
     grouped = rearrange(flat, "(row group channel) -> row group channel", **shape)
-    low = grouped.amin(-1, keepdim=True)
     levels = (1 << bits) - 1
-    step = (grouped.amax(-1, keepdim=True).float() - low) / levels
-    if x.dtype != torch.float32:
-        step = (step * 1.01).to(x.dtype)  # rounded, but not below: the highest must be reached
-    inverse = torch.where(step > 0, 1 / step.float(), 0.0)
+    low, step, inverse = _ranges(grouped, levels)
     codes = torch.empty(grouped.shape, dtype=torch.uint8, device=x.device)
     for part in _parts(grouped):
         scaled = (grouped[part].float() - low[part]).mul_(inverse[part])
         u = _repeated(rows, part.start, part.stop)[:, None] + _repeated(columns, 0, width)
         codes[part] = scaled.add_(u.frac_().view_as(scaled)).clamp_(max=levels)
     codes = rearrange(codes, "row group channel -> (row group channel)")
-    if bits == 4:
-        even = functional.pad(codes, (0, codes.numel() % 2))
-        pairs = rearrange(even, "(byte half) -> byte half", half=2)
-        codes = pairs[:, 0] | (pairs[:, 1] << 4)
-    return Packed(_form(bits, x), (codes, low, step))
+    return Packed(_form(bits, x), (_halved(codes) if bits == 4 else codes, low, step))
 
 
 def mask(x: Tensor) -> Packed:
     """Pack a tensor that has one value besides zero (a mask), exactly."""
     flat = flat_of(x)
-    value = flat.amax() if flat.numel() else flat.new_zeros(())
-    whole = functional.pad(flat != 0, (0, -flat.numel() % 8))
-    set_ = rearrange(whole, "(byte bit) -> byte bit", bit=8)
-    places = torch.arange(8, dtype=torch.uint8, device=x.device)
-    codes = (set_.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
-    return Packed(_form(1, x), (codes, value))
+    found = launch(_mask, flat) if flat.numel() else (flat.to(torch.uint8), flat.new_zeros(()))
+    return Packed(_form(1, x), found)
 
 
 def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
     """Return the tensor that the kept ones stand for."""
     count = math.prod(form.shape)
     if form.bits == 1:
-        codes, value = tensors
-        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        set_ = rearrange((codes[:, None] >> places) & 1, "byte bit -> (byte bit)")
-        flat = set_[:count].to(form.dtype) * value
+        flat = launch(_unmasked, *tensors, count, form.dtype)
+    elif compiles(tensors[0]) and count:
+        flat = launch(_restored, *tensors, count, form.bits, form.dtype)
     else:
         codes, low, step = tensors
-        if form.bits == 4:
-            codes = rearrange([codes & 15, codes >> 4], "half byte -> (byte half)")[:count]
+        codes = _unhalved(codes, count) if form.bits == 4 else codes
         flat = torch.empty(count, dtype=form.dtype, device=codes.device)
         size = count // max(1, low.numel())
         # Views: `into` is written.
@@ -100,6 +89,60 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
         for part in _parts(into):
             into[part] = grouped[part].float().mul_(step[part]).add_(low[part])
     return flat.as_strided(form.shape, form.stride)
+
+
+# -- kernels: plain reshapes, since compilers trace them ------------------------------------------
+
+
+def _quantised(
+    flat: Tensor, height: int, count: int, size: int, bits: int, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grouped, levels = flat.view(height, count, size), (1 << bits) - 1
+    low, step, inverse = _ranges(grouped, levels)
+    row = torch.arange(height, device=flat.device) % rows.shape[0]
+    column = torch.arange(count * size, device=flat.device) % columns.shape[0]
+    u = (rows[row][:, None] + columns[column][None, :]).frac().view(height, count, size)
+    codes = (grouped.float() - low) * inverse + u
+    codes = codes.clamp(max=levels).to(torch.uint8).view(-1)
+    return _halved(codes) if bits == 4 else codes, low, step
+
+
+def _restored(
+    codes: Tensor, low: Tensor, step: Tensor, count: int, bits: int, dtype: torch.dtype
+) -> Tensor:
+    codes = _unhalved(codes, count) if bits == 4 else codes
+    found = codes.view(low.shape[0], low.shape[1], -1).float() * step + low
+    return found.to(dtype).view(-1)
+
+
+def _mask(flat: Tensor) -> tuple[Tensor, Tensor]:
+    whole = functional.pad((flat != 0).to(torch.uint8), (0, -flat.shape[0] % 8)).view(-1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (whole << places).sum(1, dtype=torch.uint8), flat.amax()
+
+
+def _unmasked(codes: Tensor, value: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    set_ = ((codes[:, None] >> places) & 1).view(-1)
+    return set_[:count].to(dtype) * value
+
+
+def _ranges(grouped: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lowest value, step and 1 / step of each group (..., 1)."""
+    low = grouped.amin(-1, keepdim=True)
+    step = (grouped.amax(-1, keepdim=True).float() - low) / levels
+    if grouped.dtype != torch.float32:
+        step = (step * 1.01).to(grouped.dtype)  # rounded, but not below: the highest is reached
+    return low, step, torch.where(step > 0, 1 / step.float(), 0.0)
+
+
+def _halved(codes: Tensor) -> Tensor:
+    pairs = functional.pad(codes, (0, codes.shape[0] % 2)).view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def _unhalved(codes: Tensor, count: int) -> Tensor:
+    return torch.stack([codes & 15, codes >> 4], 1).view(-1)[:count]
 
 
 def flat_of(x: Tensor) -> Tensor:
@@ -133,10 +176,8 @@ def _form(bits: int, x: Tensor) -> Form:
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Cut x into rows of at most CHUNK entries."""
-    size = CHUNK if x.device.type == "cpu" else CHUNK << 6
-    height = max(1, size * len(x) // max(1, x.numel()))
-    return (slice(i, min(i + height, len(x))) for i in range(0, len(x), height))
+    """Cut x into rows of as many entries as are packed at a time."""
+    return bands(len(x), x.numel() // max(1, len(x)), plan_of(x.device).packed)
 
 
 def _repeated(u: Tensor, start: int, stop: int) -> Tensor:

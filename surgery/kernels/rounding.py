@@ -6,9 +6,13 @@ Words decide, one for each row and column: the same on every device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from surgery import noise
 
 
 @torch.no_grad()
@@ -48,6 +52,49 @@ def before_rounding(rounded: Tensor, change: Tensor, rows: Tensor, columns: Tens
         sign = torch.where(value < 0, -1.0, 1.0)
         return (quanta.mul_(sign) - u).ceil_().mul_(sign).mul_(quantum)
     return (quanta + u).floor_().mul_(quantum)
+
+
+def carried(
+    matrix: Tensor,
+    gone: Tensor | None,
+    change: Tensor,
+    keep: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+) -> None:
+    """Take a 16-bit matrix from start + gone to start + change, in place, by the same words.
+
+    gone: None if the matrix is the start itself. keep: the share of it that stays, if not all. The
+    change is overwritten.
+    """
+    if gone is None:
+        exact = change.add_(matrix.float() if keep is None else matrix.float().mul_(keep))
+    else:
+        exact = before_rounding(matrix, gone, rows, columns).add_(change)
+    round_into(matrix, exact, rows, columns)
+
+
+def words(like: Tensor, count: int, low: int, high: int) -> Tensor:
+    """Return random 32-bit words (count,) as int64, `noise.words` of a key in halves."""
+    return noise.stream(0, count, (low, high), like.device)
+
+
+def carried_by(
+    matrix: Tensor, old: Tensor | None, new: Tensor, keep: Tensor | None, words: Tensor,
+    change: Callable[..., Tensor], *more: Any,
+) -> None:  # fmt: skip
+    """Take a whole 16-bit matrix from start + change(old) to start + change(new), in place.
+
+    words: of its rows, then of its columns. change: of (matrix, coordinates, *more).
+    """
+    rows, columns = words[: matrix.shape[0]], words[matrix.shape[0] :]
+    gone = None if old is None else change(matrix, old, *more)
+    carried(matrix, gone, change(matrix, new, *more), keep, rows, columns)
+
+
+def added(matrix: Tensor, new: Tensor, change: Callable[..., Tensor], *more: Any) -> None:
+    """Add change(new) to a whole matrix of the dtype of steps, in place."""
+    matrix += change(matrix, new, *more)
 
 
 def _quantum(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from surgery.compat.dynamo import Backend
 from surgery.compat.tensors import fakes, storage_of
 from surgery.contract.method import overrides
 from surgery.engine.decide import Decision, decide
+from surgery.kernels.plan import Compile
 from surgery.memory import Bytes, loss_of
 from surgery.reports.holding import bytes_of
 from surgery.reports.table import Report
@@ -26,17 +27,18 @@ def plan(
     spec: Any,
     *,
     backend: Backend | None = None,
+    compile: Compile = "auto",
     **options: Any,
 ) -> Report:
     """Predict the table of `report` for passes that are not applied; changes nothing.
 
     model: may be on the meta device. batch: keyword arguments of its forward, with labels, on any
-    device, or None to leave the activations out. spec, backend, options: as `apply` takes them.
+    device, or None to leave the activations out. The rest: as `apply` takes it.
     Parameters, gradients and Adam's state are exact; activations are the distinct storages that
     eager autograd would save, with the first round's weights trained. Of passes that rewrite the
     graph they are not predicted: nothing is captured. Raises what `apply` raises.
     """
-    decision = decide(model, resolve(spec, options), backend, data=False)
+    decision = decide(model, resolve(spec, options), backend, data=False, compile=compile)
     weights = [p for p in model.parameters() if p.requires_grad]
     before, after = bytes_of(decision, weights)
     lines = [("plan", "nothing was changed")]

@@ -76,6 +76,10 @@ class Projection(Beside, ABC):
         """Return these rows of `expand(delta)`."""
         return self.expand(delta[part])
 
+    def pure(self) -> tuple[Any, ...] | None:
+        """Return `expand` as a pure function, see `Map.pure`; None: it runs as it is."""
+        return None
+
     def add_into(self, matrix: Tensor, delta: Tensor) -> None:
         """Add `expand(delta)` to the weight's matrix (out, in), of the same dtype, in place."""
         matrix += self.expand(delta)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from surgery import noise
-from surgery.kernels import rounding
+from surgery.kernels import plan, rounding
+from surgery.kernels.fused import launch
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.matrices import matrix_shape, wide
 
-CHUNK = 1 << 18  # entries of a 16-bit weight that are rounded at a time: they stay in the cache
+# The words of a coordinate's round, on accelerators: of its rows and columns.
+_WORDS: weakref.WeakKeyDictionary[Coordinate, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -31,31 +35,48 @@ def carry(
     (matrix, top, left), (out, width) = shards.part_of(weight), matrix_shape(weight)
     if rule.map.transposed:
         matrix, top, left, out, width = matrix.t(), left, top, width, out
-    delta, cut, fp32 = new - old, matrix.shape != (out, width), wide(weight) == weight.dtype
+    sizes = plan.plan_of(weight.device)
+    # A round begins from zero; on accelerators nobody asks the device for it.
+    begins = sizes.whole and step == rule.since
+    delta = new if begins else new - old
+    cut, fp32 = matrix.shape != (out, width), wide(weight) == weight.dtype
     if decay and fp32:
         matrix *= 1.0 - decay
     if fp32 and not cut:
-        rule.map.add_into(matrix, delta)
+        pure = rule.map.pure() if sizes.whole else None
+        if pure is None:
+            rule.map.add_into(matrix, delta)
+        else:
+            launch(rounding.added, matrix, delta, *pure)
         return
-    if not decay and not bool(delta.any()):
+    if not sizes.whole and not decay and not bool(delta.any()):
         return
-    key = step if decay else rule.since
-    both = noise.words(out + width, 0, "carry", coordinate.weight, key, device=weight.device)
     across = slice(left, left + matrix.shape[1])
+    both = _words(coordinate, matrix, out + width, step if decay else rule.since, sizes.whole)
     rows, columns = both[top:out], both[out:][across]
-    fresh = bool(decay) or not bool(old.any())
-    height = max(1, CHUNK // width)
-    for start in range(0, matrix.shape[0], height):
-        part = slice(start, min(start + height, matrix.shape[0]))
+    fresh = bool(decay) or begins or (not sizes.whole and not bool(old.any()))
+    keep = torch.full((), 1.0 - decay, device=weight.device) if decay else None
+    if sizes.whole and not fp32 and not cut and (pure := rule.map.pure()) is not None:
+        gone = None if fresh else old
+        launch(rounding.carried_by, matrix, gone, delta if fresh else new, keep, both, *pure)
+        return
+    for part in plan.bands(matrix.shape[0], width, sizes.carried):
         there = slice(top + part.start, top + part.stop)  # in the whole weight
         if fp32:
             matrix[part] += rule.map.change(delta, there)[:, across]
             continue
-        if fresh:
-            exact = rule.map.change(delta, there)[:, across]
-            exact = exact.add_(matrix[part].float(), alpha=1.0 - decay)
-        else:
-            gone = rule.map.change(old, there)[:, across]
-            exact = rounding.before_rounding(matrix[part], gone, rows[part], columns)
-            exact += rule.map.change(new, there)[:, across]
-        rounding.round_into(matrix[part], exact, rows[part], columns)
+        gone = None if fresh else rule.map.change(old, there)[:, across]
+        change = rule.map.change(delta if fresh else new, there)[:, across]
+        launch(rounding.carried, matrix[part], gone, change, keep, rows[part], columns)
+
+
+def _words(coordinate: Coordinate, like: Tensor, count: int, key: int, keep: bool) -> Tensor:
+    """Return the words that round a coordinate's steps. keep: for its round, 8 bytes each."""
+    found = _WORDS.get(coordinate)
+    if found is None or found[0] != key or found[1].device != like.device:
+        word = noise.bits(0, "carry", coordinate.weight, key)
+        drawn = launch(rounding.words, like, count, word & 0xFFFFFFFF, word >> 32)
+        if not keep:
+            return drawn
+        found = _WORDS[coordinate] = (key, drawn)
+    return found[1]

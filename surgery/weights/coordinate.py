@@ -40,6 +40,13 @@ class Map(Protocol):
         """Add `expand(delta)` to the weight's matrix (out, in), of the same dtype, in place."""
         ...
 
+    def pure(self) -> tuple[Any, ...] | None:
+        """Return a function and its further arguments: (matrix, delta, *more) -> `expand(delta)` as
+        a matrix, of tensors and numbers only, so that an accelerator can take it in one launch.
+        None if there is none.
+        """
+        ...
+
 
 class Beside:
     """What stands beside a weight for the nodes of a pass: a projection of x, a direction of W.

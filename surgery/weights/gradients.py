@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.compat import autograd
+from surgery.kernels.plan import plan_of
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.matrices import wide
@@ -46,8 +47,10 @@ def finite(coordinates: Sequence[Coordinate]) -> bool:
             changed.append(grad)
     own = [shards.local(grad) for grad in changed]
     # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
-    known += [grad.sum(dtype=wide(grad)) for grad in own if grad.numel() > _LARGE]
-    known += norms([grad for grad in own if grad.numel() <= _LARGE])
+    large = [g for g in own if g.numel() > _LARGE and not plan_of(g.device).whole]
+    known += [grad.sum(dtype=wide(grad)) for grad in large]
+    summed = {id(grad) for grad in large}
+    known += norms([grad for grad in own if id(grad) not in summed])
     devices = {norm.device for norm in known}
     groups = [torch.stack([n for n in known if n.device == d]) for d in devices]
     good = all(bool(group.isfinite().all()) for group in groups)

@@ -1,15 +1,15 @@
 """What a weight is moved by in a two-point evaluation: z, drawn again wherever it is needed.
 
 Nothing of a weight's size is kept: forward reads W + s z from a tensor that lives for one
-operation (or takes s x z^T from thin factors), and the optimizer's step adds a z in one sweep.
+operation (or takes s x z^T from thin factors), and the optimizer's step adds a z in one sweep. On a
+CPU that goes in bands, each drawn while it is in the cache; on an accelerator in one launch.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,11 @@ from torch.nn import functional
 from surgery import noise
 from surgery.compat.modules import held
 from surgery.graph.linear import rows_of
-from surgery.kernels import directions
+from surgery.kernels import directions, plan
+from surgery.kernels.fused import launch
 from surgery.weights.coordinate import Beside, Coordinate
 from surgery.weights.matrices import matrix_of, matrix_shape, wide
-
-BAND = 1 << 19  # entries that z is drawn for at a time: 2 MB, the size of a cache
+from surgery.weights.shards import is_cut
 
 
 class Probe(Protocol):
@@ -40,6 +40,11 @@ class Probe(Protocol):
     @property
     def scale(self) -> float:
         """1 / sqrt(number of directions): coordinates a stand for the change scale * sum a z."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """The number of directions, of all ranks."""
         ...
 
 
@@ -60,7 +65,8 @@ class Perturbation(Beside):
 
     def key(self, slot: int, *labels: str | int) -> int:
         """Return what z depends on, besides the place of an entry."""
-        return noise.bits(self.probe.seed, "z", self.name, self.probe.step, slot, *labels)
+        bits = noise.bits(self.probe.seed, "z", self.name, self.probe.step, slot, *labels)
+        return directions.signed(bits)
 
     def rows(self, slot: int, part: slice) -> Tensor:
         """Return rows of z as a matrix (n, width), at least float32."""
@@ -78,12 +84,29 @@ class Perturbation(Beside):
         places = ids[:, None] * width + torch.arange(width, device=ids.device)
         return directions.direction_at(self.probe.kind, places, self.key(slot))
 
+    def mask(self) -> tuple[directions.Mask | None, tuple[Any, ...]]:
+        """Return what puts zeros into z, and what it takes besides z, weight and places."""
+        return None, ()
+
+    def drawn(self, slot: int) -> tuple[Any, ...] | None:
+        """Return what kernels draw z from, see `directions.whole`; None: it is formed in bands."""
+        weight = self.current()
+        if not plan.plan_of(weight.device).whole or is_cut(weight):
+            return None
+        kind, (mask, more) = self.probe.kind, self.mask()
+        table = directions.table_of(kind, weight.device)
+        return self.key(slot), kind, table, mask, *more
+
     def perturbed(self, dtype: torch.dtype) -> Tensor:
         """Return W + s z, added in float32 (float64) and rounded once to the dtype."""
         weight, shift = self.current(), self.probe.shift
         if shift is None:
             return weight.to(dtype)
         slot, source = self.probe.slot, matrix_of(weight)
+        drawn = None if isinstance(shift, Tensor) else self.drawn(slot)
+        if drawn is not None:
+            assert isinstance(shift, float)
+            return launch(directions.moved, weight, number(shift, weight), dtype, *drawn)
         if isinstance(shift, Tensor):
             z = self.rows(slot, slice(None)).view(weight.shape).to(dtype)
             return weight.to(dtype) + shift.to(dtype) * z
@@ -92,6 +115,21 @@ class Perturbation(Beside):
         for part in parts(source):
             torch.add(source[part], self.rows(slot, part), alpha=shift, out=target[part])
         return result
+
+    def perturbed_rows(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Return rows (n, width), which were read by their numbers (n,), with s z of those rows.
+
+        They may be overwritten.
+        """
+        shift, slot = self.probe.shift, self.probe.slot
+        assert isinstance(shift, float)
+        drawn = self.drawn(slot)
+        if drawn is not None:
+            args = (rows, ids, self.current(), number(shift, rows))
+            return launch(directions.rows_moved, *args, *drawn)
+        for part in parts(rows):
+            torch.add(rows[part], self.gather(slot, ids[part]), alpha=shift, out=rows[part])
+        return rows
 
     def forget(self) -> None:
         """Let go of what was kept for the step that has been made."""
@@ -108,7 +146,8 @@ class Perturbation(Beside):
         """Return x (W + s z)^T + b, or x (W + s z) + b if transposed."""
         weight, shift = self.current(), self.probe.shift
         cast = torch.is_autocast_enabled(weight.device.type)
-        if shift is None or isinstance(shift, Tensor) or transposed or cast:
+        whole = plan.plan_of(weight.device).whole
+        if shift is None or isinstance(shift, Tensor) or transposed or cast or whole:
             moved = self.perturbed(weight.dtype)
             return functional.linear(x, moved.t() if transposed else moved, bias)
         # In bands, each used while it is in the cache: no copy of the weight ever stands whole.
@@ -137,6 +176,13 @@ class Perturbation(Beside):
                 total.add_(self.rows(slot, part), alpha=value * self.probe.scale)
         return total
 
+    def pure(self) -> tuple[Any, ...] | None:
+        drawn = [self.drawn(slot) for slot in range(self.probe.slots)]
+        keys = tuple(each[0] for each in drawn if each is not None)
+        if drawn[0] is None:
+            return None
+        return directions.summed, number(self.probe.scale, self.current()), keys, *drawn[0][1:]
+
     def expand(self, delta: Tensor) -> Tensor:
         return self.change(delta, slice(None))
 
@@ -157,81 +203,16 @@ def perturbation_of(coordinate: Coordinate) -> Perturbation:
 
 
 def parts(matrix: Tensor) -> Iterable[slice]:
-    """Cut a matrix into bands of rows that stay in the cache."""
-    height = max(1, BAND // matrix.shape[1])
-    return [slice(start, start + height) for start in range(0, matrix.shape[0], height)]
+    """Cut a matrix into bands of rows that stay in the cache, on a CPU."""
+    height, width = matrix.shape
+    return plan.bands(height, width, plan.plan_of(matrix.device).drawn)
 
 
-@dataclass(eq=False, kw_only=True)
-class LowRank(Perturbation):
-    """z = left right of thin factors: x z^T is taken beside x W^T, z itself never formed there."""
-
-    rank: int
-    period: int  # steps that what `draw_round` draws is kept for
-    held: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # step, slot
-    rounds: dict[int, tuple[int, tuple[Tensor, ...]]] = field(default_factory=dict)  # slot: round
-
-    @abstractmethod
-    def draw(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Return left (height, rank) and right (rank, width), with z of variance 1."""
-
-    @abstractmethod
-    def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
-        """Return the factors that stay the same for a round."""
-
-    def of_round(self, slot: int) -> list[Tensor]:
-        """Return them for the round under way, where the weight is and in the dtype of steps."""
-        weight, round = self.current(), self.probe.step // self.period
-        if slot not in self.rounds or self.rounds[slot][0] != round:
-            self.rounds[slot] = (round, self.draw_round(slot, round))
-        return [factor.to(weight.device, wide(weight)) for factor in self.rounds[slot][1]]
-
-    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
-        place = (self.probe.step, slot)
-        if place not in self.held:
-            self.held[place] = self.draw(slot)
-        return self.held[place]
-
-    def forget(self) -> None:
-        self.held.clear()
-
-    def normal(self, rows: int, key: int) -> Tensor:
-        """Return a matrix (rows, rank) of normal numbers in the dtype of steps."""
-        weight = self.current()
-        entries = directions.direction("gaussian", 0, rows * self.rank, key, weight.device)
-        return rearrange(entries, "(row r) -> row r", r=self.rank).to(wide(weight))
-
-    def rows(self, slot: int, part: slice) -> Tensor:
-        left, right = self.factors(slot)
-        return left[part] @ right
-
-    def gather(self, slot: int, ids: Tensor) -> Tensor:
-        left, right = self.factors(slot)
-        return left[ids] @ right
-
-    def add_into(self, matrix: Tensor, delta: Tensor) -> None:
-        for slot, value in enumerate(delta.tolist()):
-            if value:
-                matrix.addmm_(*self.factors(slot), alpha=value * self.probe.scale)
-
-    def add_to(self, y: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        """Return y + s x z^T (or s x z if transposed), for y = x W^T; y may be overwritten."""
-        shift = self.probe.shift
-        if shift is None:
-            return y
-        left, right = (factor.to(x.dtype) for factor in self.factors(self.probe.slot))
-        first, second = (left.t(), right.t()) if transposed else (right, left)
-        thin = functional.linear(x, first)
-        if isinstance(shift, Tensor):
-            return y + shift.to(y.dtype) * functional.linear(thin, second)
-        if y.dtype == wide(y) and y.is_contiguous():
-            flat = y.view(-1, y.shape[-1])  # a view: it is written
-            flat.addmm_(rows_of(thin), second.t(), alpha=shift)
-            return y
-        return (y.to(wide(y)) + shift * functional.linear(thin, second)).to(y.dtype)
+def number(value: float, like: Tensor) -> Tensor:
+    """Return a number as a tensor () beside another, in the dtype of its steps."""
+    return _number(value, wide(like), like.device)
 
 
-def spread(weight: Tensor, rank: int) -> float:
-    """Return the factor that gives U Z V^T of orthonormal U, V entries of variance 1."""
-    height, width = matrix_shape(weight)
-    return math.sqrt(height * width) / rank
+@lru_cache(maxsize=4096)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)

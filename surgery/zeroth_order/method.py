@@ -79,6 +79,10 @@ class TwoPoint(Method):
         return [each.parameter for each in unique(self.weights)]
 
     @property
+    def slots(self) -> int:
+        return self.directions * self.ranks
+
+    @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.directions * self.ranks)
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 from surgery.compat.tensors import is_fake
 from surgery.weights.matrices import wide
 from surgery.weights.sites import read
-from surgery.zeroth_order.direction import LowRank, Perturbation, parts
+from surgery.zeroth_order.direction import Perturbation
+from surgery.zeroth_order.thin import LowRank
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -80,7 +81,5 @@ def perturbed_embedding(ids: Tensor, weight: Tensor) -> Tensor:
     if isinstance(shift, Tensor):
         z = beside.gather(slot, flat).view(y.shape)
         return y + shift.to(y.dtype) * z.to(y.dtype)
-    rows = y.view(-1, weight.shape[1])  # a view: it is written
-    for part in parts(rows):
-        torch.add(rows[part], beside.gather(slot, flat[part]), alpha=shift, out=rows[part])
-    return y
+    # A view: it is written.
+    return beside.perturbed_rows(y.view(-1, weight.shape[1]), flat).view(y.shape)

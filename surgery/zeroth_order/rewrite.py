@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 
 from surgery.graph.nodes import gate
-from surgery.graph.reading import bodies, dtype_of, is_linear, placeholders
+from surgery.graph.reading import bodies, dtype_of, is_linear, name_of, placeholders
 from surgery.zeroth_order.nodes import (
     HALF,
     perturb,
@@ -101,7 +101,8 @@ def _before(graph: GraphModule, user: Node, read: Node) -> None:
     with graph.graph.inserting_before(user):
         moved = graph.graph.call_function(perturb_wide if narrow else perturb, (read,))
         user.replace_input_with(read, moved)
-        for other in [n for n in user.all_input_nodes if cast and n is not moved]:
+        promotes = name_of(user) in ("mul", "add")  # by itself, in the operation
+        for other in [n for n in user.all_input_nodes if cast and not promotes and n is not moved]:
             if dtype_of(other) in HALF:
                 full = graph.graph.call_method("float", (other,))
                 user.replace_input_with(other, full)
