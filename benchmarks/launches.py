@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import passes
 import surgery
+from benchmarks.common import machine
 from surgery.kernels import plan
 
 # Allocations; _unsafe_view is a view, too.
@@ -171,9 +172,8 @@ def main(
         if names:
             print("   ", ", ".join(f"{n} {c}" for n, c in counted.names.most_common(30)))
     if json_file is not None:
-        from benchmarks.common import machine
-
-        json_file.write_text(json.dumps({"machine": machine(), "hidden": hidden, "rows": found}))
+        result = {"machine": machine(), "hidden": hidden, "rows": found}
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

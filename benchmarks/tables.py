@@ -94,6 +94,16 @@ def traffic(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def launches(part: dict[str, Any]) -> str:
+    """Operations of a step that an accelerator would launch."""
+    base = part["eager"]["launches"]
+    rows = [
+        [name, f"{row['launches']:,}", f"{row['launches'] / base:.2f}x", f"{row['waits']}"]
+        for name, row in part.items()
+    ]
+    return markdown(["", "launches", "over eager", "waits for the device"], rows)
+
+
 def _megabytes(value: float) -> str:
     return f"{value:,.1f} MB" if value >= 0.05 or not value else f"{1e6 * value:,.0f} bytes"
 
@@ -142,7 +152,7 @@ def folding(part: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (activations, zeroth, few_shot, traffic, cost, losses, folding)
+    for function in (activations, zeroth, few_shot, traffic, launches, cost, losses, folding)
 }
 
 

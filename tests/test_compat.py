@@ -9,6 +9,7 @@ import ast
 import copy
 import inspect
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from laws import run_two_ranks
 from models import make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.compat import autograd, dynamo, fsdp, hf, modules, tensors
+from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, tensors
 
 
 class Two(nn.Module):
@@ -391,13 +393,58 @@ def test_what_transformers_does_for_reentrant_checkpoints_is_undone():
     )
 
 
+def test_a_function_is_compiled_for_all_shapes_and_counted_as_one():
+    class Counts(TorchDispatchMode):
+        count = 0
+
+        @classmethod
+        def ignore_compile_internals(cls):
+            return True
+
+        def launched(self):
+            self.count += 1
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **kwargs or {})
+
+    def work(x, key):
+        x.mul_(2).add_(key)
+        return x.sum()
+
+    made = inductor.compiled(work, True, True)
+    for length, key in ((3, 5), (4, 7), (9, -8)):
+        x = torch.ones(length)
+        with Counts() as found:
+            total = made(x, key)
+        assert total == length * (2 + key)
+        assert found.count == 1, (
+            f"a counted function dispatches {found.count} operations: look at aot_autograd, at "
+            "keep_inference_input_mutations, at _disable_current_modes"
+        )
+
+
+def test_inductor_says_whether_it_works(monkeypatch):
+    assert inductor.works("cpu") == (shutil.which("g++") is not None)
+
+
+def test_products_are_added_wider_where_torch_says_so():
+    assert not tensors.adds_wider(torch.ones(2, 2))
+    schema = str(torch.ops.aten.addmm.dtype_out._schema)
+    assert "ScalarType out_dtype" in schema, "addmm has no out_dtype= any more"
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    for module in (autograd, dynamo, fsdp, hf, modules, tensors):
+    for module in (autograd, dynamo, fsdp, hf, inductor, modules, tensors):
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
             if public:
                 name = f"{module.__name__.rpartition('.')[2]}.{node.name}"
-                indirect = {"dynamo.copy_sources", "dynamo.without_source"}
+                indirect = {
+                    "dynamo.copy_sources",
+                    "dynamo.without_source",
+                    "dynamo.with_own_code",
+                }
                 assert name in here or name in indirect, f"{name} has no canary"

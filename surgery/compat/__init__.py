@@ -10,6 +10,9 @@ Dynamo's settings and errors while it captures      dynamo.capturing       torch
 the backend of a torch.compile around us, by name   dynamo.outer_backend
 the operator of a captured checkpoint, its policy   dynamo.CHECKPOINT
 where the nodes of a captured graph come from       dynamo.stack_of
+one function compiled, alone, or only counted       inductor.compiled
+whether Inductor works for a device                 inductor.works
+products of 16 bits added into float32              tensors.adds_wider     torch < 2.8: not at all
 what a GraphModule keeps when it is copied          modules.keep
 parameters, children and hooks of a module          modules
 a callback at the end of backward; versions; norms  autograd

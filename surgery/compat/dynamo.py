@@ -56,7 +56,7 @@ def capture(
         return torch.compile(  # pyright: ignore[reportCallIssue]
             forward, backend=backend, dynamic=True, recompile_limit=most, isolate_recompiles=True
         )
-    return torch.compile(_with_own_code(forward), backend=backend, dynamic=True)
+    return torch.compile(with_own_code(forward), backend=backend, dynamic=True)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _isolates() -> bool:
     return "isolate_recompiles" in known and "recompile_limit" in known
 
 
-def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function with a code object of its own, by which Dynamo keeps its caches."""
     function = getattr(forward, "__func__", forward)
     if not isinstance(function, types.FunctionType):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,6 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
+from surgery.compat.dynamo import with_own_code
+
 
 def compiled(function: Callable[..., Any], dynamic: bool | None, count: bool) -> Callable[..., Any]:
     """Return a function compiled by Inductor, with caches of its own.
@@ -21,30 +22,13 @@ def compiled(function: Callable[..., Any], dynamic: bool | None, count: bool) ->
     dynamic: one code for all shapes, or for those that it is called with first. count: traced in
     the same way and run as it is; each call is one `launched()` of the dispatch modes around it.
     """
-    own = _with_own_code(function)
+    own = with_own_code(function)
     backend: Any = "inductor"
     if count:
         backend = aot_autograd(
             fw_compiler=_counted, bw_compiler=_counted, keep_inference_input_mutations=True
         )
     return torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=True)
-
-
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the same function with a code object of its own, by which Dynamo keeps its caches."""
-    plain = getattr(function, "__func__", function)
-    if not isinstance(plain, types.FunctionType):
-        return function
-    own = types.FunctionType(
-        plain.__code__.replace(),
-        plain.__globals__,
-        plain.__name__,
-        plain.__defaults__,
-        plain.__closure__,
-    )
-    own.__kwdefaults__ = plain.__kwdefaults__
-    owner = getattr(function, "__self__", None)
-    return own if owner is None else types.MethodType(own, owner)
 
 
 def _counted(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -68,8 +52,8 @@ def works(device: str) -> bool:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
             f"torch.compile does not work for {device} here ({type(error).__name__}: {reason}). "
-            "Kernels of surgery run operation by operation instead: several times slower in "
-            "regions of recompute and in steps of 16-bit weights. On an NVIDIA GPU, install "
+            "Kernels of surgery run operation by operation instead: several times slower where "
+            "activations are computed again and 16-bit weights stepped. On an NVIDIA GPU, install "
             "triton; surgery.apply(..., compile=False) asks for this, without a warning.",
             stacklevel=3,
         )
