@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional
 from transformers.utils import logging
 
 from surgery.testing import Tiny
+from surgery.testing.models import Block
 
 logging.set_verbosity_error()
 
@@ -138,6 +140,22 @@ class Wide(nn.Module):
         return self.layers[0](x).square().sum()
 
 
+class SmoothBlock(Block):
+    """A block with dropout, and without the kink of a relu."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return functional.dropout(x, 0.1, self.training)
+
+
+class Smooth(Tiny):
+    """`Tiny` of such blocks."""
+
+    def __init__(self, width: int = 16, depth: int = 3) -> None:
+        super().__init__(width, depth)
+        self.blocks = nn.ModuleList(SmoothBlock(width) for _ in range(depth))
+
+
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Run a model as its user would."""
     if "tokens" in inputs:
@@ -153,9 +171,9 @@ def inputs_of(family: str, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def make(family: str, seed: int = 0, **options: Any) -> nn.Module:
-    """`build`, and "plain" and "graph" (a torch.fx.GraphModule) besides."""
+    """`build`, and "plain", "smooth" and "graph" (a torch.fx.GraphModule) besides."""
     if family in FAMILIES:
         return build(family, seed, **options)
     torch.manual_seed(seed)
-    plain = Tiny().train()
+    plain = (Smooth() if family == "smooth" else Tiny()).train()
     return torch.fx.symbolic_trace(plain) if family == "graph" else plain

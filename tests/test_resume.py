@@ -1,4 +1,4 @@
-"""Law 9: a run goes on from `save` in another model, as if it had not stopped."""
+"""Law 9 beyond test_laws.py: schedules and groups, transformers, fresh processes, 16 bits."""
 
 from __future__ import annotations
 
