@@ -97,7 +97,7 @@ FAMILIES += [(row, family) for row in ("velora", "rso", "mezo") for family in OT
 FAMILIES += [(row, "llama") for row in ("lisa", "compress", "rso_and_all", "lozo")]
 FAMILIES += [(row, "gpt2") for row in ("badam", "misa_and_both", "subzero")]
 # What one run shows: the laws that share it stand together, and so does all that is of one row.
-OF_A_RUN = [law for law in LAWS if law.split()[0] in ["1", "2", "4", "5", "6", "7", "8", "10", "15"]]
+OF_A_RUN = [law for law in LAWS if int(law.split()[0]) in (1, 2, 4, 5, 6, 7, 8, 10, 15)]
 OF_A_RUN += [law for law in LAWS if law.startswith("11 loss scaling")]
 AGAIN = [law for law in OF_A_RUN if law.startswith(("10 draws", "11 "))]  # they run it once more
 # Its v comes from the mean of a batch, which depends on how that is cut.

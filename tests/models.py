@@ -64,6 +64,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+DEPTH = {"gpt2": "n_layer", "t5": "num_layers"}  # what configs call it, if not num_hidden_layers
+
+
+def depth(family: str, layers: int = 1) -> dict[str, int]:
+    """Options of `build` for so many layers: captures of one cost half of those of two."""
+    return {DEPTH.get(family, "num_hidden_layers"): layers} if family in FAMILIES else {}
+
 
 def build(family: str, seed: int = 0, **options: Any) -> nn.Module:
     """Make a tiny model in training mode; dropout as the family has it by default."""
