@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from models import inputs_of, loss_of, make
+from models import inputs_of, layers, loss_of, make
 from torch import nn
 
 import passes
@@ -128,7 +128,7 @@ def case(row: str, family: str = "plain") -> Case:
     gradient = 1e-12 if row in SAMPLING else 0.02 if average else 1e-6
     return Case(
         spec=PASSES[row](),
-        model=partial(make, family),
+        model=partial(make, family, **layers(family, 2)),
         inputs=partial(inputs_by_name, family),
         forward=1e-3 if row in ZEROTH else 0.0,
         gradient=gradient,

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import FAMILIES, depth, inputs_of, loss_of, make
+from models import FAMILIES, inputs_of, layers, loss_of, make
 from torch import nn
 
 import surgery
@@ -72,7 +72,7 @@ def captures(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
-    eager = make(family)
+    eager = make(family, **layers(family, 2))
     ours = train_everything(copy.deepcopy(eager))
     assert_same_step(eager, ours, inputs_of(family))
     first = captures(ours)
@@ -84,7 +84,7 @@ def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
 def test_padding_masks(family):
-    eager = make(family, **depth(family))
+    eager = make(family)
     ours = train_everything(copy.deepcopy(eager))
     assert_same_step(eager, ours, inputs_of(family, padding="none"), tolerance=MASKED)
     first = captures(ours)
@@ -101,7 +101,7 @@ def test_padding_masks(family):
 )
 @pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
 def test_gradient_checkpointing(family, reentrant):
-    eager = make(family, **depth(family))
+    eager = make(family)
     eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     ours = train_everything(copy.deepcopy(eager))
     if family == "t5":
@@ -115,7 +115,7 @@ def test_gradient_checkpointing(family, reentrant):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "plain"])
 def test_autocast(family):
-    eager = make(family, **depth(family))
+    eager = make(family)
     ours = train_everything(copy.deepcopy(eager))
     assert_same_step(
         eager, ours, inputs_of(family), context=lambda: torch.autocast("cpu", torch.bfloat16)

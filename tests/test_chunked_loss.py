@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, depth, inputs_of, loss_of, make
+from models import FAMILIES, inputs_of, loss_of, make
 from torch import nn
 from torch.nn import functional
 
@@ -42,7 +42,7 @@ def assert_same(eager: nn.Module, ours: nn.Module, inputs, **more):
 
 @pytest.mark.parametrize(("family", "tokens"), [(f, 5) for f in WITH_HEAD] + [("llama", None)])
 def test_loss_and_gradients_are_eagers(family, tokens):
-    eager = make(family, **depth(family))
+    eager = make(family)
     ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=tokens)
     for options in ({"padding": "right"}, {"padding": "right", "rows": 3, "length": 17}):
         _, found = assert_same(eager, ours, inputs_of(family, **options))
@@ -51,13 +51,13 @@ def test_loss_and_gradients_are_eagers(family, tokens):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_head_soft_capping_and_number_of_items(tied):
-    eager = make("gemma3", **depth("gemma3"), tie_word_embeddings=tied, final_logit_softcapping=3.0)
+    eager = make("gemma3", tie_word_embeddings=tied, final_logit_softcapping=3.0)
     ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=7)
     assert_same(eager, ours, inputs_of("gemma3"), num_items_in_batch=torch.tensor(11))
 
 
 def test_logits_on_request_and_without_gradients():
-    eager = make("llama", **depth("llama"))
+    eager = make("llama")
     ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=7, keep_logits=True)
     expected, found = assert_same(eager, ours, inputs_of("llama"))
     torch.testing.assert_close(found.logits, expected.logits.detach())
@@ -126,9 +126,7 @@ def test_a_batch_without_any_target_has_no_gradient_as_in_eager():
 
 
 def test_frozen_head_needs_no_gradient_of_its_weight():
-    model = surgery.apply(
-        make("llama", **depth("llama")), [passes.Misa(budget=0.2), passes.ChunkedLoss()]
-    )
+    model = surgery.apply(make("llama"), [passes.Misa(budget=0.2), passes.ChunkedLoss()])
     loss_of(model, inputs_of("llama")).backward()
     assert model.lm_head.weight.grad is None
     assert any(p.grad is not None for p in model.parameters())
@@ -166,7 +164,7 @@ def _twice() -> torch.fx.Graph:
 
 
 def test_a_second_backward_is_refused():
-    model = surgery.apply(make("llama", **depth("llama")), "chunked_loss")
+    model = surgery.apply(make("llama"), "chunked_loss")
     loss = loss_of(model, inputs_of("llama"))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -174,7 +172,7 @@ def test_a_second_backward_is_refused():
 
 
 def test_a_loss_outside_of_the_model_leaves_nothing_to_do():
-    model = surgery.apply(make("llama", **depth("llama")), "chunked_loss")
+    model = surgery.apply(make("llama"), "chunked_loss")
     ids = inputs_of("llama")["input_ids"]
     with pytest.raises(surgery.CaptureError, match=r"nothing to do.*labels=labels"):
         model(input_ids=ids)
@@ -188,7 +186,7 @@ def test_class_weights_are_left_alone_by_name():
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_with_recompute_in_any_order(order):
-    eager = make("llama", **depth("llama"))
+    eager = make("llama")
     both = [passes.Recompute(), passes.ChunkedLoss(tokens=9)]
     ours = surgery.apply(copy.deepcopy(eager), both[::-1] if order else both)
     inputs = inputs_of("llama", rows=4, length=64)

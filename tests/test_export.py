@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from laws import PASSES, own, rows, train, weights
-from models import FAMILIES, adapt, batch, depth, make
+from models import FAMILIES, adapt, batch, make
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -32,7 +32,7 @@ def same_outputs(a, b, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_in_plain_transformers(family, tmp_path):
-    model = make(family, **depth(family))
+    model = make(family)
     misa = passes.Misa(budget=0.1 if family in ("phi3", "gpt2", "mixtral") else 0.2, period=2)
     surgery.apply(model, misa)
     start = weights(model)
@@ -99,7 +99,7 @@ def test_a_plain_module(tmp_path):
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
 def test_a_base_and_its_adapters(order, kind, tmp_path):
-    model = make("llama", **depth("llama"))
+    model = make("llama")
     if order == "before":
         surgery.apply(model, "recompute")
     model = adapt(model, kind)
