@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
+import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -170,16 +168,5 @@ def train(model: nn.Module, family: str, steps: int, optimizer=None) -> torch.op
 
 def run_two_ranks(script: str, folder: Path) -> None:
     """Run a script in two processes, given its rank and a store; each must print "equal"."""
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=300)
-        assert out.strip() == "equal", err
+    ranks = [[str(rank), str(folder / "store")] for rank in range(2)]
+    assert [out.strip() for out in processes.run(script, folder, *ranks)] == ["equal"] * 2

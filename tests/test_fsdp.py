@@ -56,9 +56,8 @@ EQUAL = (
 @pytest.mark.parametrize(
     "rows",
     [
-        ["misa", "lisa", "badam", "velora"],
-        ["rso", "rso_transport", "misa_of_rso", "recompute"],
-        ["mezo", "sparse_mezo", "lozo", "subzero"],
+        ["misa", "lisa", "badam", "velora", "rso", "rso_transport", "misa_of_rso", "recompute"]
+        + ["mezo", "sparse_mezo", "lozo", "subzero"]
     ],
     ids=str,
 )
@@ -70,9 +69,9 @@ def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):
 LLAMA = (
     HEAD
     + """
-    alone, optimizer = start("all", None, "llama", use_cache=False)
+    alone, optimizer = start("all", None, "llama", num_hidden_layers=2, use_cache=False)
     steps(alone, optimizer, range(5), None, "llama")
-    both, optimizer = start("all", "apply, shard", "llama", use_cache=False)
+    both, optimizer = start("all", "apply, shard", "llama", num_hidden_layers=2, use_cache=False)
     steps(both, optimizer, range(5), rank, "llama")
     assert state_of(both).dispatch.captures <= 6  # the blocks share one
     found = whole_weights(both)

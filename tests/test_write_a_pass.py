@@ -59,10 +59,9 @@ def test_laws(outside, law, name):
     outside.test_laws(law, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_processes(outside, name, monkeypatch):
+def test_two_processes(outside, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    outside.test_two_processes(name)
+    surgery.testing.two_ranks([outside.CASES[name] for name in NAMES])
 
 
 def test_the_entry_point_makes_them_known(tmp_path):
