@@ -44,8 +44,8 @@ def free_port() -> int:
     ["misa,recompute,chunked_loss,compress", "velora"],
 )
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
-    command = ["finetune", "--layers", "2", "--steps", "8"]
-    command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path / "out")]
+    command = ["finetune", "--layers", "2", "--steps", "6"]
+    command += ["--period", "3", "--length", "32", "--pass", method, "--out", str(tmp_path / "out")]
     output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
@@ -60,8 +60,8 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
 
 @pytest.mark.real
 def test_forwards_alone(tmp_path):
-    command = ["forwards_only", "--pass", "lozo", "--layers", "2"]
-    command += ["--steps", "12", "--length", "32", "--out", str(tmp_path / "out")]
+    command = ["forwards_only", "--pass", "lozo", "--layers", "1"]
+    command += ["--steps", "12", "--length", "16", "--out", str(tmp_path / "out")]
     output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
@@ -75,7 +75,7 @@ def test_forwards_alone(tmp_path):
     [("trainer", ["--pass", "rso"]), ("adapters", [])],
 )
 def test_integrations(example, more, tmp_path):
-    command = [example, *more, "--layers", "2", "--steps", "6"]
+    command = [example, *more, "--layers", "1", "--steps", "4"]
     command += ["--length", "32", "--out", str(tmp_path / "out")]
     output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", output)
@@ -102,7 +102,7 @@ def trains_and_exports(output: str) -> None:
     ids=["sft", "fabric", "accelerate", "fsdp2"],
 )
 def test_other_loops(command, ranks, tmp_path):
-    options = ["--layers", "2", "--steps", "8", "--length", "32", "--out", str(tmp_path / "out")]
+    options = ["--layers", "1", "--steps", "4", "--length", "32", "--out", str(tmp_path / "out")]
     trains_and_exports(run([*command, *options], tmp_path, ranks))
 
 

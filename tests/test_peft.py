@@ -105,6 +105,7 @@ def test_what_does_not_compose_with_dora_is_refused_by_name(name):
     ("name", "kind"),
     [(name, "lora") for name in MOVING]
     + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora", "lisa")]
+    + [("misa of both", "on every Linear"), ("velora of the adapters", "on every Linear")]
     + [("misa of both", "dropout"), ("velora of the adapters", "dropout")]
     + [("rso of the base, adapters trained", "dropout"), ("mezo of the adapters", "dropout")]
     + [("misa of the adapters", "modules_to_save"), ("velora of the base", "modules_to_save")]
