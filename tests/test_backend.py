@@ -242,13 +242,13 @@ def test_two_processes(tmp_path):
 
         def run(spec, wrap, backend):
             torch._dynamo.reset()
-            model = make("llama", use_cache=False)
+            model = make("plain")
             surgery.apply(model, spec, backend=backend)
             outer = DistributedDataParallel(model) if wrap == "ddp" else shard(model)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
             losses = []
             for seed in range(3):
-                inputs = inputs_of("llama", rows=4, seed=seed)
+                inputs = inputs_of("plain", rows=4, seed=seed)
                 loss = loss_of(outer, {k: v.chunk(2)[rank] for k, v in inputs.items()})
                 loss.backward()
                 optimizer.step()
