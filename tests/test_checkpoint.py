@@ -146,9 +146,11 @@ def test_another_architecture(saved):
 
 
 def test_another_partition(tmp_path):
-    model = surgery.apply(make("llama"), passes.Rso(rank=4, targets=["q_proj"]))
+    model = surgery.apply(
+        make("llama", num_hidden_layers=2), passes.Rso(rank=4, targets=["q_proj"])
+    )
     surgery.save(model, tmp_path)
-    other = make("llama")
+    other = make("llama", num_hidden_layers=2)
     other.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
     surgery.apply(other, passes.Rso(rank=4, targets=["q_proj"]))
     with pytest.raises(surgery.CheckpointError, match=r"another partition.*layers\.0\.self_attn"):

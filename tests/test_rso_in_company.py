@@ -14,7 +14,7 @@ from surgery.sampling.rounds import Rounds
 
 
 def test_misa_samples_the_modules_that_rso_trains():
-    model = make("llama")
+    model = make("llama", num_hidden_layers=2)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     chosen = [passes.Misa(budget=0.2, period=2), passes.Rso(rank=4, period=50)]
     surgery.apply(model, chosen)
@@ -29,7 +29,7 @@ def test_misa_samples_the_modules_that_rso_trains():
         }
         assert with_gradient == live and 0 < len(live) < 21
         size = sum(model.get_parameter(name).numel() for name in live)
-        assert size <= 0.2 * sum(p.numel() for p in make("llama").parameters())
+        assert size <= 0.2 * sum(p.numel() for p in make("llama", num_hidden_layers=2).parameters())
         optimizer.step()
         optimizer.zero_grad()
         seen |= live
@@ -52,7 +52,7 @@ def test_nothing_is_kept_for_modules_that_are_not_sampled():
 
     def live(chosen) -> int:
         torch._dynamo.reset()
-        model = surgery.apply(make("llama"), chosen)
+        model = surgery.apply(make("llama", num_hidden_layers=2), chosen)
         loss_of(model, inputs).backward()
         found = measure(lambda: loss_of(model, inputs), torch.device("cpu")).live
         assert surgery.report(model, inputs).after.activations == found
@@ -84,9 +84,14 @@ def test_scores_of_projected_modules_are_those_of_their_weights():
 
 def test_what_misa_cannot_draw_as_a_whole_is_a_conflict():
     with pytest.raises(surgery.ConflictError, match=r"a larger budget draws it as a whole"):
-        surgery.apply(make("llama"), [passes.Misa(budget=0.03), passes.Rso(rank=4)])
+        surgery.apply(
+            make("llama", num_hidden_layers=2), [passes.Misa(budget=0.03), passes.Rso(rank=4)]
+        )
     with pytest.raises(surgery.ConflictError, match=r"flush=True writes into weights past"):
-        surgery.apply(make("llama"), [passes.Misa(budget=0.5, flush=True), passes.Rso(rank=4)])
+        surgery.apply(
+            make("llama", num_hidden_layers=2),
+            [passes.Misa(budget=0.5, flush=True), passes.Rso(rank=4)],
+        )
 
 
 RANK = """
