@@ -12,7 +12,6 @@ from typing import Any
 
 import test_backend
 import test_compress
-import test_copies
 import test_distributed
 import test_export
 import test_fsdp
@@ -20,7 +19,6 @@ import test_laws
 import test_optimizers
 import test_other_trainers
 import test_peft
-import test_resume
 import test_trainer
 import test_zeroth_runs
 from laws import PASSES
@@ -49,10 +47,10 @@ class Tested:
 
 
 WITH = {
-    "plain loop": Tested(works=[test_laws.test_5_weights_are_current_after_every_step]),
-    "save, load": Tested(works=[test_resume.test_9_a_resumed_run_is_the_uninterrupted_one]),
-    "export": Tested(works=[test_export.test_every_kind_of_pass]),
-    "deepcopy, pickle": Tested(works=[test_copies.test_14_pickle]),
+    "plain loop": Tested(works=[test_laws.test_law]),
+    "save, load": Tested(works=[test_laws.test_law]),
+    "export": Tested(works=[test_export.test_5_a_checkpoint_at_any_step_is_a_plain_one]),
+    "deepcopy, pickle": Tested(works=[test_laws.test_law]),
     "8-bit and other optimizers": Tested(
         works=[
             test_optimizers.test_rounds_state_and_resume,

@@ -193,12 +193,15 @@ class Changing(Method):
         changed_behind_gates(self, graph)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("after", [(), ("rso", "velora")], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "make_pass",
-    [lambda: passes.Rso(rank=4), lambda: passes.Velora(groups=4)],
-    ids=["rso", "velora"],
+    ("make_pass", "after", "checkpointed"),
+    [
+        (lambda: passes.Rso(rank=4), (), False),
+        (lambda: passes.Rso(rank=4), ("rso",), True),
+        (lambda: passes.Velora(groups=4), ("velora",), False),
+        (lambda: passes.Velora(groups=4), (), True),
+    ],
+    ids=["rso, before", "rso, after", "velora, after", "velora, before"],
 )
 def test_a_node_of_another_pass_behind_a_gate_does_not_break_identity(
     make_pass: Callable[[], Any], after, checkpointed

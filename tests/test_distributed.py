@@ -63,8 +63,8 @@ SCRIPT = """
 @pytest.mark.parametrize(
     "rows",
     [
-        ["misa", "misa_always", "lisa", "badam"],
-        ["rso", "velora", "misa_and_both", "misa_of_rso", "compress"],
+        ["misa", "misa_always", "lisa", "badam"]
+        + ["rso", "velora", "misa_and_both", "misa_of_rso", "compress"]
     ],
     ids=str,
 )

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from laws import anatomy
 from models import LAYERS, inputs_of, loss_of, make
-from test_laws import anatomy
 from torch import nn
 
 import passes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import transformers
 from safetensors import safe_open
@@ -15,26 +16,26 @@ from typer.testing import CliRunner
 
 from surgery.cli import app
 
-ROOT = Path(__file__).parent.parent
 TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]  # processes
 
 
-def run(command: list[str]) -> str:
-    """Run an example with its arguments; return what it prints."""
+def run(command: list[str], folder: Path, ranks: int = 1) -> str:
+    """Run an example with its arguments; return what it (the first rank) prints."""
     example, *arguments = command
-    return python(["-m", f"examples.{example}", *arguments])
+    port = str(free_port())
+    env = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for rank in range(ranks)
+    ]
+    code = processes.module(f"examples.{example}")
+    return processes.run(code, folder, *[arguments] * ranks, env=env if ranks > 1 else [])[0]
 
 
-def python(arguments: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 @pytest.mark.real
@@ -43,15 +44,15 @@ def python(arguments: list[str]) -> str:
     ["misa,recompute,chunked_loss,compress", "velora"],
 )
 def test_finetune_smollm2_on_the_kjv(method, tmp_path):
-    command = ["finetune", "--layers", "2", "--steps", "8"]
-    command += ["--period", "3", "--length", "64", "--pass", method, "--out", str(tmp_path)]
-    output = run(command)
+    command = ["finetune", "--layers", "2", "--steps", "6"]
+    command += ["--period", "3", "--length", "32", "--pass", method, "--out", str(tmp_path / "out")]
+    output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     totals = re.search(r"total\D+([\d.,]+) MB\D+([\d.,]+) MB", output)
     assert totals and float(totals[2].replace(",", "")) < float(totals[1].replace(",", ""))
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
+        tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.config.num_hidden_layers == 2
@@ -59,12 +60,12 @@ def test_finetune_smollm2_on_the_kjv(method, tmp_path):
 
 @pytest.mark.real
 def test_forwards_alone(tmp_path):
-    command = ["forwards_only", "--pass", "lozo", "--layers", "2"]
-    command += ["--steps", "12", "--length", "32", "--out", str(tmp_path)]
-    output = run(command)
+    command = ["forwards_only", "--pass", "lozo", "--layers", "1"]
+    command += ["--steps", "12", "--length", "16", "--out", str(tmp_path / "out")]
+    output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
-    with safe_open(tmp_path / "journal.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "journal.safetensors", "pt") as file:
         assert file.get_tensor("journal").shape == (12, 5)
 
 
@@ -74,33 +75,48 @@ def test_forwards_alone(tmp_path):
     [("trainer", ["--pass", "rso"]), ("adapters", [])],
 )
 def test_integrations(example, more, tmp_path):
-    command = [example, *more, "--layers", "2", "--steps", "6"]
-    command += ["--length", "32", "--out", str(tmp_path)]
-    output = run(command)
+    command = [example, *more, "--layers", "1", "--steps", "4"]
+    command += ["--length", "32", "--out", str(tmp_path / "out")]
+    output = run(command, tmp_path)
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+), .* ([\d.]+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     assert losses[3] == losses[2]
 
 
-@pytest.mark.real
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["-m", "examples.sft"],
-        ["-m", "examples.fabric", "--pass", "rso"],
-        ["-m", "examples.accelerated"],
-        [*TWO, "examples.sharded"],
-        [*TWO, "examples.sharded", "--pass", "misa", "--wrap", "ddp"],
-    ],
-    ids=["sft", "fabric", "accelerate", "fsdp2", "ddp"],
-)
-def test_other_loops(command, tmp_path):
-    options = ["--layers", "2", "--steps", "8", "--length", "32", "--out", str(tmp_path)]
-    output = python([*command, *options])
+def trains_and_exports(output: str) -> None:
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+); plain checkpoint: (\S+)", output)
     assert losses and float(losses[2]) < float(losses[1])
     _, info = transformers.AutoModelForCausalLM.from_pretrained(losses[3], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        (["sft"], 1),
+        (["fabric", "--pass", "rso"], 1),
+        (["accelerated"], 1),
+        (["sharded"], 2),
+    ],
+    ids=["sft", "fabric", "accelerate", "fsdp2"],
+)
+def test_other_loops(command, ranks, tmp_path):
+    options = ["--layers", "1", "--steps", "4", "--length", "32", "--out", str(tmp_path / "out")]
+    trains_and_exports(run([*command, *options], tmp_path, ranks))
+
+
+@pytest.mark.real
+def test_under_torchrun(tmp_path):
+    options = ["--layers", "1", "--steps", "4", "--length", "32", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *TWO, "examples.sharded", "--pass", "misa", "--wrap", "ddp", *options],
+        cwd=processes.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trains_and_exports(done.stdout)
 
 
 def test_the_command_line_lists_the_passes():

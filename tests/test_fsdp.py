@@ -29,10 +29,12 @@ HEAD = """
 EQUAL = (
     HEAD
     + """
-    for row in ROWS:
+    orders = ("apply, shard", "shard, apply")
+    for number, row in enumerate(ROWS):
         alone, optimizer = start(row, None)
         expected = steps(alone, optimizer, range(11), None)  # five rounds of two steps are drawn
-        for order in ("apply, shard", "shard, apply"):
+        # both for a pass of each kind, one of them for its relatives
+        for order in orders if row in ("misa", "rso", "mezo") else orders[number % 2 :][:1]:
             both, optimizer = start(row, order)
             sent = count_scattered()
             drawn = steps(both, optimizer, range(11), rank)
@@ -56,9 +58,8 @@ EQUAL = (
 @pytest.mark.parametrize(
     "rows",
     [
-        ["misa", "lisa", "badam", "velora"],
-        ["rso", "rso_transport", "misa_of_rso", "recompute"],
-        ["mezo", "sparse_mezo", "lozo", "subzero"],
+        ["misa", "lisa", "badam", "velora", "rso", "rso_transport", "misa_of_rso", "recompute"]
+        + ["mezo", "sparse_mezo", "lozo", "subzero"]
     ],
     ids=str,
 )
@@ -70,9 +71,9 @@ def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):
 LLAMA = (
     HEAD
     + """
-    alone, optimizer = start("all", None, "llama", use_cache=False)
+    alone, optimizer = start("all", None, "llama", num_hidden_layers=2, use_cache=False)
     steps(alone, optimizer, range(5), None, "llama")
-    both, optimizer = start("all", "apply, shard", "llama", use_cache=False)
+    both, optimizer = start("all", "apply, shard", "llama", num_hidden_layers=2, use_cache=False)
     steps(both, optimizer, range(5), rank, "llama")
     assert state_of(both).dispatch.captures <= 6  # the blocks share one
     found = whole_weights(both)

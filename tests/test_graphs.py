@@ -31,7 +31,7 @@ def test_graphs_show_code_before_and_after_with_the_nodes_of_each_pass():
 
 
 def test_graphs_show_checkpointed_regions():
-    model = make("llama")
+    model = make("llama", num_hidden_layers=2)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     surgery.apply(model, passes.Rso(rank=4))
     loss_of(model, inputs_of("llama"))

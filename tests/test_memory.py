@@ -28,7 +28,7 @@ def test_measure_counts_what_is_held_and_the_peak():
 
 
 def test_report_measures_before_and_now():
-    model = make("llama", num_hidden_layers=6)
+    model = make("llama", num_hidden_layers=3)
     inputs = inputs_of("llama", rows=4, length=32)
     loss_of(model, inputs)
     eager = measure(lambda: loss_of(model, inputs), CPU).live
@@ -143,7 +143,7 @@ def test_plan_says_what_it_cannot_predict():
 @pytest.mark.parametrize("row", ["badam", "recompute", "chunked_loss", "misa_and_both"])
 def test_report_names_what_is_kept_to_the_byte(family, row):
     still = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    model = make(family, **(still if family == "gpt2" else {"num_hidden_layers": 3}))
+    model = make(family, **(still if family == "gpt2" else {"num_hidden_layers": 2}))
     surgery.apply(model, PASSES[row]())
     found = surgery.report(model, inputs_of(family, rows=4, length=32))
     assert abs(sum(k.bytes for k in found.kept) - found.after.activations) < 0.005 * (
@@ -166,7 +166,7 @@ def report_that_adds_up(model, inputs):
 
 @pytest.mark.parametrize("row", ["misa", "recompute", "velora", "rso_and_all"])
 def test_the_account_adds_up_inside_checkpointing(row):
-    model = make("llama", num_hidden_layers=6)
+    model = make("llama", num_hidden_layers=2)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     surgery.apply(model, PASSES[row]())
     inputs = inputs_of("llama", rows=4, length=32)
@@ -177,7 +177,7 @@ def test_the_account_adds_up_inside_checkpointing(row):
 def test_the_account_adds_up_for_adapters_inside_checkpointing():
     from peft import LoraConfig, get_peft_model
 
-    model = make("llama", num_hidden_layers=4)
+    model = make("llama", num_hidden_layers=2)
     model.gradient_checkpointing_enable({"use_reentrant": False})  # PEFT hooks the embeddings again
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     surgery.apply(model, passes.Velora(groups=8))

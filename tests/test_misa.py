@@ -52,7 +52,7 @@ def test_all_modules_active_is_adamw_to_the_bit(family, foreach):
         )
         runs.append((model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, 100)))
     split = any(c.parameter is not ours.get_parameter(c.weight) for c in surgery.coordinates(ours))
-    for seed in range(100):
+    for seed in range(40):
         for model, optimizer, schedule in runs:
             loss_of(model, inputs_of(family, seed=seed)).backward()
             # The total norm of a split matrix is rounded in another order, so clip by value there.
@@ -344,11 +344,11 @@ def test_only_the_top_block_active_saves_little():
     inputs = inputs_of("llama", rows=4, length=64)
     live = {}
     for name in ("all", "top"):
-        model = make("llama", num_hidden_layers=8)
+        model = make("llama", num_hidden_layers=4)
         if name == "all":
             surgery.apply(model, "misa", budget=1.0)
         else:
             surgery.apply(model, "badam", order="descending")
         loss_of(model, inputs).backward()
         live[name] = measure(lambda m=model: loss_of(m, inputs), torch.device("cpu")).live
-    assert live["top"] < 0.2 * live["all"]
+    assert live["top"] < 0.4 * live["all"]

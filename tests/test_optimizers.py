@@ -46,14 +46,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 def steps(model, optimizer, numbers) -> None:
     for seed in numbers:
-        loss_of(model, inputs_of("llama", seed=seed)).backward()
+        loss_of(model, inputs_of("plain", seed=seed)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(("kind", "row"), CASES)
 def test_rounds_state_and_resume(kind, row, tmp_path):
-    model = surgery.apply(make("llama"), PASSES[row](period=2))
+    model = surgery.apply(make("plain"), PASSES[row](period=2))
     optimizer = OPTIMIZERS[kind](model.parameters())
     moved = Moved(model, optimizer)
     optimizer.register_step_post_hook(moved.move)
@@ -69,7 +69,7 @@ def test_rounds_state_and_resume(kind, row, tmp_path):
     assert state_of(model).clock.step == 5
     surgery.save(model, tmp_path, optimizer)
     torch._dynamo.reset()
-    again = surgery.apply(make("llama", seed=5), PASSES[row](period=2))
+    again = surgery.apply(make("plain", seed=5), PASSES[row](period=2))
     other = OPTIMIZERS[kind](again.parameters())
     surgery.load(again, tmp_path, other)
     for each in ((model, optimizer), (again, other)):
@@ -81,7 +81,7 @@ def test_rounds_state_and_resume(kind, row, tmp_path):
 @pytest.mark.parametrize("row", ["recompute", "chunked_loss", "compress"])
 @pytest.mark.parametrize("kind", ["bitsandbytes 8-bit", "schedulefree"])
 def test_passes_without_coordinates_do_not_mind_the_optimizer(kind, row):
-    start, plain, ours = (make("llama") for _ in range(3))
+    start, plain, ours = (make("plain") for _ in range(3))
     surgery.apply(ours, PASSES[row]())
     for model in (plain, ours):
         steps(model, OPTIMIZERS[kind](model.parameters()), range(3))
@@ -123,13 +123,13 @@ def test_lomo_steps_inside_of_backward(row):
     """It is SGD, and takes each gradient away as soon as the next one is there."""
     lomo = pytest.importorskip("lomo_optim").Lomo
     spec = PASSES[row](period=2)
-    plain, ours = (surgery.apply(make("llama"), spec) for _ in range(2))
+    plain, ours = (surgery.apply(make("plain"), spec) for _ in range(2))
     sgd, fused = torch.optim.SGD(plain.parameters(), lr=1e-2), lomo(ours, lr=1e-2)
     for seed in range(5):
-        loss_of(plain, inputs_of("llama", seed=seed)).backward()
+        loss_of(plain, inputs_of("plain", seed=seed)).backward()
         sgd.step()
         sgd.zero_grad()
-        loss = loss_of(ours, inputs_of("llama", seed=seed))
+        loss = loss_of(ours, inputs_of("plain", seed=seed))
         surgery.step(ours, fused, lambda loss=loss: fused.fused_backward(loss, 1e-2))
         for name, parameter in own(ours).items():
             torch.testing.assert_close(parameter, own(plain)[name], msg=f"{name} {seed}")
@@ -140,21 +140,21 @@ def test_lomo_steps_inside_of_backward(row):
 
 def test_gradients_that_vanish_within_backward_are_told():
     lomo = pytest.importorskip("lomo_optim").Lomo
-    model = surgery.apply(make("llama"), "rso", rank=4)
+    model = surgery.apply(make("plain"), "rso", rank=4)
     optimizer = lomo(model, lr=1e-2)
-    loss = loss_of(model, inputs_of("llama"))
+    loss = loss_of(model, inputs_of("plain"))
     with pytest.raises(surgery.OptimizerError, match=r"surgery\.step\(model, optimizer, lambda"):
         optimizer.fused_backward(loss, 1e-2)
 
 
 def test_optimizers_that_step_inside_of_backward_are_told():
     """The recipe of torch's tutorial: one optimizer for each parameter, stepped by its hook."""
-    model = surgery.apply(make("llama"), "badam")
+    model = surgery.apply(make("plain"), "badam")
     each = {p: torch.optim.SGD([p], lr=1e-2) for p in model.parameters()}
     before = weights(model)
     for c in surgery.coordinates(model):
         parameter, optimizer = c.parameter, each[c.parameter]
         parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step())
     with pytest.raises(surgery.OptimizerError, match="SGD steps inside of a backward"):
-        loss_of(model, inputs_of("llama")).backward()
+        loss_of(model, inputs_of("plain")).backward()
     assert all(torch.equal(p, before[n]) for n, p in own(model).items())

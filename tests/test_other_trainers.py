@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from laws import PASSES, own, state_of
 from lightning_fabric import Fabric
-from models import QUIET, VOCAB, batch, make
+from models import QUIET, VOCAB, batch, inputs_of, loss_of, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -34,14 +34,13 @@ def batches() -> list[torch.Tensor]:
     return list(batch("llama", rows=STEPS * BATCH, length=10, seed=3)["input_ids"].split(BATCH))
 
 
-def plain_loop(model, clip: float | None = None) -> list[float]:
+def plain_loop(model, clip: float) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     losses = []
     for ids in batches():
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -57,19 +56,23 @@ def assert_same_run(model, other) -> None:
 @pytest.mark.parametrize("row", ROWS + ZEROTH)
 def test_fabric(row):
     fabric = Fabric(accelerator="cpu", devices=1)
-    model = begin(row)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(trained, lr=LR))
-    losses = []
-    for ids in batches():
-        loss = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    other = begin(row)
-    assert losses == plain_loop(other)
-    assert_same_run(model, other)
+    models = [surgery.apply(make("plain"), PASSES[row]()) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=LR) for model in models]
+    wrapped, optimizers[0] = fabric.setup(models[0], optimizers[0])
+    losses: list[list[float]] = [[], []]
+    for seed in range(STEPS):
+        batch = inputs_of("plain", seed=seed)
+        for i, model in enumerate((wrapped, models[1])):
+            loss = loss_of(model, batch)
+            if i == 0:
+                fabric.backward(loss)
+            else:
+                loss.backward()
+            optimizers[i].step()
+            optimizers[i].zero_grad()
+            losses[i].append(loss.item())
+    assert losses[0] == losses[1]
+    assert_same_run(*models)
 
 
 def sft(model, folder) -> SFTTrainer:

@@ -83,8 +83,8 @@ def plain_loop(model, half: bool) -> list[float]:
 @pytest.mark.parametrize(
     ("row", "setting"),
     [(row, "float32") for row in ROWS]
-    + [(row, "bf16 autocast") for row in ("misa_and_both", "velora", "mezo")]
-    + [(row, "checkpointing") for row in ("misa_and_both", "rso", "compress")],
+    + [(row, "bf16 autocast") for row in ("misa_and_both", "velora")]
+    + [(row, "checkpointing") for row in ("misa_and_both", "rso")],
 )
 def test_the_plain_loop_gives_the_same_run(row, setting, tmp_path):
     # The Trainer switches the cache off, which changes what there is to pack or to recompute.
@@ -107,7 +107,7 @@ def test_the_plain_loop_gives_the_same_run(row, setting, tmp_path):
     assert "forward" not in models[0].__dict__
 
 
-@pytest.mark.parametrize("row", ["misa", "velora_redrawn", "rso", "sparse_mezo"])
+@pytest.mark.parametrize("row", ["misa", "velora_redrawn", "sparse_mezo"])
 def test_a_resumed_run_is_the_uninterrupted_one(row, tmp_path):
     def begin(seed):
         return surgery.apply(make("llama", seed), PASSES[row]())

@@ -59,10 +59,9 @@ def test_laws(outside, law, name):
     outside.test_laws(law, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_processes(outside, name, monkeypatch):
+def test_two_processes(outside, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    outside.test_two_processes(name)
+    surgery.testing.two_ranks([outside.CASES[name] for name in NAMES])
 
 
 def test_the_entry_point_makes_them_known(tmp_path):
@@ -95,14 +94,17 @@ COMPANY = {
 }
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("company", COMPANY)
-def test_noise_on_inputs_composes(outside, company, checkpointed):
+@pytest.mark.parametrize(
+    ("company", "family", "checkpointed"),
+    [(company, "plain", False) for company in COMPANY]
+    + [("rso", "llama", True), ("all", "llama", True)],
+)
+def test_noise_on_inputs_composes(outside, company, family, checkpointed):
     """The noise of nothing: the run is that of the others alone, to rounding."""
     noise = outside.outside_passes.InputNoise
     losses: dict[float | None, list[float]] = {}
     for sigma in (None, 0.0, 0.1):
-        model = make("llama")
+        model = make(family)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         more = [] if sigma is None else [noise(sigma=sigma)]
@@ -110,7 +112,7 @@ def test_noise_on_inputs_composes(outside, company, checkpointed):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses[sigma] = []
         for seed in range(4):
-            loss = loss_of(model, inputs_of("llama", seed=seed))
+            loss = loss_of(model, inputs_of(family, seed=seed))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -4,9 +4,11 @@
 
 runs all of them on a small model, and raises `LawError` with what is broken. As tests of pytest:
 
+    CASE = surgery.testing.Case(spec=MyPass())  # one: laws share a run of it
+
     @pytest.mark.parametrize("law", surgery.testing.LAWS)
     def test_my_pass(law):
-        surgery.testing.LAWS[law](surgery.testing.Case(spec=MyPass()))
+        surgery.testing.LAWS[law](CASE)
 
 `Case` says what a pass may do: perturb the forward (`forward=`), approximate gradients
 (`gradient=`, `average=`). docs/write_a_pass.md has three passes with their tests.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Case:
     a number of rows. forward: how far the first forward may be from the plain one, relatively (0:
     to the bit). gradient: how far gradients of coordinates may be from what the dense gradient of
     the plain model says, relatively. average: gradients are right on average only, or change with
-    how a batch is cut. rate: learning rate of plain SGD that is small for it.
+    how a batch is cut. rate: learning rate of plain SGD that is small for it. notes: of the run
+    that laws share; keep the case to keep them.
     """
 
     spec: Any
@@ -44,6 +45,10 @@ class Case:
     gradient: float = 1e-6
     average: bool = False
     rate: float = 0.1
+    notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"notes": {}}  # other processes make their own
 
     def passes(self, **changes: Any) -> list[Any]:
         """Return the passes, with options changed that they have."""

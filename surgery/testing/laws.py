@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from surgery.reports.predicted import plan
 from surgery.testing.case import (
     Case,
     LawError,
-    Moved,
     adamw,
     anatomy,
     close,
@@ -31,6 +29,7 @@ from surgery.testing.case import (
     own,
     weights,
 )
+from surgery.testing.watched import watch, watched
 
 Law = Callable[[Case], None]
 
@@ -50,12 +49,7 @@ def law_1_the_model_keeps_its_identity(case: Case) -> None:
 
 def law_2_the_first_forward_is_the_plain_one(case: Case) -> None:
     """The first forward after apply gives what the plain model gives."""
-    model = case.model()
-    torch.manual_seed(3)
-    expected = case.loss(model).detach()
-    apply(model, case.passes())
-    torch.manual_seed(3)
-    found = case.loss(model).detach()
+    expected, found = watched(case).losses
     if case.forward:
         close(found, expected, "the first loss", rtol=case.forward, atol=0.1 * case.forward)
     else:
@@ -81,89 +75,68 @@ def law_3_apply_is_all_or_nothing(case: Case) -> None:
 
 def law_4_remove_undoes_apply(case: Case) -> None:
     """remove(apply(m)) is m: classes, keys, identities, requires_grad, hooks, outputs."""
-    model = case.model()
+    model, plain = case.model(), case.model()
     frozen = next(iter(own(model)))
-    model.get_parameter(frozen).requires_grad_(False)
+    for each in (model, plain):
+        each.get_parameter(frozen).requires_grad_(False)
     before, expected = anatomy(model), weights(model)
     apply(model, case.passes())
     demand(remove(model) is model and anatomy(model) == before, "remove leaves a trace")
-    apply(model, case.passes())
-    case.loss(model).backward()
-    remove(model)
-    model.zero_grad()
-    demand(anatomy(model) == before, "remove leaves a trace of a forward and a backward")
     for name, parameter in own(model).items():
         equal(parameter.detach(), expected[name], name)
-    plain = case.model()
-    plain.get_parameter(frozen).requires_grad_(False)
-    case.loss(plain).backward()
-    case.loss(model).backward()  # every gradient flows again, and no hook objects
-    for name, parameter in own(model).items():
-        there = plain.get_parameter(name).grad is not None
-        demand((parameter.grad is not None) == there, f"no gradient reaches {name} after remove")
+    for each in (model, plain):
+        torch.manual_seed(3)
+        case.loss(each).backward()
+    for name, parameter in own(plain).items():
+        there = own(model)[name].grad is not None
+        demand(there == (parameter.grad is not None), f"no gradient reaches {name} after remove")
+    run = watched(case)  # and after training
+    demand(run.anatomy[0] == run.anatomy[1], "remove leaves a trace of a run")
+    for name, value in run.last[0].items():
+        equal(run.last[1][name], value, f"{name} before remove and after it")
+    demand(run.reached[0] == run.reached[1], "not every gradient flows after a run and remove")
 
 
 def law_5_weights_are_current_after_every_step(case: Case) -> None:
     """After every step, the model's own weights are start + map(coordinates)."""
-    model = case.applied(period=2)
-    optimizer = adamw(model)
-    moved = Moved(model, optimizer)
-    # What ends a round may write weights by itself; see `passkit.Ending`.
-    writes = any(getattr(m, "ending", None) for m in applied(model).decision.methods)
-    # Before the clock acts on a step where it draws anew, after it where it adds to the step.
-    if not writes:
-        optimizer.register_step_post_hook(moved.move)
-    for step in range(5):
-        case.train(model, 1, optimizer)
-        if writes:
-            moved.move()
-        for name, parameter in own(model).items():
-            expected = moved.weights[name]
-            close(parameter.detach(), expected, f"{name} at step {step}", rtol=2e-5, atol=2e-6)
+    for number, step in enumerate(watched(case).steps):
+        for name, value in step.weights.items():
+            what = f"{name} at step {number}"
+            close(value, step.expected[name], what, rtol=2e-5, atol=2e-6)
 
 
 def law_6_what_is_not_trained_stays(
-    case: Case, seed: int = 0, period: int = 2, steps: int = 5
+    case: Case, seed: int | None = None, period: int = 2, steps: int = 5
 ) -> None:
     """A weight that is not being trained is bit-identical before and after; others move."""
-    model = case.applied(period=period, seed=seed)
-    optimizer = adamw(model, lr=0.1)
-    for step in range(steps):
-        active = {c.weight for c in coordinates(model) if c.active}
-        before = weights(model)
-        case.train(model, 1, optimizer)
-        for name, parameter in own(model).items():
-            same = torch.equal(parameter, before[name])
-            moves = name in active
-            demand(same != moves, f"{name} {'stays' if moves else 'moves'} in step {step}")
+    run = watched(case) if seed is None else watch(case, seed=seed, period=period, steps=steps)
+    before = run.start
+    for number, step in enumerate(run.steps):
+        for name, value in step.weights.items():
+            moves = name in step.trained
+            same = torch.equal(value, before[name])
+            demand(same != moves, f"{name} {'stays' if moves else 'moves'} in step {number}")
+        before = step.weights
 
 
 def law_7_state_exists_for_live_coordinates_only(
-    case: Case, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, rounds: int = 100
+    case: Case,
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    rounds: int | None = None,
 ) -> None:
     """Optimizer state and gradients exist for live coordinates only, over many resamples."""
-    model = case.applied(period=1)
-    optimizer, largest = make(model.parameters(), lr=1e-3), 0
-    for _ in range(rounds):
-        trained = {id(c.parameter) for c in coordinates(model) if c.active}
-        case.train(model, 1, optimizer)
-        active = {id(c.parameter) for c in coordinates(model) if c.active}
-        held = {id(p) for p, state in optimizer.state.items() if state}
-        demand(held <= active & trained, "optimizer state of what left is not freed: run.forget")
-        left = [n for n, p in model.named_parameters() if p.grad is not None]
-        demand(not left, f"{left} hold gradients after zero_grad")
-        largest = max(largest, len(held))
-    demand(largest <= len(own(model)), "optimizer state has grown")
+    run = watched(case) if rounds is None else watch(case, make=make, period=1, steps=rounds)
+    for step in run.steps:
+        demand(not step.stray, "optimizer state of what left is not freed: run.forget")
+        demand(not step.left, f"{step.left} hold gradients after zero_grad")
+        demand(step.held <= len(step.weights), "optimizer state has grown")
 
 
 def law_8_one_capture(case: Case) -> None:
     """One capture for each input structure, however often the pass resamples."""
-    model = case.applied(period=1)
-    optimizer = case.train(model, 1)
-    first = applied(model).dispatch.captures
-    case.train(model, 15, optimizer)
-    now = applied(model).dispatch.captures
-    demand(now == first, f"{now - first} captures more in 15 steps of one structure")
+    run = watched(case)
+    first, now = run.captures
+    demand(now == first, f"{now - first} captures more in {len(run.steps)} steps of one structure")
 
 
 def law_9_a_resumed_run_goes_on(case: Case, saved: int = 3, steps: int = 20) -> None:
@@ -190,33 +163,16 @@ def law_9_a_resumed_run_goes_on(case: Case, saved: int = 3, steps: int = 20) -> 
 
 def law_10_the_global_generators_are_not_touched(case: Case) -> None:
     """Draws come from the library's own generator: torch's and Python's stay where they are."""
-
-    def drawn(operate: bool) -> tuple[Tensor, float]:
-        model = case.model()
-        torch.manual_seed(3)
-        random.seed(3)
-        if operate:
-            apply(model, case.passes(period=1))
-        case.train(model, 2)
-        return torch.rand(4), random.random()
-
-    (ours, also), (plain, alone) = drawn(True), drawn(False)
-    equal(ours, plain, "torch's generator after two steps")
-    demand(also == alone, "Python's generator is touched")
+    for plain, ours in zip(*watched(case).drawn, strict=False):
+        demand(ours[0] == plain[0], "torch's generator is touched")
+        demand(ours[1] == plain[1], "Python's generator is touched")
 
 
-def law_10_draws_depend_on_the_seed(case: Case) -> None:
+def law_10_draws_depend_on_the_seed(case: Case, steps: int = 3) -> None:
     """The same seed gives the same run, whatever else is drawn; weights do not differ by a bit."""
-    runs = []
-    for noise in (1, 2):
-        torch.manual_seed(noise)
-        model = case.applied(period=1)
-        for _ in range(noise):
-            torch.rand(3), random.random()
-        case.train(model, 3)
-        runs.append(weights(model))
-    for name, value in runs[0].items():
-        equal(value, runs[1][name], f"{name} of a second run")
+    again = watch(case, noise=1, steps=steps).steps[-1]
+    for name, value in watched(case).steps[steps - 1].weights.items():
+        equal(again.weights[name], value, f"{name} of a second run")
 
 
 def law_11_accumulation_is_one_large_batch(
@@ -241,25 +197,11 @@ def law_11_accumulation_is_one_large_batch(
         close(own(cut)[name].detach(), parameter.detach(), name, rtol, atol)
 
 
-def law_11_loss_scaling_changes_nothing(case: Case, scale: float = 1024.0) -> None:
+def law_11_loss_scaling_changes_nothing(case: Case, scale: float = 1024.0, steps: int = 8) -> None:
     """A GradScaler with clipping gives the run without one."""
-
-    def run(scale: float | None) -> dict[str, Tensor]:
-        model = case.applied(period=2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        for seed in range(8):
-            scaler.scale(case.loss(model, seed)).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        return weights(model)
-
-    plain, scaled = run(None), run(scale)
-    for name, value in plain.items():
-        close(scaled[name], value, name, rtol=1e-5, atol=1e-7)
+    scaled = watch(case, scale=scale, steps=steps).steps[-1]
+    for name, value in watched(case).steps[steps - 1].weights.items():
+        close(scaled.weights[name], value, name, rtol=1e-5, atol=1e-7)
 
 
 def law_11_autocast_and_checkpointing(case: Case) -> None:
@@ -299,12 +241,12 @@ def law_13_the_report_is_the_allocators(case: Case) -> None:
 def law_14_copies_work(case: Case) -> None:
     """deepcopy and pickle give models that train on by themselves, as the original does."""
     model = case.applied(period=2)
-    case.train(model, 2, torch.optim.SGD(model.parameters(), lr=1e-3))
+    case.train(model, 2)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     before = weights(model)
     runs = []
     for each in (*copies, model):
-        case.train(each, 3, torch.optim.SGD(each.parameters(), lr=1e-3))
+        case.train(each, 3)
         runs.append(weights(each))
         if each is not model:
             for name, value in weights(model).items():
@@ -316,32 +258,15 @@ def law_14_copies_work(case: Case) -> None:
 
 def law_15_gradients_are_adjoint(case: Case) -> None:
     """For each coordinate and a random e: <dense dW, expand(e)> = <coordinate.grad, e>."""
-    dense, model = case.model().eval(), case.model().eval()
-    case.loss(dense).backward()
-    apply(model, case.passes())
-    case.loss(model).backward()
-    full = {name: p.grad for name, p in dense.named_parameters() if p.grad is not None}
-    generator = torch.Generator().manual_seed(0)
-    active: dict[int, list[Any]] = {}
-    for c in coordinates(model):
-        if c.active:
-            active.setdefault(id(c.parameter), []).append(c)
-        else:
-            demand(c.parameter.grad is None, f"{c.weight} has a gradient and is not trained")
-    demand(active, "nothing is being trained")
-    for shared in active.values():
-        parameter, names = shared[0].parameter, [c.weight for c in shared]
-        e = torch.randn(parameter.shape, generator=generator)
-        left = sum(float((full[c.weight].double() * c.expand(e).double()).sum()) for c in shared)
-        demand(parameter.grad is not None, f"no gradient reaches the coordinate of {names[0]}")
-        right = float((parameter.grad.double() * e.double()).sum())
-        scale = sum(float(full[n].norm()) ** 2 for n in names) ** 0.5 * float(e.norm())
-        off = abs(left - right) / max(scale, 1e-30)
-        demand(off <= case.gradient, f"the gradient of {names[0]} is off by {off:.2g}")
-    listed = {id(p) for p in model.parameters()}
-    lost = [c.weight for c in coordinates(model) if id(c.parameter) not in listed]
-    demand(not lost, f"coordinates of {lost} are not in model.parameters()")
-    demand(list(model.state_dict()) == list(dense.state_dict()), "state_dict has other keys")
+    run = watched(case)
+    found = run.adjoint
+    demand(not found.untrained, f"{found.untrained} have gradients and are not trained")
+    demand(found.off, "nothing is being trained")
+    for name, off in found.off.items():
+        demand(off < float("inf"), f"no gradient reaches the coordinate of {name}")
+        demand(off <= case.gradient, f"the gradient of {name} is off by {off:.2g}")
+    demand(not found.unlisted, f"coordinates of {found.unlisted} are not in model.parameters()")
+    demand(run.keys[0] == run.keys[1], "state_dict has other keys")
 
 
 def law_16_preconditions_come_first(case: Case) -> None:

@@ -25,16 +25,18 @@ WRAPS = ("DDP", "FSDP2")
 STEPS = 5
 
 
-def two_ranks(case: Case, wraps: Sequence[str] = WRAPS) -> None:
+def two_ranks(case: Case | Sequence[Case], wraps: Sequence[str] = WRAPS) -> None:
     """Run a case on two processes (gloo), each on half of the batch; raise LawError.
 
-    case: its pass, model and inputs must pickle: functions and classes of modules.
+    case: its pass, model and inputs must pickle: functions and classes of modules. Several cases
+    share the processes.
     """
+    cases = (case,) if isinstance(case, Case) else tuple(case)
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         said = context.Queue()
         ranks = [
-            context.Process(target=_rank, args=(rank, folder, case, tuple(wraps), said))
+            context.Process(target=_rank, args=(rank, folder, cases, tuple(wraps), said))
             for rank in range(2)
         ]
         for each in ranks:
@@ -47,20 +49,22 @@ def two_ranks(case: Case, wraps: Sequence[str] = WRAPS) -> None:
         raise LawError(broken[0])
 
 
-def _rank(rank: int, folder: str, case: Case, wraps: Sequence[str], said: Any) -> None:
+def _rank(rank: int, folder: str, cases: Sequence[Case], wraps: Sequence[str], said: Any) -> None:
     try:
         torch.set_num_threads(1)
         store = f"file://{Path(folder) / 'store'}"
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        for wrap in wraps:
-            _compare(rank, case, wrap)
+        for case in cases:
+            of = f"{case.spec}, " if len(cases) > 1 else ""
+            for wrap in wraps:
+                _compare(rank, case, wrap, of)
         distributed.destroy_process_group()
         said.put("")
     except BaseException as error:
         said.put(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
-def _compare(rank: int, case: Case, wrap: str) -> None:
+def _compare(rank: int, case: Case, wrap: str, of: str) -> None:
     torch.compiler.reset()
     both, alone = (apply(case.model().double(), case.passes(period=2)) for _ in range(2))
     outer = _wrapped(both, wrap)
@@ -78,8 +82,8 @@ def _compare(rank: int, case: Case, wrap: str) -> None:
         mine = shards.whole(own(both)[name].detach())
         others = [torch.empty_like(mine) for _ in range(2)]
         distributed.all_gather(others, mine.contiguous())
-        equal(others[0], others[1], f"{wrap}: {name} on both ranks")
-        close(mine, parameter.detach(), f"{wrap}: {name}", rtol=loose, atol=0.01 * loose)
+        equal(others[0], others[1], f"{of}{wrap}: {name} on both ranks")
+        close(mine, parameter.detach(), f"{of}{wrap}: {name}", rtol=loose, atol=0.01 * loose)
 
 
 def _wrapped(model: nn.Module, wrap: str) -> nn.Module:
