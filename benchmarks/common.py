@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    packages = ["torch", "transformers", "peft", "badam", "numpy"]
+    wanted = ["torch", "transformers", "peft", "badam", "numpy"]
+    packages = [d.metadata["Name"] for d in distributions() if d.metadata["Name"] in wanted]
     cpu = platform.processor() or platform.machine()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
