@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import Moved, adamw, own, weights
-from models import KINDS, adapt, batch, inputs_of, make
+from models import adapt, batch, inputs_of, make
 
 import passes
 import surgery
