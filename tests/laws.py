@@ -88,6 +88,10 @@ ZEROTH = {
 # Every row goes through every law, except that only the first ones draw.
 PASSES = SAMPLING | PROJECTING | EXACT | ROUNDED | ZEROTH
 rows = pytest.mark.parametrize("row", PASSES)
+# Every pass is in one of these: for what is about packages beside us, not about options of ours.
+EACH_PASS = ["misa", "lisa", "badam", "velora", "rso_and_all"]
+EACH_PASS += ["mezo", "sparse_mezo", "lozo", "subzero"]
+each_pass = pytest.mark.parametrize("row", EACH_PASS)
 sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: one row of a kind meets others.
 FAMILIES = [(row, family) for row in ("misa", "recompute", "chunked_loss") for family in OTHERS]

@@ -65,6 +65,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+# Families that are not another one with other sizes and norms: for what is not about families.
+DISTINCT = set(FAMILIES) - {"qwen2", "qwen3", "mistral", "roberta"}
 DEPTH = {"gpt2": "n_layer", "t5": "num_layers"}  # what configs call it, if not num_hidden_layers
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, inputs_of, loss_of, make
+from models import DISTINCT, inputs_of, loss_of, make
 from torch import nn
 from torch.nn import functional
 
@@ -16,7 +16,7 @@ from surgery.activations.chunks import chunked_cross_entropy
 from surgery.memory import measure
 
 CPU = torch.device("cpu")
-WITH_HEAD = [f for f in FAMILIES if f != "vit"]
+WITH_HEAD = sorted(DISTINCT - {"vit"})
 
 
 def step(model: nn.Module, inputs: dict[str, torch.Tensor], **more):

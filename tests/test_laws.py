@@ -22,9 +22,9 @@ from laws import (
     adamw,
     anatomy,
     case,
+    each_pass,
     laws,
     own,
-    rows,
     sampling_rows,
     train,
 )
@@ -118,7 +118,7 @@ def test_11_accumulation_equals_one_large_batch(row, parts, norm):
     of_surgery.law_11_accumulation_is_one_large_batch(case(row), parts=parts, norm=norm)
 
 
-@rows
+@each_pass
 @pytest.mark.filterwarnings("ignore")  # transformers and accelerate announce their renamings
 def test_11_accelerate_gives_the_plain_loop(row):
     from accelerate import Accelerator

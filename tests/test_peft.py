@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import Moved, adamw, own, weights
-from models import KINDS, adapt, batch, inputs_of, make
+from models import adapt, batch, inputs_of, make
 
 import passes
 import surgery
@@ -66,9 +66,9 @@ def steps(model, optimizer, count: int = 5) -> list[float]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("recompute", kind) for kind in KINDS]
-    + [("chunked_loss", kind) for kind in ("lora", "modules_to_save")]
-    + [("misa, all at once", kind) for kind in ("lora", "dora", "modules_to_save")],
+    [("recompute", kind) for kind in ("on every Linear", "dora", "dropout", "two adapters")]
+    + [("chunked_loss", "lora"), ("chunked_loss", "modules_to_save")]
+    + [("misa, all at once", "lora"), ("misa, all at once", "modules_to_save")],
 )
 def test_exact_passes_leave_the_run_as_it_is(name, kind):
     plain, ours = (adapt(make("llama"), kind) for _ in range(2))
@@ -104,15 +104,12 @@ def test_what_does_not_compose_with_dora_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, "lora") for name in MOVING]
-    + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora", "lisa")]
+    + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora")]
     + [("misa of both", "on every Linear"), ("velora of the adapters", "on every Linear")]
-    + [("misa of both", "dropout"), ("velora of the adapters", "dropout")]
-    + [("rso of the base, adapters trained", "dropout"), ("mezo of the adapters", "dropout")]
-    + [("misa of the adapters", "modules_to_save"), ("velora of the base", "modules_to_save")]
-    + [("lisa of the adapters", "modules_to_save"), ("lozo of the base", "modules_to_save")]
-    + [("misa of the base", "two adapters"), ("badam of the adapters", "two adapters")]
-    + [("rso of the base, adapters trained", "two adapters")]
-    + [("sparse_mezo of the adapters", "two adapters")],
+    + [("velora of the adapters", "dropout"), ("mezo of the adapters", "dropout")]
+    + [("misa of the adapters", "modules_to_save"), ("lozo of the base", "modules_to_save")]
+    + [("badam of the adapters", "two adapters")]
+    + [("rso of the base, adapters trained", "two adapters")],
 )
 def test_each_pass_moves_what_it_trains_and_nothing_else(name, kind):
     model = adapt(make("llama"), kind)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from laws import method_of, state_of
-from models import FAMILIES, inputs_of, layers, loss_of, make
+from models import DISTINCT, FAMILIES, inputs_of, layers, loss_of, make
 from torch import nn
 
 import passes
@@ -18,7 +18,7 @@ from surgery.memory import measure
 from surgery.testing import Tiny
 
 CPU = torch.device("cpu")
-EVERY = [*FAMILIES, "plain", "graph"]
+EVERY = [*sorted(DISTINCT), "plain", "graph"]
 NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
@@ -102,7 +102,7 @@ def test_bytes_of_a_block_to_the_byte(family):
         assert per_token_and_block(family, False, torch.bfloat16) == eager
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
 def test_inside_gradient_checkpointing(family):
     eager = make(family)

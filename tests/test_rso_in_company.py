@@ -102,7 +102,7 @@ RANK = """
     from ranks import assert_same, begin, count_sent
     from torch.nn.parallel import DistributedDataParallel
     rank = begin()
-    batches = [inputs_of("llama", rows=4, seed=seed) for seed in range(5)]
+    batches = [inputs_of("plain", rows=4, seed=seed) for seed in range(5)]
 
     def train(model, cut):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -111,15 +111,15 @@ RANK = """
             optimizer.step()
             optimizer.zero_grad()
 
-    model = surgery.apply(make("llama").double(), "rso", rank=4, period=2)
+    model = surgery.apply(make("plain").double(), "rso", rank=4, period=2)
     parallel = DistributedDataParallel(model)
     sent = count_sent(parallel)
     train(parallel, lambda v: v.chunk(2)[rank])
     numbers = sum(c.parameter.numel() for c in surgery.coordinates(model))
     assert sum(sent) == len(batches) * numbers, (sent, numbers)
-    alone = surgery.apply(make("llama").double(), "rso", rank=4, period=2)
+    alone = surgery.apply(make("plain").double(), "rso", rank=4, period=2)
     train(alone, lambda v: v)
-    for name in [name for name, _ in make("llama").named_parameters()]:
+    for name in [name for name, _ in make("plain").named_parameters()]:
         weight = alone.get_parameter(name)
         torch.testing.assert_close(model.get_parameter(name), weight, msg=name)
         assert_same(model.get_parameter(name), name)

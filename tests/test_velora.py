@@ -351,13 +351,13 @@ RANK = """
     from surgery.engine.finding import surgery_of
     from ranks import assert_same, begin
     rank = begin()
-    model = surgery.apply(make("llama").eval(), "velora", groups=4)
-    whole = inputs_of("llama", rows=4)
+    model = surgery.apply(make("plain").eval(), "velora", groups=4)
+    whole = inputs_of("plain", rows=4)
     loss_of(model, {k: v.chunk(2)[rank] for k, v in whole.items()})
     mine = torch.cat([p.beside.direction.vector for p in surgery_of(model).decision.coordinates])
     assert_same(mine)
     dist.destroy_process_group()
-    alone = surgery.apply(make("llama").eval(), "velora", groups=4)
+    alone = surgery.apply(make("plain").eval(), "velora", groups=4)
     loss_of(alone, whole)
     joined = torch.cat([p.beside.direction.vector for p in surgery_of(alone).decision.coordinates])
     torch.testing.assert_close(mine, joined)
