@@ -101,7 +101,7 @@ def test_padding_masks(family):
 )
 @pytest.mark.filterwarnings("ignore")  # transformers announces its own renamings here
 def test_gradient_checkpointing(family, reentrant):
-    eager = make(family)
+    eager = make(family, **layers(family, 2))
     eager.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     ours = train_everything(copy.deepcopy(eager))
     if family == "t5":
