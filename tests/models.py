@@ -110,6 +110,7 @@ KINDS: dict[str, dict[str, Any]] = {  # of PEFT adapters
     "lora": {},
     "on every Linear": {"target_modules": "all-linear"},
     "dora": {"use_dora": True, "target_modules": ["up_proj"]},  # each cuts the graph in several
+    "dora on every Linear": {"use_dora": True, "target_modules": "all-linear"},
     "dropout": {"lora_dropout": 0.2},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "two adapters": {},

@@ -103,7 +103,7 @@ def test_a_function_may_be_the_backend():
 
 @pytest.mark.parametrize("spec", [n for n in surgery.available() if n not in FIXED])
 def test_passes_that_a_compiler_would_fix_are_refused_by_name(spec):
-    model = make("llama")
+    model = make("llama", num_hidden_layers=2)
     with pytest.raises(surgery.OptionError, match=rf"{spec} decides anew.*Leave backend= "):
         surgery.apply(model, spec, backend="inductor")
     assert "forward" not in model.__dict__
@@ -151,7 +151,7 @@ def test_torch_compile_around_surgery_compiles_the_rewritten_graph(row):
 
 @pytest.mark.parametrize("row", ["misa", "mezo", "compress"])
 def test_torch_compile_around_what_it_would_fix_is_refused(row):
-    model = surgery.apply(make("llama"), row)
+    model = surgery.apply(make("llama", num_hidden_layers=2), row)
     outer = torch.compile(model, backend="aot_eager")
     with pytest.raises(surgery.OptionError, match=rf"aot_eager would compile what {row} decides"):
         loss_of(outer, inputs_of("llama"))

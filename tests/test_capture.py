@@ -189,7 +189,7 @@ def test_a_weight_that_is_not_reached_raises_and_is_named():
 
 
 def test_a_forward_around_surgery_raises():
-    model = make("llama")
+    model = make("llama", num_hidden_layers=2)
     surgery.apply(model, "badam", order="ascending")
     hidden = model.model(inputs_of("llama")["input_ids"]).last_hidden_state
     with pytest.raises(surgery.SurgeryError, match="went around surgery"):

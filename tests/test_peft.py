@@ -90,7 +90,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_compose_with_dora_is_refused_by_name(name):
-    model = adapt(make("llama"), "dora")
+    model = adapt(make("llama"), "dora on every Linear")
     model = opened(model) if "base" in name else model
     before = weights(model)
     surgery.apply(model, MOVING[name]())
