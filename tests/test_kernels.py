@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from laws import own
+from laws import own, run_two_ranks
 from models import inputs_of, loss_of, make
 
 import passes
@@ -162,3 +162,30 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch):
         assert found[0] == pytest.approx(expected[0], rel=1e-5)
     finally:
         surgery.compat.inductor.works.cache_clear()
+
+
+SHARDED = """
+    import sys; sys.path.insert(0, "tests")
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    from ranks import begin, start, steps, whole_weights
+    from surgery.kernels import plan
+
+    rank = begin()
+
+    def run(row, what):
+        with plan.forced(what):
+            model, optimizer = start(row, "apply, shard")
+            steps(model, optimizer, range(3), rank)
+            return whole_weights(model)
+
+    for row in ROWS:
+        expected, found = run(row, "cpu"), run(row, "accelerator")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=row)
+    print("equal")
+"""
+
+
+def test_weights_that_fsdp_has_cut(tmp_path):
+    run_two_ranks(SHARDED.replace("ROWS", repr(["misa_of_rso", "recompute", "sparse_mezo", "lozo"])), tmp_path)

@@ -143,7 +143,7 @@ def test_under_lora_whose_adapters_keep_copies_of_every_input(dropout):
 
 
 def test_with_misa_only_what_is_trained_gets_gradients():
-    eager = make("llama", num_hidden_layers=2)
+    eager = make("llama", num_hidden_layers=3)
     ours = surgery.apply(copy.deepcopy(eager), [passes.Misa(budget=0.2), passes.Recompute()])
     other = surgery.apply(copy.deepcopy(eager), passes.Misa(budget=0.2))
     inputs = inputs_of("llama", rows=4, length=64)
