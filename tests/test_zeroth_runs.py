@@ -174,14 +174,14 @@ def test_the_loss_may_be_computed_outside(kind):
     ids = inputs_of("llama")["input_ids"]
     grads = []
     for inside in (True, False):
-        model = surgery.apply(make("llama").double().eval(), ZEROTH[kind](eps=1e-4))
+        model = surgery.apply(make("llama").double().eval(), ZEROTH[kind](eps=1e-3))
         if inside:
             model(input_ids=ids, labels=ids).loss.backward()
         else:
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         grads.append(scalars(model).grad.item())
-    assert abs(grads[0] - grads[1]) < 4e-3  # inside, transformers takes the loss in float32
+    assert abs(grads[0] - grads[1]) < 2e-3  # inside, transformers takes the loss in float32
 
 
 @zeroth

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from surgery.errors import OptionError, SurgeryError, extra
 from surgery.reports.predicted import plan
@@ -28,7 +29,8 @@ def plan_of(
         inputs = {"input_ids": ids, "labels": ids}
         console.print(plan(skeleton, inputs, method, **_parsed(options or [])))
     except (SurgeryError, ModuleNotFoundError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        said = escape(str(error))  # targets=["..."] and pip's extras are no markup
+        console.print(f"[red]{type(error).__name__}[/red]: {said}", highlight=False)
         raise typer.Exit(2) from error
 
 
