@@ -63,7 +63,8 @@ def assert_same_run(family: str, row: str, backend: str, checkpointed=False, **o
 
 @pytest.mark.parametrize(
     ("row", "family"),
-    [(row, "llama") for row in FIXED] + [(r, "gpt2") for r in ("both", "velora", "rso by width")],
+    [(row, "plain") for row in ("recompute", "velora", "velora dense", "rso")]
+    + [("chunked_loss", "llama"), ("all", "llama"), ("both", "gpt2"), ("rso by width", "gpt2")],
 )
 def test_aot_autograd_gives_eagers_run(row, family):
     assert_same_run(family, row, "aot_eager")
