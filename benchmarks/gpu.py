@@ -35,7 +35,7 @@ from torch.nn import functional
 import passes
 import surgery
 
-LLAMA = dict(
+LLAMA: dict[str, Any] = dict(
     hidden_size=2048,
     intermediate_size=8192,
     num_hidden_layers=16,
@@ -45,7 +45,7 @@ LLAMA = dict(
     tie_word_embeddings=True,
     max_position_embeddings=4096,
 )
-TINY = LLAMA | dict(
+TINY: dict[str, Any] = LLAMA | dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=1000,
 )  # fmt: skip
@@ -149,7 +149,9 @@ def eager(
             )  # fmt: skip
         model = prepared(setting, checkpointed, lora)
         if budget is not None:
-            torch._functorch.config.activation_memory_budget = budget
+            from torch._functorch import config as functorch
+
+            functorch.activation_memory_budget = budget
         if compiled:
             model = torch.compile(model, dynamic=False)
         return loop(model, setting.batch())
@@ -344,7 +346,11 @@ MODES = ("float32", "bfloat16", "autocast")
 
 def trained(family: str, name: str | None, mode: str, device: str, steps: int) -> list[float]:
     """Return the losses of a tiny model of a family."""
-    from models import inputs_of, loss_of, make  # of tests/
+    from models import (  # pyright: ignore[reportMissingImports] # of tests/
+        inputs_of,
+        loss_of,
+        make,
+    )
 
     torch._dynamo.reset()
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32

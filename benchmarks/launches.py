@@ -113,7 +113,8 @@ def llama(hidden: int = 256, layers: int = 4) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).train()
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).train()
 
 
 def batch(rows: int = 2, length: int = 64) -> dict[str, Tensor]:
