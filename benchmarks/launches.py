@@ -113,7 +113,7 @@ def llama(hidden: int = 256, layers: int = 4) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.LlamaForCausalLM(config)
     return model.to(torch.bfloat16).train()
 
 
