@@ -51,7 +51,7 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
         count += 1
     shape = {"row": height, "group": count, "channel": width // max(1, count)}
     if compiles(flat) and flat.numel():
-        found = launch(_quantised, flat, *shape.values(), bits, rows, columns)
+        found = launch(_quantised, flat, *shape.values(), bits == 4, rows, columns)
         return Packed(_form(bits, x), found)
     grouped = rearrange(flat, "(row group channel) -> row group channel", **shape)
     levels = (1 << bits) - 1
@@ -78,7 +78,7 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
     if form.bits == 1:
         flat = launch(_unmasked, *tensors, count, form.dtype)
     elif compiles(tensors[0]) and count:
-        flat = launch(_restored, *tensors, count, form.bits, form.dtype)
+        flat = launch(_restored, *tensors, count, form.bits == 4, form.dtype)
     else:
         codes, low, step = tensors
         codes = _unhalved(codes, count) if form.bits == 4 else codes
@@ -95,22 +95,22 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _quantised(
-    flat: Tensor, height: int, count: int, size: int, bits: int, rows: Tensor, columns: Tensor
+    flat: Tensor, height: int, count: int, size: int, half: bool, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grouped, levels = flat.view(height, count, size), (1 << bits) - 1
+    grouped, levels = flat.view(height, count, size), 15 if half else 255
     low, step, inverse = _ranges(grouped, levels)
     row = torch.arange(height, device=flat.device) % rows.shape[0]
     column = torch.arange(count * size, device=flat.device) % columns.shape[0]
     u = (rows[row][:, None] + columns[column][None, :]).frac().view(height, count, size)
     codes = (grouped.float() - low) * inverse + u
     codes = codes.clamp(max=levels).to(torch.uint8).view(-1)
-    return _halved(codes) if bits == 4 else codes, low, step
+    return _halved(codes) if half else codes, low, step
 
 
 def _restored(
-    codes: Tensor, low: Tensor, step: Tensor, count: int, bits: int, dtype: torch.dtype
+    codes: Tensor, low: Tensor, step: Tensor, count: int, half: bool, dtype: torch.dtype
 ) -> Tensor:
-    codes = _unhalved(codes, count) if bits == 4 else codes
+    codes = _unhalved(codes, count) if half else codes
     found = codes.view(low.shape[0], low.shape[1], -1).float() * step + low
     return found.to(dtype).view(-1)
 
