@@ -39,7 +39,9 @@ def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
         live = torch.cuda.memory_allocated(device) - before
         peak = torch.cuda.max_memory_allocated(device) - before
         return Measured(live=live, peak=peak, result=result)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         result = call()
     live = peak = 0
     for change in _allocations(profiler):

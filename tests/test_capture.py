@@ -8,7 +8,8 @@ import weakref
 
 import pytest
 import torch
-from models import DISTINCT, FAMILIES, inputs_of, layers, loss_of, make
+from models import DISTINCT, FAMILIES, TRACED_WITH_A_MASK, inputs_of, layers, loss_of, make
+from packaging.version import Version
 from torch import nn
 
 import surgery
@@ -39,10 +40,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 # Where transformers cannot look at values, it passes a mask and repeated keys to the attention that
 # is causal by itself in eager: on some CPUs another kernel, with other last bits.
 MASKED = 1e-6
+EXACT = MASKED if TRACED_WITH_A_MASK else 0.0
+# In torch 2.11 a layer that may be dropped at random, or an assertion on it, breaks the graph.
+BREAKING = {"opt", "t5"} if Version(torch.__version__) < Version("2.13") else set[str]()
+AUTOCAST = 0.02 if TRACED_WITH_A_MASK else 0.0  # of bfloat16
 
 
 def assert_same_step(
-    eager: nn.Module, ours: nn.Module, inputs, context=None, tolerance: float = 0.0
+    eager: nn.Module, ours: nn.Module, inputs, context=None, tolerance: float = EXACT
 ) -> None:
     """tolerance: of gradients, as a share of the largest entry."""
     losses = []
@@ -76,7 +81,7 @@ def test_loss_and_gradients_equal_eager_in_one_capture_per_structure(family):
     ours = train_everything(copy.deepcopy(eager))
     assert_same_step(eager, ours, inputs_of(family))
     first = captures(ours)
-    assert first == 1
+    assert first == 1 or family in BREAKING
     for options in ({"rows": 3, "length": 17}, {"rows": 4, "length": 9}, {}):
         assert_same_step(eager, ours, inputs_of(family, **options))
     assert captures(ours) == first
@@ -108,18 +113,18 @@ def test_gradient_checkpointing(family, reentrant):
         # Eager's reentrant kind sums the gradient of the shared embedding in another order.
         eager.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_step(eager, ours, inputs_of(family), tolerance=MASKED)
-    assert captures(ours) == 1
+    first = captures(ours)
+    assert first == 1 or family in BREAKING
     assert_same_step(eager, ours, inputs_of(family, rows=3, length=17), tolerance=MASKED)
-    assert captures(ours) == 1
+    assert captures(ours) == first
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "plain"])
 def test_autocast(family):
     eager = make(family)
     ours = train_everything(copy.deepcopy(eager))
-    assert_same_step(
-        eager, ours, inputs_of(family), context=lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    bfloat16 = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    assert_same_step(eager, ours, inputs_of(family), bfloat16, AUTOCAST)
 
 
 def test_checkpointed_graph_saves_less():
@@ -178,7 +183,7 @@ class Breaks(nn.Module):
 
     @torch.compiler.disable
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[1](x)
+        return nn.functional.linear(x, self.layers[1].weight, self.layers[1].bias)
 
 
 def test_a_weight_that_is_not_reached_raises_and_is_named():
@@ -186,6 +191,43 @@ def test_a_weight_that_is_not_reached_raises_and_is_named():
     surgery.apply(model, "badam")
     with pytest.raises(surgery.CaptureError, match=r"layers\.1\.weight.*targets="):
         model(torch.randn(2, 4))
+
+
+class Drops(nn.Module):
+    """Breaks the graph in a loop, which makes Dynamo give up the whole function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.norm = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if torch.rand([]) >= 0.0:
+                x = block(x)
+        return self.norm(x).square().sum()
+
+
+def test_modules_that_a_given_up_function_calls_are_captured_alone():
+    eager = Drops()
+    ours = surgery.apply(copy.deepcopy(eager), "lisa", layers=3)
+    for round in range(2):
+        for each in (eager, ours, twin := copy.deepcopy(ours)):
+            each.zero_grad()
+            torch.manual_seed(round)
+            each(torch.randn(2, 4)).backward()
+        after = torch.rand(1)
+        for name, parameter in eager.named_parameters():
+            for each in (ours, twin):
+                assert torch.equal(gradients(each)[name], parameter.grad), name
+        for name, buffer in eager.named_buffers():
+            assert torch.equal(dict(ours.named_buffers())[name], buffer), name
+        torch.manual_seed(round)
+        eager(torch.randn(2, 4)), eager.norm[1].reset_running_stats()
+        ours.norm[1].reset_running_stats()
+        assert torch.equal(torch.rand(1), after)  # no number was drawn for a second forward
+    surgery.remove(ours)
+    assert all("forward" not in module.__dict__ for module in ours.modules())
 
 
 def test_a_forward_around_surgery_raises():

@@ -139,7 +139,7 @@ class Hidden(nn.Module):
 
     @torch.compiler.disable
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[1](x)
+        return nn.functional.linear(x, self.layers[1].weight, self.layers[1].bias)
 
 
 @pytest.mark.parametrize("row", ["badam", "lisa", "mezo"])

@@ -23,6 +23,7 @@ what transformers does for reentrant checkpoints    hf.Workarounds
 
 (1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the function gets a
     code object of its own, and the limit stands in a patched config.
-(2) A set in `ignore_logging_functions` that cannot be sorted logs a traceback.
+(2) Dynamo logs its settings sorted, and functions in `ignore_logging_functions` cannot be: its
+    log is switched off while we capture.
 (3) One `_fsdp_param_group` in place of several.
 """

@@ -7,12 +7,14 @@ import logging
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
@@ -68,8 +70,11 @@ def capturing(most: int) -> Iterator[None]:
     settings = _SETTINGS | {"ignore_logging_functions": _advice()}
     if not _isolates():
         settings["recompile_limit"] = most
+    quiet = nullcontext()
+    if _sorts_functions():
+        quiet = patch.object(torch._dynamo.utils, _settings_logged().__name__, return_value="{}")
     try:
-        with torch._dynamo.config.patch(settings):
+        with torch._dynamo.config.patch(settings), quiet:
             yield
     except FailOnRecompileLimitHit as error:
         raise LimitHit(str(error)) from error
@@ -104,19 +109,20 @@ def with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
     return own if owner is None else types.MethodType(own, owner)
 
 
-class _Functions(set[Any]):
-    """A set of functions that can be sorted, as torch's log of its own settings does."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(sorted(super().__iter__(), key=repr))
-
-
 def _advice() -> set[Any]:
     """transformers' advice that is logged once (by methods it adds to Logger): no graph break."""
     names = ("warning_once", "info_once")
-    return _Functions(
-        getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)
-    )
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+
+@lru_cache
+def _sorts_functions() -> bool:
+    """Whether torch's log of its own settings sorts those functions, and logs that it cannot."""
+    return "ignore_logging_functions" not in inspect.getsource(_settings_logged())
+
+
+def _settings_logged() -> Callable[[], Any]:
+    return torch._dynamo.utils._get_dynamo_config_for_logging
 
 
 # -- backends --------------------------------------------------------------------------------------

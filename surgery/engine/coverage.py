@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from surgery.compat.tensors import leaves
 from surgery.engine.decide import Decision
-from surgery.engine.guards import unreached
 from surgery.weights.sites import Site
 
 
@@ -45,39 +45,37 @@ class Coverage:
             return None
         return torch.get_rng_state(), get_device_states(*self.decision.model.parameters())
 
-    def after(self, before: Any, plain: Callable[[], Any], captures: int) -> None:
+    def after(self, before: Any, plain: Callable[[], Any], captures: int) -> Sequence[Site]:
         """Judge what a training forward has reached; `plain` runs the same one without surgery.
 
-        Raises CaptureError if a weight that its output depends on was not read by the rewrite. What
-        it does not depend on is unused, and left alone until some forward uses it.
+        Returns the weights that its output depends on and that the rewrite has not read: the
+        forward was in vain. What it does not depend on is unused, and left alone until some forward
+        uses it.
         """
         if self.complete and self.captures == captures:
-            return
+            return ()
         missing = self.missing
         if missing:
             unused = _unused(missing, self.decision.model, plain, before)
-            lost = [site.name for site in missing if site not in unused]
+            lost = [site for site in missing if site not in unused]
             if lost:
-                raise unreached(lost)
+                return lost
             for site in unused:
                 site.note(reached=False)
         if not self.complete:
             for method in self.decision.methods:
                 method.check_reached()
         self.complete, self.captures = True, captures
+        return ()
 
 
 def _unused(
     sites: Sequence[Site], model: nn.Module, plain: Callable[[], Any], before: Any
 ) -> list[Site]:
     """Return those of the weights that the output of a forward does not depend on."""
-    devices, states = before[1]
     weights = [site.shown() for site in sites]
     flags = [weight.requires_grad for weight in weights]
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.set_rng_state(before[0])
-        set_device_states(devices, states)
-        buffers = _spare_buffers(model)
+    with torch.random.fork_rng(before[1][0]), torch.enable_grad(), again(model, before):
         try:
             for weight in weights:
                 weight.requires_grad_(True)
@@ -89,9 +87,20 @@ def _unused(
         finally:
             for weight, flag in zip(weights, flags, strict=True):
                 weight.requires_grad_(flag)
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer)
     return [site for site, grad in zip(sites, found, strict=True) if grad is None]
+
+
+@contextmanager
+def again(model: nn.Module, before: Any) -> Iterator[None]:
+    """Let a forward inside find the generators as `Coverage.before` did, and write no buffer."""
+    torch.set_rng_state(before[0])
+    set_device_states(*before[1])
+    buffers = _spare_buffers(model)
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
 
 def _spare_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

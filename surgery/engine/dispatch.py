@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,15 @@ from torch.fx import GraphModule
 from surgery.compat import dynamo, modules
 from surgery.contract.method import overrides
 from surgery.engine.compile import check_backend, compiled
+from surgery.engine.coverage import again
 from surgery.engine.finding import Forward
-from surgery.engine.guards import check_layout, check_wrapping
-from surgery.engine.leaves import Leaf, leaves
+from surgery.engine.guards import check_layout, check_wrapping, unreached
+from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leaves
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
 from surgery.kernels import plan
 from surgery.weights.coordinate import TABLE
+from surgery.weights.sites import Site
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
@@ -134,16 +136,34 @@ class Dispatch(Forward):
         self._tell(args, kwargs)
         if self._captured is None:
             self._captured = self._compiled(self.plain)
+            self.leaves = self._put_leaves(self.leaves)  # of a copy
         if surgery.binding.cut and not self.leaves:
-            running = partial(_is_running, weakref.ref(self))
-            self.leaves = leaves(self.model, self._compiled, running)
+            self.leaves = self._put_leaves(outside_of_blocks(self.model))
         plan.compile_for(decision.compile)
         surgery.clock.forward()
         before = surgery.coverage.before()
         output = self._run(self._captured, args, kwargs)
-        again = partial(self.plain, *args, **kwargs)
-        surgery.coverage.after(before, again, self.captures)
+        plain = partial(self.plain, *args, **kwargs)
+        lost = surgery.coverage.after(before, plain, self.captures)
+        if not lost:
+            return output
+        self._capture_alone(lost)
+        with again(self.model, before):
+            output = self._run(self._captured, args, kwargs)
+        lost = surgery.coverage.after(before, plain, self.captures)
+        if lost:
+            raise unreached([site.name for site in lost])
         return output
+
+    def _capture_alone(self, lost: Sequence[Site]) -> None:
+        """Capture the modules of weights that a forward has lost by themselves, if they can be."""
+        owners = list({id(site.owner): site.owner for site in lost}.values())
+        if not all(map(can_be_leaf, owners)):
+            raise unreached([site.name for site in lost])
+        self.leaves |= self._put_leaves(owners)
+
+    def _put_leaves(self, modules: Iterable[nn.Module]) -> dict[nn.Module, Leaf]:
+        return put_leaves(modules, self._compiled, partial(_is_running, weakref.ref(self)))
 
     _train_alone: Any = dynamo.past(_train)  # for a torch.compile that is around us
 

@@ -1,12 +1,12 @@
-"""Modules outside of the blocks that FSDP2 has cut: captured one by one.
+"""Modules that a function calls which Dynamo has given up: captured one by one.
 
-Dynamo gives up the function that calls the blocks in a loop, for the hooks of FSDP2 inside of it,
-and does not look at modules of torch.nn that such a function calls.
+It gives up one that calls blocks in a loop and breaks inside of it (for the hooks of FSDP2, or for
+a layer that is dropped at random), and does not look at modules of torch.nn that it calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -17,7 +17,7 @@ from surgery.weights.sites import site_of
 
 
 class Leaf:
-    """What `module.forward` is of an embedding, a norm or a head outside of those blocks.
+    """What `module.forward` is of an embedding, a norm or a head outside of the blocks.
 
     running: whether a training forward of the whole model is under way.
     """
@@ -27,22 +27,33 @@ class Leaf:
     ) -> None:
         self.forward, self.captured, self.running = forward, captured, running
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"forward": self.forward, "captured": None, "running": bool}  # until put anew
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self.captured if self.running() else self.forward)(*args, **kwargs)
 
 
-def leaves(
-    model: nn.Module, compiled: Callable[..., Any], running: Callable[[], bool]
-) -> dict[nn.Module, Leaf]:
-    """Put `Leaf` in place of the forward of modules whose weights a function given up may read."""
+def outside_of_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that read weights outside of the blocks that FSDP2 has cut."""
     inside = [m for m in model.modules() if m is not model and is_cut_block(m)]
     covered = {id(own) for block in inside for own in block.modules()}
+    outside = [m for m in model.modules() if id(m) not in covered] if inside else []
+    reading = [m for m in outside if any(site_of(p) for p in m.parameters(recurse=False))]
+    return [m for m in reading if can_be_leaf(m)]
+
+
+def can_be_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own with nothing else in the place of its forward."""
+    return type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+
+
+def put_leaves(
+    modules: Iterable[nn.Module], compiled: Callable[..., Any], running: Callable[[], bool]
+) -> dict[nn.Module, Leaf]:
+    """Put `Leaf` in place of the forward of each module."""
     found: dict[nn.Module, Leaf] = {}
-    for module in model.modules() if inside else ():
-        reads = any(site_of(p) is not None for p in module.parameters(recurse=False))
-        known = type(module).__module__.startswith("torch.nn.")
-        if reads and known and id(module) not in covered and "forward" not in module.__dict__:
-            forward = MethodType(type(module).forward, module)
-            found[module] = Leaf(forward, compiled(forward), running)
-            module.__dict__["forward"] = found[module]
+    for module in modules:
+        forward = MethodType(type(module).forward, module)
+        found[module] = module.__dict__["forward"] = Leaf(forward, compiled(forward), running)
     return found
