@@ -13,7 +13,16 @@ from typing import Literal
 
 from torch import nn
 
-from surgery.passkit import Rounds, Targets, check_types, demand, noise, register, whole_blocks
+from surgery.passkit import (
+    Precision,
+    Rounds,
+    Targets,
+    check_types,
+    demand,
+    noise,
+    register,
+    whole_blocks,
+)
 
 
 @register("badam")
@@ -21,11 +30,13 @@ from surgery.passkit import Rounds, Targets, check_types, demand, noise, registe
 class BAdam:
     """Options of BAdam: the order of the blocks, and steps with each.
 
-    order: "random" (a new permutation for every sweep), "ascending" or "descending".
+    order: "random" (a new permutation for every sweep), "ascending" or "descending". precision: of
+    what is trained of 16-bit weights, as in `Misa`.
     """
 
     order: Literal["random", "ascending", "descending"] = "random"
     period: int = 50
+    precision: Precision = "auto"
     targets: Targets = None
     seed: int = 0
 
@@ -35,7 +46,7 @@ class BAdam:
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""
-        units, _ = whole_blocks(model, self.targets, "badam")
+        units, _ = whole_blocks(model, self.targets, "badam", self.precision)
         return Rounds(
             name="badam",
             units=units,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.passkit import (
+    Precision,
     Rounds,
     Targets,
     check_types,
@@ -30,11 +31,13 @@ class Lisa:
     """Options of LISA: blocks trained at a time, steps in a round, and which parameters at all.
 
     `targets` restricts what is trained, inside the blocks and outside of them (embeddings, final
-    norm, head), by PEFT's matching rules.
+    norm, head), by PEFT's matching rules. precision: of what is trained of 16-bit weights, as in
+    `Misa`.
     """
 
     layers: int = 2
     period: int = 20
+    precision: Precision = "auto"
     targets: Targets = None
     seed: int = 0
 
@@ -45,7 +48,7 @@ class Lisa:
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""
-        units, outside = whole_blocks(model, self.targets, "lisa")
+        units, outside = whole_blocks(model, self.targets, "lisa", self.precision)
         too_many = f"layers={self.layers}, but the model has {len(units)} blocks to draw from."
         demand(self.layers <= len(units), self, too_many)
         return Rounds(
@@ -53,7 +56,7 @@ class Lisa:
             units=units,
             period=self.period,
             draw=UniformBlocks(names=tuple(units), options=self),
-            always=tuple(coordinate_of(model, name) for name in outside),
+            always=tuple(coordinate_of(model, n, precision=self.precision) for n in outside),
             total=sum(p.numel() for p in model.parameters()),
         )
 

@@ -27,6 +27,7 @@ from surgery.passkit import (
     Coordinate,
     OptimizerError,
     OptionError,
+    Precision,
     Rounds,
     TargetError,
     Targets,
@@ -52,6 +53,8 @@ class Misa:
     eta means the same for every model; "paper" takes G as it is. explore: share of the uniform
     distribution mixed into p. span: draw each round from this many neighbouring blocks, so that
     backward ends below them. flush: add the paper's momentum step at the end of each round.
+    precision: of what is trained of 16-bit weights: "auto", float32 copies, 4 bytes a parameter
+    more; "weights", the weights themselves, whose steps below half a unit are lost.
     always: parameters trained in every round, outside of the budget. targets: matrices to draw from
     (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
     """
@@ -64,6 +67,7 @@ class Misa:
     explore: float = 0.0
     span: int | None = None
     flush: bool = False
+    precision: Precision = "auto"
     always: str | Sequence[str] = ()
     targets: Targets = None
     seed: int = 0
@@ -120,7 +124,7 @@ class Misa:
             units={each.name: (each,) for each in found},
             period=self.period,
             draw=Draw(sampler=sampler, scores=scores),
-            always=tuple(coordinate_of(model, n) for n in always),
+            always=tuple(coordinate_of(model, n, precision=self.precision) for n in always),
             scores=scores,
             learned={"scores": scores, "sampler": sampler},
             ending=MomentumFlush() if self.flush else None,
@@ -131,7 +135,7 @@ class Misa:
         # Half: of matrices between half the budget and all of it, no two would fit into a round,
         # and a round would stay a quarter empty.
         indices = split(model, name, max(1, limit // 2))
-        found = [coordinate_of(model, name, index) for index in indices]
+        found = [coordinate_of(model, name, index, self.precision) for index in indices]
         if any(each.numel > limit for each in found):
             raise OptionError(
                 f"misa: one row of {name} is larger than the budget of {limit:,} parameters. "

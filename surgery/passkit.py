@@ -57,6 +57,7 @@ from surgery.subspace.method import densely as densely
 from surgery.subspace.method import mapped as mapped
 from surgery.subspace.nodes import Projection as Projection
 from surgery.weights.coordinate import Coordinate as Coordinate
+from surgery.weights.coordinate import Precision as Precision
 from surgery.weights.coordinate import Whole as Whole
 from surgery.weights.coordinate import coordinate_of as coordinate_of
 from surgery.weights.linears import inputs_of as inputs_of

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import passes
 import surgery
 from surgery.weights import shards
-from surgery.weights.coordinate import TABLE
+from surgery.weights.table import TABLE
 
 
 def begin() -> int:

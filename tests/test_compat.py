@@ -246,6 +246,38 @@ def test_checkpoints_neither_see_nor_miss_an_unsaved_module():
     model.load_state_dict(model.state_dict(), strict=True)
 
 
+def test_parameters_under_names_with_dots():
+    owner = modules.Unsaved()
+    type(owner).__getattr__, kept = modules.look_up, nn.Module.__getattr__
+    try:
+        first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3))
+        modules.hold(owner, "layers.0.weight", first)
+        modules.hold(owner, "layers.0.bias", second)
+        assert [name for name, _ in owner.named_parameters()] == [
+            "layers.0.weight",
+            "layers.0.bias",
+        ]
+        model = nn.Module()
+        model.table = owner
+        assert model.get_parameter("table.layers.0.weight") is first
+        assert (
+            isinstance(owner.layers, modules.Path) and owner.layers.__getattr__("0").bias is second
+        )
+        with pytest.raises(AttributeError, match="no attribute 'layer'"):
+            owner.layer
+        with modules.without(model, {id(first)}):
+            assert [name for name, _ in model.named_parameters()] == ["table.layers.0.bias"]
+        assert [*owner.parameters()][0] is first
+        seen = []
+        owner.change = lambda fn, each: seen.append(fn(torch.ones(1)).dtype)
+        model.double()
+        assert seen == [torch.float64] and first.dtype == torch.float32, "look at nn.Module._apply"
+        copied = modules.deepcopied(owner, {})
+        assert type(copied) is type(owner) and copied.layers.__getattr__("0").weight is not first
+    finally:
+        type(owner).__getattr__ = kept
+
+
 def test_callbacks_at_the_end_of_backward_run_behind_what_was_queued():
     said = []
     leaf = torch.ones(3, requires_grad=True)

@@ -14,7 +14,8 @@ from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError
 from surgery.weights import shards
-from surgery.weights.coordinate import TABLE, unique
+from surgery.weights.coordinate import Coordinate, unique
+from surgery.weights.table import TABLE
 
 
 def about_of(surgery: Surgery, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def about_of(surgery: Surgery, tensors: Mapping[str, Tensor] | None = None) -> d
         "model": own_class(surgery.decision.model).__name__,
         "passes": [to_json(options) for options in surgery.decision.passes],
         "weights": _shapes(tensors),
-        "coordinates": _shapes(coordinates_of(surgery)),
+        "coordinates": _shapes({c.name: c.parameter for c in _listed(surgery)}),
     }
 
 
@@ -35,7 +36,11 @@ def state_of(surgery: Surgery) -> dict[str, Any]:
         "surgery": {
             "step": surgery.clock.step,
             "skipped": surgery.clock.skipped,
-            "since": {c.name: c.mapped.since for c in surgery.decision.coordinates if c.mapped},
+            "since": {
+                c.name: rule.since
+                for c in surgery.decision.coordinates
+                if (rule := c.mapped or c.copied) is not None
+            },
         },
         "passes": [method.state() for method in surgery.decision.methods],
         "coordinates": coordinates_of(surgery),
@@ -53,8 +58,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def coordinates_of(surgery: Surgery) -> dict[str, Tensor]:
-    """Return the mapped coordinates by name; the others are weights or parts of them."""
-    return {c.name: c.parameter for c in unique(surgery.decision.coordinates) if c.mapped}
+    """Return the mapped coordinates and the copies that are trained now, by name."""
+    return {c.name: c.parameter for c in _listed(surgery) if c.mapped or c.active}
+
+
+def _listed(surgery: Surgery) -> list[Coordinate]:
+    """Return the coordinates that are no weights."""
+    return [c for c in unique(surgery.decision.coordinates) if c.mapped or c.copied]
 
 
 def sums_of(surgery: Surgery, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -96,7 +106,7 @@ def names_in(surgery: Surgery, optimizer: Any) -> list[list[str]]:
 
 
 def known_parameters(surgery: Surgery) -> dict[str, nn.Parameter]:
-    return {n.removeprefix(f"{TABLE}."): p for n, p in surgery.decision.model.named_parameters()}
+    return dict(surgery.decision.model.named_parameters())
 
 
 def places(found: Mapping[str, Any], names: Iterable[Iterable[str]]) -> dict[Any, str]:

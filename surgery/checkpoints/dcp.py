@@ -42,6 +42,10 @@ class Stateful:
         surgery.bind()
         state = state_of(surgery)
         coordinates = state.pop("coordinates")
+        mapped = {c.name for c in surgery.decision.coordinates if c.mapped}
+        # Which copies there are changes with the round, and a checkpoint is read by its keys.
+        state["copies"] = {n: t for n, t in coordinates.items() if n not in mapped}
+        coordinates = {n: t for n, t in coordinates.items() if n in mapped}
         tensors: dict[str, Tensor] = {}
         values = json.dumps(
             {"about": about_of(surgery), "state": encoding.encode(state, "", tensors)}
@@ -58,4 +62,4 @@ class Stateful:
         values = json.loads(json.loads(rest[8 : 8 + size])["__metadata__"]["values"])
         check(surgery, values["about"], WHAT)
         found = encoding.decode(values["state"], load(rest))
-        restore(surgery, found | {"coordinates": state["coordinates"]})
+        restore(surgery, found | {"coordinates": {**state["coordinates"], **found["copies"]}})

@@ -34,6 +34,7 @@ from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError
 from surgery.ranks import on_first_rank
 from surgery.weights import shards
+from surgery.weights.copies import accept
 
 
 def save(
@@ -124,18 +125,22 @@ def saved_passes(folder: str | Path) -> list[Any]:
 def restore(surgery: Surgery, state: Mapping[str, Any]) -> None:
     """Take back what `state_of` returned; coordinates whole, or cut as they are here."""
     surgery.bind()
+    counts = state["surgery"]
+    surgery.clock.resume(counts["step"], counts["skipped"])
+    for method, saved in zip(surgery.decision.methods, state["passes"], strict=True):
+        method.restore(saved)
+    surgery.bind()  # other copies are trained now
     own = coordinates_of(surgery)
     for name, tensor in state["coordinates"].items():
         if tensor is not own[name]:
             shards.take(own[name], tensor)
-    counts = state["surgery"]
-    surgery.clock.resume(counts["step"], counts["skipped"])
-    for each in surgery.decision.coordinates:
-        if each.mapped:
-            each.mapped.since = counts["since"][each.name]
-        each.parameter.grad = each.norm = None
-    for method, saved in zip(surgery.decision.methods, state["passes"], strict=True):
-        method.restore(saved)
+    for site in surgery.decision.sites:
+        for each in site.coordinates:
+            rule = each.mapped or each.copied
+            if rule is not None:
+                rule.since = counts["since"][each.name]
+            accept(site, each, surgery.clock.step)
+            each.parameter.grad = each.norm = None
 
 
 def _article(what: str) -> str:

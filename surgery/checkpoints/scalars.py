@@ -51,7 +51,7 @@ def replay(model: nn.Module, steps: Tensor) -> nn.Module:
             assert each.mapped is not None
             now = torch.tensor(scalars, dtype=each.parameter.dtype)
             decay = rate * each.mapped.weight_decay
-            carry(each, site.current(), torch.zeros_like(now), now, surgery.clock.step, decay)
+            carry(each, site.current(), None, now, surgery.clock.step, decay)
         method.journal.append((*scalars, rate))
         surgery.clock.resume(surgery.clock.step + 1)
         method.advance()

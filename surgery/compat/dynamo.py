@@ -32,7 +32,9 @@ CHECKPOINT = tag_activation_checkpoint  # what a checkpointed region becomes in 
 # specialize_float: a float read from a module's globals would otherwise become an input of the
 # graph, which fails inside checkpointed regions (GPT-2's GELU) in torch 2.13. optimize_ddp: would
 # cut the graph at the buckets of DistributedDataParallel, and rewrites with it.
+# skip_nnmodule_hook_guards: hooks that are put on later would not be heard.
 _SETTINGS = {
+    "skip_nnmodule_hook_guards": False,
     "optimize_ddp": False,
     "specialize_float": True,
     "fail_on_recompile_limit_hit": True,

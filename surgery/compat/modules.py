@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
@@ -55,6 +57,57 @@ def put_hook(module: nn.Module, key: int, hook: Callable[..., Any]) -> None:
     module._forward_hooks[key] = hook
 
 
+def hold(owner: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    """Let a module hold a parameter under a name with dots, as `register_parameter` does not."""
+    owner._parameters[key] = parameter
+
+
+def look_up(owner: nn.Module, name: str) -> Any:
+    """Return what is meant by the first part of a dotted name: as if there were modules."""
+    held = owner.__dict__
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in held.get(kind, ()):
+            return held[kind][name]
+    if any(key.startswith(f"{name}.") for key in held.get("_parameters", ())):
+        return Path(owner, name)
+    raise AttributeError(f"{type(owner).__name__} has no attribute {name!r}")
+
+
+class Path(nn.Module):
+    """The beginning of a dotted name of a parameter, on the way to it."""
+
+    def __init__(self, owner: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.__dict__["_way"] = owner, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        owner, prefix = self.__dict__["_way"]
+        return look_up(owner, f"{prefix}.{name}")
+
+
+@contextmanager
+def without(owner: nn.Module, parameters: Container[int]) -> Iterator[None]:
+    """Let a module and its children not hold parameters, by their ids, for the time being."""
+    held = [(module, module._parameters) for module in owner.modules()]
+    try:
+        for module, own in held:
+            kept = {key: p for key, p in own.items() if id(p) not in parameters}
+            module.__dict__["_parameters"] = kept
+        yield
+    finally:
+        for module, own in held:
+            own.update(module._parameters)
+            module.__dict__["_parameters"] = own
+
+
+def deepcopied(module: Any, memo: dict[int, Any]) -> Any:
+    """Return the copy of a module as `copy.deepcopy` makes it of one without `__deepcopy__`."""
+    kind: Any = type(module)
+    made = memo[id(module)] = kind.__new__(kind)
+    made.__setstate__(copy.deepcopy(module.__dict__, memo))
+    return made
+
+
 class Unsaved(nn.Module):
     """A module that checkpoints neither see nor miss."""
 
@@ -63,3 +116,11 @@ class Unsaved(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Expect nothing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.change(fn, lambda: super(Unsaved, self)._apply(fn, recurse))
+        return self
+
+    def change(self, fn: Callable[[Tensor], Tensor], each: Callable[[], Any]) -> None:
+        """Apply a function (`.to`, `.half`) to all tensors; `each` does it one by one."""
+        each()

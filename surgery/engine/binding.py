@@ -10,7 +10,9 @@ from surgery.compat.fsdp import twins
 from surgery.engine.backward import Backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
-from surgery.weights.coordinate import TABLE, unique
+from surgery.weights import copies
+from surgery.weights.coordinate import unique
+from surgery.weights.table import TABLE
 
 
 @dataclass(eq=False, kw_only=True)
@@ -26,31 +28,47 @@ class Binding:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"bound": False, "handles": []}
 
-    def bind(self, forward: bool = False) -> None:
-        """Make sites and hooks point at the model's present parameters; cheap when they do.
+    def bind(self, step: int, forward: bool = False, stepping: bool = False) -> None:
+        """Make sites, copies and hooks be of the model's present parameters; cheap when they are.
 
-        forward: whether a forward is under way, in which FSDP2 shows whole weights.
+        What was written by hand, a coordinate or its weight, reaches the other. step: optimizer
+        steps made. forward: whether a forward is under way, in which FSDP2 shows whole weights.
+        stepping: whether an optimizer's step is: what coordinates say then counts.
         """
         sites, coordinates = self.decision.sites, self.decision.coordinates
         self.backward.begin()
         for each in coordinates:
             if not each.parameter.requires_grad:  # as get_peft_model leaves all but its own
                 each.parameter.requires_grad_(True)
+        table = modules.child(self.decision.model, TABLE)
         if self.bound and all(site.in_place() for site in sites):
+            self.keep_up(step, stepping)
+            copies.settle(table, sites, step)
             return
         self.release()
         model = self.decision.model
         found = twins(model, forward)
         check_cut(sites, found)
         if found:
-            take_cut(unique(coordinates), coordinates, modules.child(model, TABLE), found)
+            take_cut(unique(coordinates), coordinates, table, found)
         for site in sites:
             site.bind(found)
+            weight = site.weight()
+            for each in site.coordinates:
+                if weight is not None:
+                    copies.bind(each, weight, step)
+        copies.settle(table, sites, step)
         once = unique(coordinates)
         self.cut = bool(found)
         self.backward.begin(replicated(once) if found else ())
         self.handles += [self.backward.watch(each) for each in once]
         self.bound = True
+
+    def keep_up(self, step: int, stepping: bool) -> None:
+        """Let what was written by hand reach what stands for it; see `bind`."""
+        for site in self.decision.sites if self.bound else ():
+            for each in site.coordinates:
+                copies.keep_up(site, each, step, wins=stepping)
 
     def release(self) -> None:
         """Take the hooks off and forget the sites."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -17,15 +20,16 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from surgery.compat import modules
 from surgery.engine.backward import Backward
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.guards import around, check_fresh, check_membership, only_makes_state
 from surgery.errors import OptimizerError
-from surgery.weights import shards
-from surgery.weights.carry import carry
+from surgery.weights import copies
 from surgery.weights.coordinate import Coordinate, unique
-from surgery.weights.gradients import finite
+from surgery.weights.gradients import finite, norms
+from surgery.weights.table import TABLE
 
 _CALLERS = 18  # frames from here to GradScaler.step: 6 in torch, 10 under accelerate
 
@@ -37,8 +41,9 @@ class Clock:
     """The steps of one surgery: the `Run` that its passes see.
 
     skipped: steps whose gradients were NaN or infinite. forwards: training forwards since the last
-    step. refused: the step under way is not made. before: mapped coordinates before it. stepped:
-    parameters that some optimizer has stepped, while others have yet to.
+    step. under_way: optimizers whose steps are, and where these were called, the outermost first:
+    one may step another. refused: the step under way is not made; None: its closure has yet to say.
+    stepped: parameters that some optimizer has stepped, while others have yet to.
     """
 
     decision: Decision
@@ -49,14 +54,14 @@ class Clock:
     forwards: int = 0
     loss_scale: float = 1.0
     rehearsal: bool = False
-    refused: bool = False
+    refused: bool | None = False
     optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    under_way: list[tuple[Optimizer, FrameType]] = field(default_factory=list)
     driving: list[Optimizer] = field(default_factory=list)
     stepped: set[int] = field(default_factory=set)
-    before: dict[int, Tensor] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"stepped": set(), "driving": [], "before": {}}
+        fresh = {"stepped": set(), "driving": [], "under_way": [], "refused": False}
         return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,16 +96,35 @@ class Clock:
         """Hear them no more."""
         LISTENING.discard(self)
 
-    def begin(self, optimizer: Optimizer, loss_scale: float) -> None:
-        """Check an optimizer at its first step; drop the gradients of a step that is not finite."""
+    @property
+    def stepping(self) -> bool:
+        """Whether an optimizer's step is under way; one that an error has ended is forgotten."""
+        if self.under_way:
+            calls = set(_calls())
+            self.under_way = [each for each in self.under_way if each[1] in calls]
+        return bool(self.under_way)
+
+    def begin(
+        self, optimizer: Optimizer, where: FrameType, loss_scale: float, closure: bool
+    ) -> None:
+        """Check an optimizer at its first step; drop the gradients of a step that is not finite.
+
+        where: what calls the step. closure: whether it computes its gradients itself, see
+        `computed`.
+        """
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        if self.stepping:  # one optimizer around another
+            if self._steps_us(held):
+                self.optimizers.add(optimizer)
+                self.under_way.append((optimizer, where))
+            return
         if self.backward.first is not None and self._steps_us(held):
             raise OptimizerError(
                 f"{type(optimizer).__name__} steps inside of a backward, before the gradients of "
                 "all that is trained are there. Step after it; gradients are small under most "
                 "passes. (LOMO: see surgery.step.)"
             )
-        self.refused = not self.forwards and only_makes_state(optimizer)
+        self.refused = not self.forwards and not closure and only_makes_state(optimizer)
         if self.refused:
             return
         coordinates, methods = self.decision.coordinates, self.decision.methods
@@ -113,6 +137,26 @@ class Clock:
             for method in methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
+        self.loss_scale = loss_scale
+        self.under_way.append((optimizer, where))
+        if closure:
+            self.refused = None
+        else:
+            self._take_gradients(held)
+
+    def computed(self, optimizer: Optimizer) -> None:
+        """Look at the gradients that a closure has computed inside of a step."""
+        if not any(each is optimizer for each, _ in self.under_way):
+            return
+        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        made = self.refused is False
+        self._take_gradients(held)
+        if made:  # at an earlier point of the same step
+            self.refused = False
+
+    def _take_gradients(self, held: dict[int, Tensor]) -> None:
+        """See that the gradients of a step are there and finite; else take them away."""
+        coordinates, methods = self.decision.coordinates, self.decision.methods
         if (
             not self.coverage.complete
             and any(p.grad is not None for p in held.values())
@@ -121,32 +165,46 @@ class Clock:
             raise around("no gradient has reached a coordinate")
         for method in methods:
             method.before_step()
-        self.loss_scale = loss_scale
         self.refused = not finite([c for c in unique(coordinates) if id(c.parameter) in held])
         if self.refused:
-            self.skipped += 1
             for parameter in held.values():
                 parameter.grad = None
             return
-        self.before = {
-            id(each.parameter): each.parameter.detach().clone()
-            for each in unique(coordinates)
-            if each.mapped and each.active and id(each.parameter) in held
-        }
+        by_hand = [(c, g) for c in coordinates if (g := self._unmeasured(c)) is not None]
+        for (each, _), norm in zip(by_hand, norms([g for _, g in by_hand]), strict=True):
+            each.norm = norm
+
+    def _unmeasured(self, coordinate: Coordinate) -> Tensor | None:
+        """Return the gradient of a coordinate that has got one past every backward of ours."""
+        watched = coordinate.watched and coordinate.active and coordinate.norm is None
+        return coordinate.parameter.grad if watched else None
 
     def end(self, optimizer: Optimizer) -> None:
         """Carry the step into the weights; count it once all coordinates have been stepped."""
-        if optimizer not in self.optimizers or self.refused:
+        if not any(each is optimizer for each, _ in self.under_way):
             return
-        self._carry(optimizer)
         self.driving.append(optimizer)
-        self.stepped |= {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if optimizer is not self.under_way[0][0]:
+            self.under_way.pop()
+            return
+        self.under_way.clear()
+        if self.refused is not False:
+            self.skipped += 1
+            self.driving.clear()
+            return
+        for each in self.driving:
+            self.stepped |= {id(p) for group in each.param_groups for p in group["params"]}
+        self._carry(optimizer)
         if not {id(each.parameter) for each in self.decision.coordinates} <= self.stepped:
             return
         self.stepped.clear()
         self.step, self.forwards = self.step + 1, 0
         for method in self.decision.methods:
             method.after_step(self)
+        for site in self.decision.sites:  # passes take mapped coordinates back to zero
+            for each in site.coordinates:
+                if each.mapped:
+                    copies.accept(site, each, self.step)
         self.driving.clear()
 
     def forget(self, coordinates: Iterable[Coordinate]) -> None:
@@ -156,40 +214,49 @@ class Clock:
             each.norm = None
             for optimizer in self.optimizers:
                 optimizer.state.pop(each.parameter, None)
+        table = modules.child(self.model, TABLE)
+        copies.settle(table, self.decision.sites, self.step)
 
     def _steps_us(self, held: dict[int, Tensor]) -> bool:
         return any(id(parameter) in held for parameter in self.model.parameters())
 
     def _carry(self, optimizer: Optimizer) -> None:
-        if not self.before:
-            return
         rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-        moved: dict[int, tuple[Tensor, Tensor]] = {}
         for each in unique(self.decision.coordinates):
-            key, now = id(each.parameter), each.parameter.detach()
-            if key not in self.before or each.mapped is None:
-                continue
-            if each.mapped.prox:
-                now.mul_(1.0 - rates[key] * each.mapped.prox)
-            moved[key] = (shards.whole(self.before[key]), shards.whole(now))
+            if each.mapped and each.mapped.prox and each.active and id(each.parameter) in rates:
+                rate = rates[id(each.parameter)]
+                each.parameter.detach().mul_(1.0 - rate * each.mapped.prox)
         for site in self.decision.sites:
             for each in site.coordinates:
-                key, weight = id(each.parameter), site.weight()
-                if key in moved and each.mapped and weight is not None and not site.unused:
-                    decay = rates[key] * each.mapped.weight_decay
-                    carry(each, weight, *moved[key], self.step, decay)
-        self.before = {}
+                rate = rates.get(id(each.parameter))
+                if each.active and rate is not None and site.weight() is not None:
+                    decay = rate * each.mapped.weight_decay if each.mapped else 0.0
+                    copies.write(site, each, self.step, decay)
 
 
 # -- torch's hooks ---------------------------------------------------------------------------------
 
 
-def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-    """Run what is due before `optimizer.step()`."""
-    if LISTENING:
-        scale = _loss_scale()
-        for clock in list(LISTENING):
-            clock.begin(optimizer, scale)
+def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any:
+    """Run what is due before `optimizer.step()`; return its arguments if they shall be others."""
+    if not LISTENING:
+        return None
+    where, scale, listening = next(_calls(2)), _loss_scale(), list(LISTENING)
+    closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
+    for clock in listening:
+        clock.begin(optimizer, where, scale, callable(closure))
+    if not callable(closure):
+        return None
+
+    def computed() -> Any:
+        with torch.enable_grad():
+            found = closure()
+        for clock in listening:
+            clock.computed(optimizer)
+        return found
+
+    given = {k: v for k, v in (kwargs or {}).items() if k != "closure"}
+    return (args[0], computed, *args[2:]), given
 
 
 def after_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
@@ -198,20 +265,25 @@ def after_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None
         clock.end(optimizer)
 
 
+def _calls(skip: int = 1) -> Iterator[FrameType]:
+    """Return the calls under way, the innermost first. skip: so many of them."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if skip < 0:
+            yield frame
+        skip, frame = skip - 1, frame.f_back
+
+
 def _loss_scale() -> float:
     """Return the scale of the GradScaler that is calling `optimizer.step()`, else 1.
 
     The scaler does not announce itself to the optimizer, and the norms were measured right after
     backward, where gradients are still scaled; so look up who is calling.
     """
-    frame = inspect.currentframe()
-    for _ in range(_CALLERS):
-        if frame is None:
-            break
+    for frame in itertools.islice(_calls(), _CALLERS):
         caller = frame.f_locals.get("self")
         if isinstance(caller, GradScaler):
             return caller.get_scale()
-        frame = frame.f_back
     return 1.0
 
 

@@ -30,8 +30,8 @@ from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leav
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
 from surgery.kernels import plan
-from surgery.weights.coordinate import TABLE
 from surgery.weights.sites import Site
+from surgery.weights.table import TABLE
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
@@ -117,6 +117,7 @@ class Dispatch(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
+            self.surgery.keep_up()
             return self.plain(*args, **kwargs)
         backend = dynamo.outer_backend()
         if backend is None:

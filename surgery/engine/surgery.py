@@ -13,7 +13,7 @@ from surgery.engine.clock import Clock
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.dispatch import Dispatch
-from surgery.weights.coordinate import TABLE, CoordinateTable
+from surgery.weights.table import TABLE, CoordinateTable
 
 
 class Surgery:
@@ -60,8 +60,12 @@ class Surgery:
 
     def bind(self, forward: bool = False) -> None:
         """Be on the model's present parameters, and hear optimizers. forward: see `Binding`."""
-        self.binding.bind(forward)
+        self.binding.bind(self.clock.step, forward, self.clock.stepping)
         self.clock.listen()
+
+    def keep_up(self) -> None:
+        """Let weights be what was made of their coordinates by hand, or inside of a step."""
+        self.binding.keep_up(self.clock.step, self.clock.stepping)
 
     def flags(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the model's own parameters, each with its requires_grad before apply."""

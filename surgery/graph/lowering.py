@@ -95,6 +95,14 @@ class Lowering:
         body = Body(lowering=self, graph=graph, places=places)
         for node in graph.graph.find_nodes(op="call_function", target=gate):
             places[node] = places[node.args[0]]
+            copied = self.coordinates.get(places[node])
+            if copied is not None and copied.copied and copied.beside is None:
+                with graph.graph.inserting_after(node):
+                    new = graph.graph.call_function(
+                        _to_copy, (node, body.look(node, own, copied.read))
+                    )
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, n=new: user is not n)
+                places[new] = places[node]
         for node, inner in [*bodies(graph)]:
             wanted = self._lower(inner, inside(inner, node, places))
             node.args = (*node.args, *(body.need(*key, example) for key, example in wanted))
@@ -156,7 +164,17 @@ class Body:
 def _found_by_nodes(sites: Mapping[int, Site]) -> dict[int, Coordinate]:
     """Return the coordinates with something that nodes look up, by the places of their weights."""
     first = {place: site.coordinates[0] for place, site in sites.items()}
-    return {place: each for place, each in first.items() if each.beside is not None}
+    return {place: c for place, c in first.items() if c.beside is not None or c.copied}
+
+
+def own(coordinate: Coordinate) -> Tensor:
+    """Return what the optimizer steps."""
+    return coordinate.read
+
+
+def _to_copy(weight: Tensor, copy: Tensor) -> Tensor:
+    """Return a weight whose gradient goes to a copy of it: what is added is zero."""
+    return weight.detach() + (copy - copy.detach()).to(weight.dtype)
 
 
 def duplicate(graph: GraphModule) -> GraphModule:

@@ -40,8 +40,8 @@ def is_by_identity(node: Node) -> bool:
 def gate(weight: Tensor) -> Tensor:
     """Return the weight as the graph shall read it now.
 
-    A weight that is trained whole: itself. One that is not being trained: detached, so that
-    autograd saves nothing for it. One trained in blocks: attached to its active blocks. One with a
+    A weight that is trained itself: itself. One that is not being trained: detached, so that
+    autograd saves nothing for it. One trained in copies: attached to its active copies. One with a
     mapped coordinate: itself, since the pass's own node, which reads it next, knows it by identity.
     """
     site = site_of(weight)
@@ -54,22 +54,33 @@ def gate(weight: Tensor) -> Tensor:
     if site.whole:
         return weight
     indices = tuple(each.index for each in active)
-    return _Blocks.apply(weight.detach(), indices, *(each.parameter for each in active))
+    return attached(weight.detach(), indices, *(each.parameter for each in active))
 
 
-class _Blocks(torch.autograd.Function):
-    """The identity on a weight whose gradient goes to blocks that view parts of it."""
+def attached(weight: Tensor, indices: tuple[Index | None, ...], *copies: Tensor) -> Tensor:
+    """Return a weight whose gradient goes to copies of it, or of parts of it."""
+    return _Copies.apply(weight, indices, *copies)
+
+
+class _Copies(torch.autograd.Function):
+    """The identity on a weight whose gradient goes to copies of parts of it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: tuple[Index, ...], *blocks: Tensor) -> Tensor:
-        ctx.indices = indices
+    def forward(
+        ctx: Any, weight: Tensor, indices: tuple[Index | None, ...], *copies: Tensor
+    ) -> Tensor:
+        ctx.given = [(i, c.dtype) for i, c in zip(indices, copies, strict=True)]
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        # Cloned: a view would keep the gradient of the whole weight alive in `.grad`.
-        return None, None, *(grad[index].clone() for index in ctx.indices)
+        # Copied: a view would keep the gradient of the whole weight alive in `.grad`.
+        parts = [
+            grad.to(dtype) if index is None else grad[index].to(dtype, copy=True)
+            for index, dtype in ctx.given
+        ]
+        return None, None, *parts
 
 
 @by_identity

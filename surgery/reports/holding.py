@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from surgery.engine.decide import Decision
 from surgery.memory import Bytes, storage_bytes
-from surgery.weights.coordinate import TABLE, unique
+from surgery.weights.coordinate import Coordinate, unique
+from surgery.weights.table import TABLE
 
 
 def bytes_of(
@@ -25,12 +27,28 @@ def bytes_of(
     dense = sum(map(_size, trainable))
     active = [each.parameter for each in coordinates if each.active]
     live = sum(map(_size, active)) if decision.sites else dense
-    both = [*own, *(each.parameter for each in coordinates)]
+    mapped = [each.parameter for each in coordinates if each.mapped]
+    carried = [c.mapped.carried for c in decision.coordinates if c.mapped]
     held = 2 * live if state is None else state
     return (
         Bytes(parameters=storage_bytes(own), gradients=dense, optimizer=2 * dense),
-        Bytes(parameters=storage_bytes(both), gradients=live, optimizer=held),
+        Bytes(
+            parameters=storage_bytes([*own, *mapped, *(t for t in carried if t is not None)])
+            + _copies([each for each in coordinates if each.copied]),
+            gradients=live,
+            optimizer=held,
+        ),
     )
+
+
+def _copies(copies: Iterable[Coordinate]) -> int:
+    """Return the bytes of copies: of those that are trained, and of the floor of the others."""
+    trained = sum(_size(each.parameter) for each in copies if each.active)
+    floors: dict[Any, int] = {}
+    for parameter in (each.parameter for each in copies if not each.active):
+        kind = parameter.device, parameter.dtype
+        floors[kind] = max(floors.get(kind, 0), _size(parameter))
+    return trained + sum(floors.values())
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from surgery.contract.method import Method, Run
 from surgery.errors import ConflictError, OptionError, TargetError, listed
-from surgery.weights.coordinate import Coordinate, Whole, coordinate_of
+from surgery.weights.coordinate import Coordinate, Precision, coordinate_of
 from surgery.weights.gradients import norms
 from surgery.weights.targets import Targets, blocks, select
 
@@ -98,7 +98,7 @@ class Rounds(Method):
             own = [each for each in unit if each.weight == coordinate.weight]
             if own and self.ending is not None:
                 raise ConflictError(f"{self.name}: {self.ending.conflict(coordinate.weight)}")
-            if own and isinstance(own[0].rule, Whole):
+            if own and own[0].index is None:
                 coordinate.active, coordinate.watched = name in self.active, own[0].watched
                 self.units[name] = tuple(coordinate if each is own[0] else each for each in unit)
                 return True
@@ -186,18 +186,18 @@ class Rounds(Method):
 
 
 def whole_blocks(
-    model: nn.Module, targets: Targets, name: str
+    model: nn.Module, targets: Targets, name: str, precision: Precision = "auto"
 ) -> tuple[dict[str, tuple[Coordinate, ...]], list[str]]:
     """Return the model's blocks as units of all their trainable parameters, and what lies outside.
 
-    Raises TargetError if nothing is left inside the blocks.
+    precision: see `coordinate_of`. Raises TargetError if nothing is left inside the blocks.
     """
     allowed = {n for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     if targets is not None:
         allowed &= set(select(model, targets, "targets"))
     units: dict[str, tuple[Coordinate, ...]] = {}
     for block, names in blocks(model).items():
-        own = [coordinate_of(model, n) for n in names if n in allowed]
+        own = [coordinate_of(model, n, precision=precision) for n in names if n in allowed]
         if own:
             units[block] = tuple(own)
     if not units:
@@ -210,8 +210,9 @@ def whole_blocks(
 
 
 def weight_norms(coordinates: Iterable[Coordinate]) -> list[float]:
-    """Return the norm of each coordinate's parameter, of all of it; 1.0 on tensors without data."""
-    parameters = [each.parameter.detach() for each in coordinates]
+    """Return the norm of what each coordinate stands for: of the weight, or of the block of it, or
+    of a mapped coordinate; 1.0 on tensors without data."""
+    parameters = [c.parameter.detach() if c.mapped else c.part() for c in coordinates]
     if any(p.is_meta for p in parameters):
         return [1.0 for _ in parameters]
     return [float(norm) for norm in norms(parameters)]

@@ -20,7 +20,7 @@ from surgery.subspace.nodes import (
     projected_experts,
     projection_of,
 )
-from surgery.weights.coordinate import Coordinate
+from surgery.weights.coordinate import Coordinate, Whole
 
 
 def coordinate(c: Coordinate) -> Tensor:
@@ -56,7 +56,7 @@ def lower_projected(body: Body, node: Node) -> None:
     x, z, weight, bias, _, place = node.args
     assert isinstance(z, Node) and isinstance(place, Node)
     c = body.coordinate(place)
-    own = weight if c.mapped is None else body.look(place, coordinate, c.read)
+    own = weight if isinstance(c.rule, Whole) else body.look(place, coordinate, c.read)
     resolved = Resolved(keep, projection_of(c))
     body.replace(node, resolved, body.notes[z], x, z, weight, bias, own)
 

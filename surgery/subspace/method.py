@@ -74,6 +74,7 @@ def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
         weight=name,
         parameter=nn.Parameter(start),
         rule=Mapped(map=projection, covers=weight.numel()),
+        owner=model.get_submodule(name.rpartition(".")[0]),
         beside=projection,
         active=True,
     )

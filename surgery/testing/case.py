@@ -16,7 +16,7 @@ from surgery.contract.method import overrides
 from surgery.engine.decide import Decision, decide
 from surgery.memory import loss_of
 from surgery.testing.models import tiny, tokens
-from surgery.weights.coordinate import TABLE
+from surgery.weights.table import TABLE
 
 Inputs = dict[str, Tensor]
 
@@ -140,6 +140,7 @@ class Moved:
             step = c.parameter.detach() - self.before[id(c.parameter)]
             if bool(step.any()):
                 self.weights[c.weight] += c.expand(step)
+        self.note()
 
 
 def equal(found: Tensor, expected: Tensor, what: str) -> None:

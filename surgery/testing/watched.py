@@ -129,6 +129,20 @@ def watch(
     )
 
 
+class _Noted:
+    """The ending of a round, with a note of it taken."""
+
+    def __init__(self, ending: Any, note: Callable[[], None]) -> None:
+        self.ending, self.note = ending, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ending, name)
+
+    def __call__(self, *args: Any) -> None:
+        self.ending(*args)
+        self.note()
+
+
 class _Loop:
     """A plain loop around a model."""
 
@@ -161,16 +175,14 @@ class _Loop:
         """Make a step of a model that is rewritten, and note what it did."""
         if number == 0:
             self.moved = Moved(self.model, self.optimizer)
-            # What ends a round may write weights by itself; see `passkit.Ending`.
-            methods = applied(self.model).decision.methods
-            self.writes = any(getattr(method, "ending", None) for method in methods)
-            # Before the clock acts on a step where it draws anew, after it where it adds to it.
-            if not self.writes:
-                self.optimizer.register_step_post_hook(self.moved.move)
+            # Before the clock acts on a step, and begins a new round.
+            self.optimizer.register_step_post_hook(self.moved.move)
+            for method in applied(self.model).decision.methods:
+                ending = getattr(method, "ending", None)
+                if ending is not None:  # what ends a round may move coordinates by itself
+                    method.ending = _Noted(ending, self.moved.move)  # pyright: ignore
         active = [c for c in coordinates(self.model) if c.active]
         self.step(number, noise, drawn)
-        if self.writes:
-            self.moved.move()
         live = {id(c.parameter) for c in coordinates(self.model) if c.active}
         held = {id(p) for p, state in self.optimizer.state.items() if state}
         return Step(

@@ -20,11 +20,17 @@ _WORDS: weakref.WeakKeyDictionary[Coordinate, tuple[int, Tensor]] = weakref.Weak
 
 @torch.no_grad()
 def carry(
-    coordinate: Coordinate, weight: Tensor, old: Tensor, new: Tensor, step: int, decay: float = 0.0
+    coordinate: Coordinate,
+    weight: Tensor,
+    old: Tensor | None,
+    new: Tensor,
+    step: int,
+    decay: float = 0.0,
 ) -> None:
     """Take a weight from W0 + map(old) to W0 + map(new), in float32.
 
-    decay: the share of the weight that is taken off before. Into bfloat16 and float16 the sum is
+    old: None where a round begins, from zero. decay: the share of the weight that is taken off
+    before. Into bfloat16 and float16 the sum is
     rounded at random, by numbers that stay the same while W0 does: they tell W0 from the weight, so
     however many steps were made, what is added to W0 is rounded once. With decay W0 changes, and
     each step is rounded by itself, by the number of the optimizer step. Of a weight that FSDP2 has
@@ -36,9 +42,7 @@ def carry(
     if rule.map.transposed:
         matrix, top, left, out, width = matrix.t(), left, top, width, out
     sizes = plan.plan_of(weight.device)
-    # A round begins from zero; on accelerators nobody asks the device for it.
-    begins = sizes.whole and step == rule.since
-    delta = new if begins else new - old
+    delta = new if old is None else new - old
     cut, fp32 = matrix.shape != (out, width), wide(weight) == weight.dtype
     if decay and fp32:
         matrix *= 1.0 - decay
@@ -52,29 +56,30 @@ def carry(
     if not sizes.whole and not decay and not bool(delta.any()):
         return
     across = slice(left, left + matrix.shape[1])
-    both = _words(coordinate, matrix, out + width, step if decay else rule.since, sizes.whole)
+    both = words_of(coordinate, matrix, out + width, step if decay else rule.since, sizes.whole)
     rows, columns = both[top:out], both[out:][across]
-    fresh = bool(decay) or begins or (not sizes.whole and not bool(old.any()))
+    fresh = bool(decay) or old is None or (not sizes.whole and not bool(old.any()))
+    gone = None if fresh else old
+    new = delta if fresh else new
     keep = torch.full((), 1.0 - decay, device=weight.device) if decay else None
     if sizes.whole and not fp32 and not cut and (pure := rule.map.pure()) is not None:
-        gone = None if fresh else old
-        launch(rounding.carried_by, matrix, gone, delta if fresh else new, keep, both, *pure)
+        launch(rounding.carried_by, matrix, gone, new, keep, both, *pure)
         return
     for part in plan.bands(matrix.shape[0], width, sizes.carried):
         there = slice(top + part.start, top + part.stop)  # in the whole weight
         if fp32:
             matrix[part] += rule.map.change(delta, there)[:, across]
             continue
-        gone = None if fresh else rule.map.change(old, there)[:, across]
-        change = rule.map.change(delta if fresh else new, there)[:, across]
-        launch(rounding.carried, matrix[part], gone, change, keep, rows[part], columns)
+        before = None if gone is None else rule.map.change(gone, there)[:, across]
+        change = rule.map.change(new, there)[:, across]
+        launch(rounding.carried, matrix[part], before, change, keep, rows[part], columns)
 
 
-def _words(coordinate: Coordinate, like: Tensor, count: int, key: int, keep: bool) -> Tensor:
+def words_of(coordinate: Coordinate, like: Tensor, count: int, key: int, keep: bool) -> Tensor:
     """Return the words that round a coordinate's steps. keep: for its round, 8 bytes each."""
     found = _WORDS.get(coordinate)
     if found is None or found[0] != key or found[1].device != like.device:
-        word = noise.bits(0, "carry", coordinate.weight, key)
+        word = noise.bits(0, "carry", coordinate.key, key)
         drawn = launch(rounding.words, like, count, word & 0xFFFFFFFF, word >> 32)
         if not keep:
             return drawn

@@ -1,23 +1,25 @@
 """What the optimizer sees: coordinates, each a parameter with a linear map into a weight.
 
-A coordinate of the sampling passes is a weight itself, or a *block*: a parameter that views a part
-of the weight's own storage, so that the optimizer writes straight into the weight. Others are
-*mapped*: small parameters of their own, each step of which is carried into the weight.
+A coordinate of the sampling passes is a weight itself, or a *copy* of a weight or a block of it,
+which has memory of its own as long as it is trained: of blocks, since optimizers write raw memory
+that must not be another's, and of 16-bit weights, in float32, since steps into those would be lost.
+Others are *mapped*: small parameters of their own. Each step of a copy is rounded into the weight,
+each step of a mapped coordinate carried into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from surgery.compat.modules import Unsaved
+from surgery.weights.matrices import wide
 
 Index: TypeAlias = tuple[int | slice, ...]
-
-TABLE = "surgery_coordinates"  # name of the child module that lists blocks in model.parameters()
+Precision: TypeAlias = Literal["auto", "weights"]  # of copies: at least float32, or as weights are
 
 
 class Map(Protocol):
@@ -63,11 +65,17 @@ class Whole:
     """The parameter is the weight."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """The parameter views weight[index]."""
+@dataclass(eq=False, kw_only=True)
+class Copied:
+    """The parameter is a copy of weight[index], of all of it for None, and rounded into it.
 
-    index: Index
+    resting: it is not trained, and lies on memory that is no one's. since: the optimizer step at
+    which it was copied.
+    """
+
+    index: Index | None
+    resting: bool = True
+    since: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,7 +84,7 @@ class Mapped:
 
     covers: parameters of the weight. prox: decay of the parameter in each step, times its learning
     rate. weight_decay: of the weight, likewise. since: the optimizer step at which the parameter
-    last started from zero.
+    last started from zero. carried: what of it the weight holds; None: nothing yet.
     """
 
     map: Map
@@ -84,23 +92,25 @@ class Mapped:
     prox: float = 0.0
     weight_decay: float = 0.0
     since: int = 0
+    carried: Tensor | None = None
 
 
-Rule: TypeAlias = Whole | Block | Mapped
+Rule: TypeAlias = Whole | Copied | Mapped
 
 
 @dataclass(eq=False, kw_only=True)
 class Coordinate:
     """A parameter that stands for a weight or a part of it, and what is known of it at run time.
 
-    weight: qualified name of the weight. rule: how the parameter stands for it. beside: what the
-    nodes of its pass find. twin: what a forward reads where FSDP2 has left only a part of the
-    parameter on this rank.
+    weight: qualified name of the weight. rule: how the parameter stands for it. owner: the module
+    that holds the weight. beside: what the nodes of its pass find. twin: what a forward reads where
+    FSDP2 has left only a part of the parameter on this rank.
     """
 
     weight: str
     parameter: nn.Parameter
     rule: Rule
+    owner: nn.Module = field(repr=False)
     beside: Beside | None = None
     twin: nn.Parameter | None = field(default=None, repr=False)  # freed between forwards
     active: bool = False
@@ -109,15 +119,20 @@ class Coordinate:
     watched: bool = False  # whether a pass wants the norm of its gradient
     norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
     version: int = -1  # of the gradient when `norm` was taken: clipping and unscaling raise it
+    seen: tuple[int, ...] = ()  # versions of parameter and weight when they last agreed
 
     @property
     def mapped(self) -> Mapped | None:
         return self.rule if isinstance(self.rule, Mapped) else None
 
     @property
+    def copied(self) -> Copied | None:
+        return self.rule if isinstance(self.rule, Copied) else None
+
+    @property
     def index(self) -> Index | None:
         """Of a block; None for a whole weight and for a mapped coordinate."""
-        return self.rule.index if isinstance(self.rule, Block) else None
+        return self.rule.index if isinstance(self.rule, Copied) else None
 
     @property
     def name(self) -> str:
@@ -126,8 +141,13 @@ class Coordinate:
 
     @property
     def key(self) -> str:
-        """Its name in the table: torch's checkpoints take dots for levels of modules."""
-        return self.name.replace(".", "/")
+        """Its name in the table, which patterns for names of weights match."""
+        return self.weight + (_subscript(self.index) if self.index is not None else "")
+
+    def part(self) -> Tensor:
+        """Return the weight, or the block of it that the coordinate is of, as it is now."""
+        whole = self.owner.get_parameter(self.weight.rpartition(".")[2]).detach()
+        return whole if self.index is None else whole[self.index]
 
     @property
     def read(self) -> nn.Parameter:
@@ -149,13 +169,26 @@ def _subscript(index: Index) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def coordinate_of(model: nn.Module, name: str, index: Index | None = None) -> Coordinate:
-    """Return the coordinate that is a weight of a model, or weight[index], sharing its storage."""
+def coordinate_of(
+    model: nn.Module, name: str, index: Index | None = None, precision: Precision = "auto"
+) -> Coordinate:
+    """Return a coordinate for a weight of a model, or for weight[index].
+
+    It is the weight itself, or a copy: of a block, and of what is narrower than float32 unless
+    precision is "weights".
+    """
+    owner = model.get_submodule(name.rpartition(".")[0])
     weight = model.get_parameter(name)
-    if index is None:
-        return Coordinate(weight=name, parameter=weight, rule=Whole())
-    part = nn.Parameter(weight.detach()[index])
-    return Coordinate(weight=name, parameter=part, rule=Block(index=index))
+    dtype = wide(weight) if precision == "auto" else weight.dtype
+    if index is None and dtype == weight.dtype:
+        return Coordinate(weight=name, parameter=weight, rule=Whole(), owner=owner)
+    shape = weight.shape if index is None else weight.detach()[index].shape
+    # Without memory until it is trained. Of meta weights too: what a parameter is of cannot change.
+    held = torch.zeros((), dtype=dtype, device=None if weight.is_meta else weight.device)
+    rule = Copied(index=index)
+    return Coordinate(
+        weight=name, parameter=nn.Parameter(held.expand(shape)), rule=rule, owner=owner
+    )
 
 
 def unique(coordinates: Iterable[Coordinate]) -> list[Coordinate]:
@@ -164,22 +197,6 @@ def unique(coordinates: Iterable[Coordinate]) -> list[Coordinate]:
     for each in coordinates:
         first.setdefault(id(each.parameter), each)
     return list(first.values())
-
-
-class CoordinateTable(Unsaved):
-    """Lists blocks and mapped coordinates in `model.parameters()`, where optimizers find them.
-
-    Checkpoints do not see it: what they stand for is in weights that are saved anyway.
-    """
-
-    def __init__(self, coordinates: Iterable[Coordinate]) -> None:
-        super().__init__()
-        for each in unique(coordinates):
-            self.register_parameter(each.key, each.parameter)
-
-    def forward(self, x: Any) -> Any:
-        """Return x: an nn.Sequential calls all of its children."""
-        return x
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from surgery.compat import modules
 from surgery.compat.fsdp import Twins
 from surgery.compat.tensors import is_fake
 from surgery.weights import shards
-from surgery.weights.coordinate import Beside, Block, Coordinate, Coordinates, Mapped, Whole
+from surgery.weights.coordinate import Beside, Coordinate, Coordinates, Copied, Mapped, Whole
 from surgery.weights.matrices import wide
 
 B = TypeVar("B", bound=Beside)
@@ -72,10 +72,10 @@ class Site:
         return found if isinstance(found, kind) else None
 
     def in_place(self) -> bool:
-        """Whether the weight is the object that was bound, and the blocks still view its storage.
+        """Whether the weight is the object that was bound, and the coordinates lie where it does.
 
-        `model.to(...)` moves a weight and its blocks apart; `load_state_dict(assign=True)` replaces
-        the object.
+        `model.to(...)` changes dtypes and devices; `load_state_dict(assign=True)` replaces the
+        object.
         """
         weight = modules.held(self.owner, self.key)
         if weight is None:
@@ -84,14 +84,12 @@ class Site:
             return False
         if shards.is_cut(weight) and self.twin() is None:
             return False
-        if self.mapped:
-            own = self.coordinates[0].parameter
-            moved = own.dtype != wide(weight) or own.device != weight.device
-            return shards.is_cut(own) or not moved
-        return self.whole or all(_views(each, weight) for each in self.coordinates)
+        if self.whole:
+            return True
+        return all(_fits(each, weight) for each in self.coordinates)
 
     def bind(self, twins: Twins) -> None:
-        """Register the weight for the nodes of graphs, and let the blocks view it (again)."""
+        """Register the weight for the nodes of graphs."""
         weight, twin = twins.get((id(self.owner), self.key), (self.current(), None))
         self.weight = weakref.ref(weight)
         SITES[weight] = weakref.ref(self)
@@ -100,13 +98,13 @@ class Site:
             SITES[twin] = weakref.ref(self)
         for each in self.coordinates:
             match each.rule:
-                case Block(index=index):
-                    each.parameter.data = weight.detach()[index]
                 case Whole():
                     each.parameter, each.twin = weight, twin
                 case Mapped() if not shards.is_cut(each.parameter):
                     own = each.parameter.detach()
                     each.parameter.data = own.to(weight.device, wide(weight))
+                case _:
+                    pass
 
     def release(self) -> None:
         """Let the nodes of graphs forget the weight."""
@@ -143,10 +141,13 @@ def stand_in(fake: Tensor, weight: Tensor) -> None:
         SITES[fake] = SITES[weight]
 
 
-def _views(coordinate: Coordinate, weight: nn.Parameter) -> bool:
-    assert coordinate.index is not None
-    block, part = coordinate.parameter, weight.detach()[coordinate.index]
-    return block.data_ptr() == part.data_ptr() and block.dtype == part.dtype
+def _fits(coordinate: Coordinate, weight: nn.Parameter) -> bool:
+    """Whether a coordinate has a device and a dtype that go with the weight's."""
+    own = coordinate.parameter
+    if shards.is_cut(own):
+        return True
+    dtypes = (weight.dtype, wide(weight)) if coordinate.copied else (wide(weight),)
+    return own.device == weight.device and own.dtype in dtypes
 
 
 def describe(sites: Iterable[Site]) -> list[Coordinates]:
@@ -168,9 +169,9 @@ def _expand(coordinate: Coordinate, shape: torch.Size, delta: Tensor) -> Tensor:
         case Mapped(map=map):
             change = map.expand(delta)
             return change.t() if map.transposed else change.view(shape)
-        case Block(index=index):
+        case Copied(index=index) if index is not None:
             change = delta.new_zeros(shape)
             change[index] = delta
             return change
-        case Whole():
+        case _:
             return delta

@@ -13,7 +13,7 @@ from surgery.contract.options import check_types, demand
 from surgery.errors import TargetError
 from surgery.kernels.directions import Kind
 from surgery.ranks import rank_of_world
-from surgery.weights.coordinate import Coordinate, Mapped, Whole
+from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
 from surgery.weights.linears import check_steps
 from surgery.weights.matrices import wide
 from surgery.weights.targets import Targets, select
@@ -75,13 +75,18 @@ class ZerothOrder:
         count = self.directions * method.ranks
         scalars = nn.Parameter(torch.zeros(count, dtype=wide(first), device=first.device))
         for each in names:
-            weight = model.get_parameter(each)
-            z = self.beside(each, model.get_submodule(each.rpartition(".")[0]), method)
-            rule = Whole() if self.dense else Mapped(map=z, covers=weight.numel())
-            parameter = weight if self.dense else scalars
-            method.weights.append(
-                Coordinate(weight=each, parameter=parameter, rule=rule, beside=z, active=True)
-            )
+            owner = model.get_submodule(each.rpartition(".")[0])
+            z = self.beside(each, owner, method)
+            if self.dense:
+                coordinate = coordinate_of(model, each)
+                coordinate.beside = z
+            else:
+                rule = Mapped(map=z, covers=model.get_parameter(each).numel())
+                coordinate = Coordinate(
+                    weight=each, parameter=scalars, rule=rule, owner=owner, beside=z
+                )
+            coordinate.active = True
+            method.weights.append(coordinate)
         return method
 
 

@@ -1,0 +1,156 @@
+"""Copies of weights: taken when they begin to be trained, rounded into the weight, left to rest.
+
+A weight and what is trained of it are held against each other by their versions. What was written
+last counts: a step or a change by hand of the coordinate is carried into the weight, at the next
+read at the latest; a weight that was written (loaded, averaged) is copied again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from surgery.compat import autograd
+from surgery.kernels import plan, rounding
+from surgery.kernels.fused import launch
+from surgery.weights import shards
+from surgery.weights.carry import carry, words_of
+from surgery.weights.coordinate import Coordinate, Copied, Mapped, Whole
+from surgery.weights.matrices import wide
+from surgery.weights.sites import Site
+from surgery.weights.table import CoordinateTable
+
+
+def settle(table: nn.Module | None, sites: Iterable[Site], step: int) -> None:
+    """Give copies memory that are trained from now on, and take it from those that are not."""
+    copies = [(site, each) for site in sites for each in site.coordinates if each.copied]
+    moving = [(s, c) for s, c in copies if c.copied and c.copied.resting == c.active]
+    for site, each in moving:
+        if each.active:
+            _take(each, step)
+            weight = site.weight()
+            if weight is not None:
+                note(each, weight)
+        else:
+            keep_up(site, each, step)
+            assert each.copied is not None
+            each.copied.resting, each.seen = True, ()
+    if isinstance(table, CoordinateTable) and (moving or len(table.resting) < _resting(copies)):
+        table.rest(each for _, each in copies)
+
+
+def _resting(copies: Iterable[tuple[Site, Coordinate]]) -> int:
+    return sum(each.copied is not None and each.copied.resting for _, each in copies)
+
+
+@torch.no_grad()
+def _take(coordinate: Coordinate, step: int) -> None:
+    rule, part = coordinate.copied, coordinate.part()
+    assert rule is not None
+    dtype = coordinate.parameter.dtype
+    dtype = part.dtype if dtype == part.dtype else wide(part)
+    coordinate.parameter.data = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
+    rule.since, rule.resting, coordinate.seen = step, False, ()
+
+
+def note(coordinate: Coordinate, weight: Tensor) -> None:
+    """Note that a coordinate and its weight agree."""
+    coordinate.seen = (*_seen(coordinate.parameter), *_seen(weight))
+
+
+def bind(coordinate: Coordinate, weight: Tensor, step: int) -> None:
+    """Let a coordinate agree with a weight that may be another object now, or lie elsewhere."""
+    rule = coordinate.copied
+    if rule is not None and not rule.resting:
+        own = coordinate.parameter
+        alone = bool(coordinate.seen) and _seen(own) == coordinate.seen[:2]
+        if alone and _seen(weight) != coordinate.seen[2:]:
+            own.detach().copy_(coordinate.part())  # the weight was replaced, and nothing else
+        elif own.device != weight.device or own.dtype not in (weight.dtype, wide(weight)):
+            _take(coordinate, step)
+    note(coordinate, weight)
+
+
+@torch.no_grad()
+def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -> None:
+    """Let a coordinate and its weight agree again, if one of them has been written since they did.
+
+    wins: the coordinate counts if both have been. (Whoever writes each parameter by itself writes
+    both, and the weight is then what it should be.)
+    """
+    weight, rule = site.weight(), coordinate.rule
+    if weight is None or not coordinate.seen or isinstance(rule, Whole):
+        return
+    if isinstance(rule, Copied) and rule.resting:
+        return
+    moved = _seen(coordinate.parameter) != coordinate.seen[:2]
+    written = _seen(weight) != coordinate.seen[2:]
+    if moved and (wins or not written):
+        write(site, coordinate, step)
+    elif isinstance(rule, Copied) and written:
+        coordinate.parameter.copy_(coordinate.part())
+        note(coordinate, weight)
+    elif moved or written:
+        accept(site, coordinate, step)
+
+
+def accept(site: Site, coordinate: Coordinate, step: int) -> None:
+    """Take what a coordinate is now for what its weight holds of it."""
+    rule, weight = coordinate.mapped, site.weight()
+    if weight is None:
+        return
+    if rule is not None:
+        began = rule.since == step  # from zero
+        rule.carried = None if began else coordinate.parameter.detach().clone()
+    if not (coordinate.copied and coordinate.copied.resting):
+        note(coordinate, weight)
+
+
+@torch.no_grad()
+def write(site: Site, coordinate: Coordinate, step: int, decay: float = 0.0) -> None:
+    """Take what a coordinate has become into its weight. decay: see `carry`."""
+    weight, rule = site.weight(), coordinate.rule
+    assert weight is not None
+    match rule:
+        case Copied():
+            _round_into(coordinate, weight, rule)
+        case Mapped():
+            now = coordinate.parameter.detach()
+            old = None if rule.carried is None else shards.whole(rule.carried).to(now.device)
+            new = shards.whole(now)
+            if not site.unused:
+                carry(coordinate, weight, old, new, step, decay)
+            if rule.carried is None or rule.carried.device != now.device:
+                rule.carried = now.clone()
+            else:
+                rule.carried.copy_(now)
+        case Whole():
+            return
+    note(coordinate, weight)
+
+
+def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
+    part, now = weight.detach(), coordinate.parameter.detach()
+    part = part if rule.index is None else part[rule.index]
+    if part.dtype == now.dtype:
+        part.copy_(now)
+        return
+    width = part.shape[-1] if part.ndim else 1
+    exact = now.reshape(-1, width)
+    height, sizes = exact.shape[0], plan.plan_of(part.device)
+    flat = part.ndim == 2 or part.is_contiguous()
+    rounded = part.view(-1, width) if part.is_contiguous() else part
+    if not flat:  # a convolution in channels_last
+        rounded = torch.empty_like(exact, dtype=part.dtype)
+    both = words_of(coordinate, part, height + width, rule.since, sizes.whole)
+    for rows in plan.bands(height, width, sizes.carried):
+        launch(rounding.round_into, rounded[rows], exact[rows], both[:height][rows], both[height:])
+    if not flat:
+        part.copy_(rounded.view(part.shape))
+
+
+def _seen(t: Tensor) -> tuple[int, int]:
+    own = shards.local(t)
+    return autograd.version(own), own.data_ptr()
