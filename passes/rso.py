@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,7 @@ class FrameMap(Projection):
 
     frame: Frame
     transposed: bool
+    by: ClassVar[str] = "rso"
 
     @property
     def origin(self) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -197,6 +197,7 @@ def map_of(coordinate: Coordinate) -> SubTokenMap:
 class SubTokenMap(Projection):
     """C = I_G ⊗ v beside one weight."""
 
+    by: ClassVar[str] = "velora"
     direction: Direction
     inputs: int
     transposed: bool

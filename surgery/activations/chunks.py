@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from surgery.compat.autograd import first_order_only
 from surgery.compat.tensors import adds_wider
 from surgery.graph.linear import rows_of
 from surgery.graph.reading import name_of
@@ -90,7 +91,7 @@ class _Chunked(torch.autograd.Function):
                     sums.add(part, z)
                 continue
             with torch.enable_grad():
-                logits, seen = body(z.requires_grad_())
+                logits, seen = body.forward(z.requires_grad_())
             if keep_logits:
                 shown.append(seen.detach())
             plain = logits.detach()
@@ -126,6 +127,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        first_order_only("chunked_loss")
         scale = grads[0]
         # In place: a copy of dW would double the largest tensor of the step. A second backward
         # through the same loss is therefore refused by autograd's version check.

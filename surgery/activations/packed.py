@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.fx import GraphModule
 
+from surgery.compat.autograd import first_order_only
 from surgery.compat.tensors import flatten, is_fake, storage_of, unflatten
 from surgery.kernels.bits import Form, Packed, fills, mask, quantise, unpack
 
@@ -139,7 +140,7 @@ class _Held(torch.autograd.Function):
                 for x, need in zip(inputs, needed, strict=True)
             ]
             with saved_tensors_hooks(pack, store.read):
-                result = body(*opened)
+                result = body.forward(*opened)  # hooks on all modules are not meant
         flat, body.meta["result"] = flatten(result)
         first = next((t for t in flat if isinstance(t, Tensor)), None)
         own.x = None if first is None else first.detach()
@@ -173,6 +174,7 @@ class _Held(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        first_order_only("compress")
         pairs = [
             (edge, grad)
             for edge, grad in zip(ctx.outputs, grads, strict=True)

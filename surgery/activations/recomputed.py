@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from surgery.compat.autograd import first_order_only
 from surgery.graph.linear import input_gradient, linear, rows_of
 from surgery.kernels import fused
 
@@ -65,6 +66,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # Run again under autograd it would be right, but no longer to the order of sums in float32.
+        first_order_only("recompute")
         spec: Spec = ctx.spec
         tensors = iter(ctx.saved_tensors)
         random = None
@@ -110,7 +113,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _run(body: GraphModule, spec: Spec, *inputs: Any) -> Sequence[Tensor]:
     """Run a body, compiled on accelerators; not where it draws: compilers draw otherwise."""
-    return (body if spec.random else fused.body(body, inputs))(*inputs)
+    return (body.forward if spec.random else fused.body(body, inputs))(*inputs)
 
 
 def _gradients(

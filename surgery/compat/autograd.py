@@ -7,10 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from surgery.errors import SurgeryError
+
 
 def after_backward(call: Callable[[], None]) -> None:
     """Call once the backward under way has ended, behind all that was asked for so far."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def first_order_only(by: str) -> None:
+    """Raise SurgeryError in a backward whose results shall be differentiated again."""
+    if torch.is_grad_enabled():
+        raise SurgeryError(
+            f"{by}: a gradient is to be differentiated a second time (create_graph=True), and what "
+            f"{by} keeps for backward does not suffice for that. Leave {by} out, or take gradients "
+            "with create_graph=False."
+        )
 
 
 def version(t: Tensor) -> int:

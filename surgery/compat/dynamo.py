@@ -16,12 +16,14 @@ import torch
 import torch._dynamo
 import torch._dynamo.utils
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _python_dispatch as dispatching
 
 from surgery.errors import CaptureError, SurgeryError
 
@@ -76,7 +78,7 @@ def capturing(most: int) -> Iterator[None]:
     if _sorts_functions():
         quiet = patch.object(torch._dynamo.utils, _settings_logged().__name__, return_value="{}")
     try:
-        with torch._dynamo.config.patch(settings), quiet:
+        with torch._dynamo.config.patch(settings), quiet, _under_modes():
             yield
     except FailOnRecompileLimitHit as error:
         raise LimitHit(str(error)) from error
@@ -84,6 +86,36 @@ def capturing(most: int) -> Iterator[None]:
         if isinstance(error.inner_exception, SurgeryError):
             raise error.inner_exception from None
         raise
+
+
+@contextmanager
+def _under_modes() -> Iterator[None]:
+    """Let Dynamo capture, and run what it has captured, under the dispatch modes of others.
+
+    Under a mode that does not say `ignore_compile_internals` it would run the plain model.
+    """
+    stack = [
+        torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())
+    ]
+    others = [mode for mode in stack if "ignore_compile_internals" not in vars(mode)]
+    if not others:
+        yield
+        return
+    flag = dispatching._is_in_any_mode_without_ignore_compile_internals
+    for mode in others:
+        mode.ignore_compile_internals = lambda: True
+    try:
+        _say_in_modes(False)
+        yield
+    finally:
+        _say_in_modes(flag)
+        for mode in others:
+            del mode.ignore_compile_internals
+
+
+def _say_in_modes(flag: bool) -> None:
+    dispatching._is_in_any_mode_without_ignore_compile_internals = flag
+    set_is_in_mode_without_ignore_compile_internals(flag)
 
 
 def past(call: Callable[..., Any]) -> Any:

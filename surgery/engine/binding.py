@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from surgery.compat import modules
 from surgery.compat.fsdp import twins
 from surgery.engine.backward import Backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
+from surgery.engine.guards import replaced
 from surgery.weights import copies
 from surgery.weights.coordinate import unique
 from surgery.weights.table import TABLE
@@ -24,6 +27,7 @@ class Binding:
     bound: bool = False
     cut: bool = False
     handles: list[Any] = field(default_factory=list)
+    ways: dict[str, tuple[nn.Module, str, nn.Module]] | None = None  # to the modules of sites
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"bound": False, "handles": []}
@@ -36,6 +40,7 @@ class Binding:
         stepping: whether an optimizer's step is: what coordinates say then counts.
         """
         sites, coordinates = self.decision.sites, self.decision.coordinates
+        self._check_modules()
         self.backward.begin()
         for each in coordinates:
             if not each.parameter.requires_grad:  # as get_peft_model leaves all but its own
@@ -69,6 +74,28 @@ class Binding:
         for site in self.decision.sites if self.bound else ():
             for each in site.coordinates:
                 copies.keep_up(site, each, step, wins=stepping)
+
+    def _check_modules(self) -> None:
+        """Raise ModelError if a module of a weight is not the model's any more."""
+        if self.ways is None:
+            self.ways = {}
+            for site in self.decision.sites:
+                owner, path = self.decision.model, site.name.split(".")[:-1]
+                for depth, key in enumerate(path):
+                    child = owner.get_submodule(key)
+                    self.ways[".".join(path[: depth + 1])] = owner, key, child
+                    owner = child
+        gone = []
+        for name, (owner, key, child) in self.ways.items():
+            now = modules.child(owner, key)
+            if now is child:
+                continue
+            if now is not None and any(each is child for each in now.modules()):
+                self.ways[name] = owner, key, now  # PEFT has put itself around it
+            else:
+                gone.append(name)
+        if gone:
+            raise replaced(gone)
 
     def release(self) -> None:
         """Take the hooks off and forget the sites."""

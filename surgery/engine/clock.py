@@ -41,7 +41,7 @@ class Clock:
     """The steps of one surgery: the `Run` that its passes see.
 
     skipped: steps whose gradients were NaN or infinite. forwards: training forwards since the last
-    step. under_way: optimizers whose steps are, and where these were called, the outermost first:
+    step. idle: those that have used nothing that was trained. under_way: optimizers whose steps are, and where these were called, the outermost first:
     one may step another. refused: the step under way is not made; None: its closure has yet to say.
     stepped: parameters that some optimizer has stepped, while others have yet to.
     """
@@ -52,6 +52,7 @@ class Clock:
     step: int = 0
     skipped: int = 0
     forwards: int = 0
+    idle: int = 0
     loss_scale: float = 1.0
     rehearsal: bool = False
     refused: bool | None = False
@@ -78,6 +79,10 @@ class Clock:
     def forward(self) -> None:
         """Note that a training forward begins."""
         self.forwards += not self.rehearsal
+
+    def note_idle(self) -> None:
+        """Note that a training forward has used nothing that is being trained."""
+        self.idle += not self.rehearsal
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:

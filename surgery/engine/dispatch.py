@@ -17,10 +17,12 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgery.compat import dynamo, modules
+from surgery.compat.tensors import each as each_leaf
+from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
@@ -29,6 +31,7 @@ from surgery.engine.guards import check_layout, check_wrapping, unreached
 from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leaves
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
+from surgery.graph.nodes import anchor
 from surgery.kernels import plan
 from surgery.weights.sites import Site
 from surgery.weights.table import TABLE
@@ -147,14 +150,23 @@ class Dispatch(Forward):
         plain = partial(self.plain, *args, **kwargs)
         lost = surgery.coverage.after(before, plain, self.captures)
         if not lost:
-            return output
+            return self._anchored(output)
         self._capture_alone(lost)
         with again(self.model, before):
             output = self._run(self._captured, args, kwargs)
         lost = surgery.coverage.after(before, plain, self.captures)
         if lost:
             raise unreached([site.name for site in lost])
-        return output
+        return self._anchored(output)
+
+    def _anchored(self, output: Any) -> Any:
+        """Return an output that backward can begin at, also where it depends on nothing trained:
+        a layer was dropped, or no token came to an expert."""
+        active = [each for each in self.surgery.decision.coordinates if each.active]
+        if not active or any(isinstance(t, Tensor) and t.requires_grad for t in leaves(output)):
+            return output
+        self.surgery.clock.note_idle()
+        return each_leaf(partial(anchor, active[0].read), output)
 
     def _capture_alone(self, lost: Sequence[Site]) -> None:
         """Capture the modules of weights that a forward has lost by themselves, if they can be."""

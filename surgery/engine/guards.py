@@ -36,6 +36,15 @@ def unreached(names: Sequence[str]) -> CaptureError:
     )
 
 
+def replaced(names: Sequence[str]) -> ModelError:
+    """Return the error for modules that are others than those that surgery was applied to."""
+    return ModelError(
+        f"{listed(names)} was replaced after surgery.apply, by resize_token_embeddings, a new head "
+        "or the like, and what is trained is the module that is gone. Change the model first: "
+        "surgery.remove(model), replace it, surgery.apply(model, ...), and build the optimizer anew."
+    )
+
+
 def check_wrapping(coordinates: Iterable[Coordinate]) -> None:
     """Raise ModelError, in a training forward, if DistributedDataParallel is around us and waits
     for gradients of what is not being trained now."""

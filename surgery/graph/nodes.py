@@ -83,6 +83,23 @@ class _Copies(torch.autograd.Function):
         return None, None, *parts
 
 
+def anchor(coordinate: Tensor, value: Any) -> Any:
+    """Return a floating tensor as one that requires a gradient, which then comes to nobody."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return _Anchor.apply(value, coordinate)
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, coordinate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @by_identity
 def checkpointed(body: GraphModule, *inputs: Any, **options: Any) -> Any:
     """Run a captured checkpoint region as eager does: recomputed in backward, same dropout masks.
@@ -94,4 +111,4 @@ def checkpointed(body: GraphModule, *inputs: Any, **options: Any) -> Any:
     policy = policy_of(body)
     if policy is not None:
         known["context_fn"] = policy
-    return checkpoint(body, *inputs, use_reentrant=False, **known)
+    return checkpoint(body.forward, *inputs, use_reentrant=False, **known)

@@ -77,7 +77,7 @@ def body(graph: GraphModule, args: tuple[Any, ...]) -> Callable[..., Any]:
     tensors = [value for value in args if isinstance(value, Tensor)]
     attributes = any(node.op == "get_attr" for node in graph.graph.nodes)
     if not tensors or attributes or not compiles(tensors[0], graphs=True):
-        return graph
+        return graph.forward  # no call of a module: hooks on all modules are not meant
     device = tensors[0].device.type
     # All that Dynamo would compile anew for: it stops after eight of one function.
     key = (

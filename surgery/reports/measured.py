@@ -33,6 +33,9 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
             lines.append((f"{method.name} takes away", _taken(dispatch.taken[method.name])))
     if dispatch.backend is not None:
         lines.append(("compiled by", name_of_backend(dispatch.backend)))
+    if clock.idle:
+        text = f"{clock.idle:,}: what was trained then was not used (a layer was dropped)"
+        lines.append(("forwards without a gradient", text))
     unused = surgery.coverage.unused
     if unused:
         lines.append(("unused by every forward", listed(unused)))

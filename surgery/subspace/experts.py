@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx import Node
 from torch.nn import functional
 
+from surgery.compat.autograd import first_order_only
 from surgery.graph.reading import name_of
 
 
@@ -71,8 +71,8 @@ class ProjectedExperts(torch.autograd.Function):
         return multiply(x, weight.transpose(-2, -1), offsets, fused)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        first_order_only("rso of stacked experts")
         z, weight, offsets = ctx.saved_tensors
         grad = grads[0].contiguous()
         dx = db = None

@@ -8,12 +8,12 @@ keep one z between them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from surgery.compat.autograd import first_order_only
 from surgery.compat.tensors import is_fake
 from surgery.graph.linear import input_gradient, linear, rows_of
 from surgery.graph.nodes import by_identity
@@ -26,10 +26,11 @@ class Projection(Beside, ABC):
     """C and its adjoint beside one weight; also the `Map` of its coordinate.
 
     transposed: whether the weight is stored as (in, out). dense: the gradient is expanded at once
-    and goes to the weight itself. scale: of the gradient.
+    and goes to the weight itself. scale: of the gradient. by: name of the pass, for its errors.
     """
 
     transposed: bool
+    by: ClassVar[str] = "a projection"
     dense: bool = False
 
     @property
@@ -184,8 +185,8 @@ class _Projected(torch.autograd.Function):
         return linear(x, weight, bias, projection.transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only(ctx.projection.by)
         z, weight = ctx.saved_tensors
         shape, dtype, wanted = ctx.given
         rows = rows_of(grads[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgery.compat.autograd import first_order_only
 from surgery.errors import SurgeryError
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.matrices import wide
@@ -33,6 +34,7 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         method: TwoPoint = ctx.method
+        first_order_only(method.name)
         if ctx.used or ctx.step != method.step:
             raise SurgeryError(
                 f"{method.name}: backward was called "

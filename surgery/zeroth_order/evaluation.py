@@ -19,14 +19,22 @@ Modes: TypeAlias = tuple[bool, ...]  # train or eval, of each module
 class Same:
     """Runs a forward again and again from the same state: generators, buffers.
 
-    After the last run the generators are where one forward leaves them; buffers are untouched.
-    written: what buffers a forward writes, by the modes of the modules; filled as they are seen.
+    After the last run the generators are where one forward leaves them; buffers are untouched
+    until `keep`. written: what buffers a forward writes, by the modes of the modules; filled as
+    they are seen. first: what the first run wrote.
     """
 
     forward: Callable[[], Any]
     model: nn.Module
     written: dict[Modes, frozenset[str]]
     generators: Any = None
+    first: dict[str, Tensor] | None = None
+
+    def keep(self) -> None:
+        """Let the buffers be what the first run made of them: statistics move once a batch."""
+        named = dict(self.model.named_buffers())
+        for name, value in (self.first or {}).items():
+            named[name].copy_(value)
 
     def __call__(self) -> Any:
         if self.generators is None:
@@ -45,6 +53,8 @@ class Same:
         finally:
             # Batch norm writes without raising the version of its buffers: compare what they hold.
             changed = {name for name, before in held.items() if not named[name].equal(before)}
+            if self.first is None and done:
+                self.first = {name: named[name].clone() for name in changed}
             for name in changed:
                 named[name].copy_(held[name])
             if known is None and done:

@@ -104,6 +104,8 @@ class TwoPoint(Method):
         same = Same(forward, run.model, self.written)
         with torch.no_grad():
             last, middle, slopes = self._evaluate(same, slots)
+            if not run.rehearsal:
+                same.keep()
         self.probed = self.probed or not run.rehearsal
         weights = [p.read for p in self.weights] if self.dense else [self.weights[0].read]
         flat = [value for each in slopes for value in each]
