@@ -41,9 +41,10 @@ class Clock:
     """The steps of one surgery: the `Run` that its passes see.
 
     skipped: steps whose gradients were NaN or infinite. forwards: training forwards since the last
-    step. idle: those that have used nothing that was trained. under_way: optimizers whose steps are, and where these were called, the outermost first:
-    one may step another. refused: the step under way is not made; None: its closure has yet to say.
-    stepped: parameters that some optimizer has stepped, while others have yet to.
+    step. idle: those that have used nothing that was trained. under_way: optimizers whose steps
+    are, and where these were called, the outermost first: one may step another. refused: the step
+    under way is not made; None: its closure has yet to say. stepped: parameters that some optimizer
+    has stepped, while others have yet to.
     """
 
     decision: Decision

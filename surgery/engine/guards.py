@@ -41,7 +41,7 @@ def replaced(names: Sequence[str]) -> ModelError:
     return ModelError(
         f"{listed(names)} was replaced after surgery.apply, by resize_token_embeddings, a new head "
         "or the like, and what is trained is the module that is gone. Change the model first: "
-        "surgery.remove(model), replace it, surgery.apply(model, ...), and build the optimizer anew."
+        "surgery.remove(model), replace it, surgery.apply(model, ...), and build another optimizer."
     )
 
 
