@@ -25,6 +25,16 @@ def first_order_only(by: str) -> None:
         )
 
 
+def hooks_of(t: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
+    """Return the hooks that `register_hook` has put on a tensor."""
+    return [*(t._backward_hooks or {}).values()]
+
+
+def later_hooks_of(t: Tensor) -> list[int]:
+    """Return the keys of hooks that `register_post_accumulate_grad_hook` has put on a tensor."""
+    return [*(t._post_accumulate_grad_hooks or {})]  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def version(t: Tensor) -> int:
     """Return a number that every change in place raises."""
     return t._version

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 # By (id of the module, name): the sharded parameter, and the whole one that a forward reads.
 Twins: TypeAlias = dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter | None]]
@@ -50,6 +53,26 @@ def own_class(model: nn.Module) -> type:
 def ddp_around() -> DistributedDataParallel | None:
     """Return the DistributedDataParallel whose forward is under way."""
     return DistributedDataParallel._active_ddp_module
+
+
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let a DistributedDataParallel that will be put around a model leave parameters out, which get
+    no gradient of their own. Under PEFT's names too, since it may come between."""
+    known = [each for name in names for each in (name, f"base_model.model.{name}")]
+    if known:
+        model.__dict__[_IGNORED] = known
+
+
+def take_back_from_ddp(model: nn.Module) -> None:
+    """Undo `leave_out_of_ddp`."""
+    model.__dict__.pop(_IGNORED, None)
+
+
+def level(wrapper: DistributedDataParallel, tensors: Iterable[Tensor]) -> None:
+    """Let all ranks have what the first has, as a wrapper does for what it has not left out."""
+    group: Any = wrapper.process_group
+    for tensor in tensors:
+        distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group)
 
 
 def is_zero(parameter: Tensor) -> bool:

@@ -8,6 +8,7 @@ its relatives), which Dynamo cannot follow inside a checkpoint.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ class Workarounds:
             module.gradient_checkpointing = True
         self.hooks.clear()
         self.off.clear()
+
+
+def has_peft() -> bool:
+    """Whether PEFT is there, whose get_peft_model switches requires_grad of all weights off."""
+    return "peft" in sys.modules
 
 
 def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:

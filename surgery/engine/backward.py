@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from surgery.compat.autograd import after_backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import average_replicated
 from surgery.engine.guards import around
-from surgery.errors import OptimizerError
+from surgery.errors import OptimizerError, SurgeryError
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.gradients import norms
+from surgery.weights.sites import Site
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,20 +28,22 @@ class Backward:
 
     first: the coordinate that got the first gradient in the backward under way. fused: whether the
     optimizer takes gradients away meanwhile. replicated: coordinates that each rank holds whole
-    beside weights that FSDP2 has cut.
+    beside weights that FSDP2 has cut. apart: weights that have got a gradient themselves.
     """
 
     decision: Decision
     first: Coordinate | None = None
     fused: bool = False
     replicated: Sequence[Coordinate] = ()
+    apart: list[Site] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"first": None, "replicated": ()}
+        return self.__dict__ | {"first": None, "replicated": (), "apart": []}
 
     def begin(self, replicated: Sequence[Coordinate] | None = None) -> None:
         """Forget a backward that an error has ended. replicated: as above, if that has changed."""
         self.first = None
+        self.apart.clear()
         if replicated is not None:
             self.replicated = replicated
 
@@ -58,9 +61,27 @@ class Backward:
         hook = partial(_arrived, weakref.ref(coordinate), weakref.ref(self))
         return coordinate.read.register_post_accumulate_grad_hook(hook)
 
+    def watch_weight(self, site: Site) -> Any:
+        """Hear when a weight that is trained through others gets a gradient itself."""
+        hook = partial(_penalised, weakref.ref(site), weakref.ref(self))
+        return site.current().register_post_accumulate_grad_hook(hook)
+
+    def begun(self, first: Coordinate) -> None:
+        """Note the first gradient of a backward, and ask to hear of its end."""
+        if self.first is None:
+            self.first = first
+            # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
+            after_backward(lambda: after_backward(self.end))
+
     def end(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
         first, self.first = self.first, None
+        apart = [*self.apart]
+        self.apart.clear()
+        for site in apart:
+            self._hand_on(site)
+        if first in [each for site in apart for each in site.coordinates]:
+            first = None
         if first and first.twin is None and first.parameter.grad is None and not self.fused:
             raise OptimizerError(
                 f"the gradient of {first.name} was taken away before backward had ended, without "
@@ -78,6 +99,41 @@ class Backward:
         for (each, grad), norm in zip(seen, found, strict=True):
             each.norm, each.version = norm, shards.version(grad)
 
+    def _hand_on(self, site: Site) -> None:
+        """Give the gradient of a weight to what is trained of it."""
+        weight = site.current()
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        for each in site.coordinates:
+            if each.mapped:
+                matrix = gradient.t() if each.mapped.map.transposed else gradient
+                own = each.mapped.map.adjoint(matrix.reshape(-1, matrix.shape[-1]))
+                if own is None:
+                    raise SurgeryError(
+                        f"{site.name} has got a gradient of its own, and what is trained of it is "
+                        "a slope along directions, which comes from what the model returns. Leave "
+                        "the penalty on the weight out of the loss; weight_decay= of the pass "
+                        "pulls weights towards zero."
+                    )
+            else:
+                own = gradient if each.index is None else gradient[each.index]
+            into, own = each.parameter, own.to(each.parameter.dtype)
+            into.grad = own.clone() if into.grad is None else into.grad + own
+
+
+def _penalised(
+    site_ref: weakref.ref[Site], backward_ref: weakref.ref[Backward], weight: Tensor
+) -> None:
+    site, backward = site_ref(), backward_ref()
+    if site is None or backward is None or weight.grad is None:
+        return
+    if not all(each.active for each in site.coordinates):
+        weight.grad = None
+        raise around(f"a gradient reached {site.name}, which is not being trained now")
+    backward.apart.append(site)
+    backward.begun(site.coordinates[0])
+
 
 def _arrived(
     coordinate_ref: weakref.ref[Coordinate], backward_ref: weakref.ref[Backward], grown: Tensor
@@ -89,7 +145,4 @@ def _arrived(
         raise around(f"a gradient reached {coordinate.name}, which is not being trained now")
     if backward.fused and coordinate.watched and grown.grad is not None:
         (coordinate.norm,) = norms([grown.grad])
-    if backward.first is None:
-        backward.first = coordinate
-        # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
-        after_backward(lambda: after_backward(backward.end))
+    backward.begun(coordinate)

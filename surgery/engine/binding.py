@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from surgery.compat import modules
+from surgery.compat import autograd, hf, modules
 from surgery.compat.fsdp import twins
 from surgery.engine.backward import Backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
-from surgery.engine.guards import replaced
+from surgery.engine.guards import hooked, replaced
 from surgery.weights import copies
 from surgery.weights.coordinate import unique
 from surgery.weights.table import TABLE
@@ -42,9 +42,7 @@ class Binding:
         sites, coordinates = self.decision.sites, self.decision.coordinates
         self._check_modules()
         self.backward.begin()
-        for each in coordinates:
-            if not each.parameter.requires_grad:  # as get_peft_model leaves all but its own
-                each.parameter.requires_grad_(True)
+        self._freeze()
         table = modules.child(self.decision.model, TABLE)
         if self.bound and all(site.in_place() for site in sites):
             self.keep_up(step, stepping)
@@ -67,6 +65,7 @@ class Binding:
         self.cut = bool(found)
         self.backward.begin(replicated(once) if found else ())
         self.handles += [self.backward.watch(each) for each in once]
+        self.handles += [self.backward.watch_weight(site) for site in sites if not site.whole]
         self.bound = True
 
     def keep_up(self, step: int, stepping: bool) -> None:
@@ -74,6 +73,24 @@ class Binding:
         for site in self.decision.sites if self.bound else ():
             for each in site.coordinates:
                 copies.keep_up(site, each, step, wins=stepping)
+
+    def _freeze(self) -> None:
+        """Leave alone what the user has frozen since; not what get_peft_model has switched off."""
+        weights = [(site, site.current()) for site in self.decision.sites]
+        off = [weight for _, weight in weights if not weight.requires_grad]
+        if off and len(off) == len(weights) and hf.has_peft():
+            for weight in off:  # as it leaves all but its own
+                weight.requires_grad_(True)
+        for site, weight in weights:
+            for each in site.coordinates:
+                each.frozen = not weight.requires_grad
+                if not each.parameter.requires_grad and each.parameter is not weight:
+                    each.parameter.requires_grad_(True)
+            if site.whole or not self.bound:
+                continue
+            known = autograd.later_hooks_of(weight)
+            if len(known) > 1 or (site.mapped and autograd.hooks_of(weight)):
+                raise hooked(site.name)
 
     def _check_modules(self) -> None:
         """Raise ModelError if a module of a weight is not the model's any more."""

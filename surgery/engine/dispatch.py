@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from surgery.compat import dynamo, modules
+from surgery.compat import dynamo, fsdp, modules
 from surgery.compat.tensors import each as each_leaf
 from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
@@ -71,9 +71,10 @@ class Dispatch(Forward):
         self.graphs: list[Captured] = []
         self.calls: list[tuple[GraphModule, Sequence[Any]]] | None = None
         self._captured: Callable[..., Any] | None = None
+        self._around: Callable[[], Any] = lambda: None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("captures", "running", "taken", "graphs", "calls", "_captured")
+        own = ("captures", "running", "taken", "graphs", "calls", "_captured", "_around")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,6 +137,7 @@ class Dispatch(Forward):
         if not surgery.coverage.complete:  # once: each look costs a walk over all parameters
             check_layout(self.model)
         surgery.bind(forward=True)
+        self._level()
         check_wrapping(decision.coordinates)
         self._tell(args, kwargs)
         if self._captured is None:
@@ -158,6 +160,14 @@ class Dispatch(Forward):
         if lost:
             raise unreached([site.name for site in lost])
         return self._anchored(output)
+
+    def _level(self) -> None:
+        """Let the weights that a DistributedDataParallel leaves out be the same on all ranks."""
+        wrapper = fsdp.ddp_around()
+        if wrapper is not None and self._around() is not wrapper:
+            self._around = weakref.ref(wrapper)
+            sites = self.surgery.decision.sites
+            fsdp.level(wrapper, [site.current().detach() for site in sites if not site.whole])
 
     def _anchored(self, output: Any) -> Any:
         """Return an output that backward can begin at, also where it depends on nothing trained:

@@ -36,6 +36,15 @@ def unreached(names: Sequence[str]) -> CaptureError:
     )
 
 
+def hooked(name: str) -> ModelError:
+    """Return the error for a hook on a weight that would not hear of its gradient."""
+    return ModelError(
+        f"{name} has a hook on its gradient, which it does not get: another parameter is trained "
+        "in its place. Put the hook on that, surgery.coordinates(model) lists them; or leave the "
+        "weight out of targets=."
+    )
+
+
 def replaced(names: Sequence[str]) -> ModelError:
     """Return the error for modules that are others than those that surgery was applied to."""
     return ModelError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.compat import modules
+from surgery.compat import fsdp, modules
 from surgery.engine.backward import Backward
 from surgery.engine.binding import Binding
 from surgery.engine.clock import Clock
@@ -38,9 +38,10 @@ class Surgery:
         try:
             own = [each for site in sites if not site.whole for each in site.coordinates]
             if sites:
-                whole = {site.name for site in sites if site.whole}
+                trained = {site.name for site in sites}
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name in whole)
+                    parameter.requires_grad_(name in trained)
+                fsdp.leave_out_of_ddp(model, [site.name for site in sites if not site.whole])
             if own:
                 model.add_module(TABLE, CoordinateTable(own))
             self.dispatch.install()
@@ -55,6 +56,7 @@ class Surgery:
         self.binding.release()
         self.dispatch.uninstall()
         modules.take_child(self.decision.model, TABLE)
+        fsdp.take_back_from_ddp(self.decision.model)
         for parameter, required in self.flags():
             parameter.requires_grad_(required)
 

@@ -7,6 +7,7 @@ is given. What changes while training is plain Python state, which Dynamo's guar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
+from surgery.compat.autograd import hooks_of
 from surgery.compat.dynamo import policy_of
 from surgery.weights.coordinate import Index
 from surgery.weights.sites import read, site_of
@@ -54,12 +56,7 @@ def gate(weight: Tensor) -> Tensor:
     if site.whole:
         return weight
     indices = tuple(each.index for each in active)
-    return attached(weight.detach(), indices, *(each.parameter for each in active))
-
-
-def attached(weight: Tensor, indices: tuple[Index | None, ...], *copies: Tensor) -> Tensor:
-    """Return a weight whose gradient goes to copies of it, or of parts of it."""
-    return _Copies.apply(weight, indices, *copies)
+    return _Copies.apply(weight.detach(), weakref.ref(weight), indices, *(c.read for c in active))
 
 
 class _Copies(torch.autograd.Function):
@@ -67,20 +64,29 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, indices: tuple[Index | None, ...], *copies: Tensor
+        ctx: Any,
+        weight: Tensor,
+        own: Callable[[], Tensor | None],
+        indices: tuple[Index | None, ...],
+        *copies: Tensor,
     ) -> Tensor:
         ctx.given = [(i, c.dtype) for i, c in zip(indices, copies, strict=True)]
+        ctx.own = own
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        own = ctx.own()
+        for hook in hooks_of(own) if own is not None else ():  # as if it had reached the weight
+            changed = hook(grad)
+            grad = grad if changed is None else changed
         # Copied: a view would keep the gradient of the whole weight alive in `.grad`.
         parts = [
             grad.to(dtype) if index is None else grad[index].to(dtype, copy=True)
             for index, dtype in ctx.given
         ]
-        return None, None, *parts
+        return None, None, None, *parts
 
 
 def anchor(coordinate: Tensor, value: Any) -> Any:

@@ -152,10 +152,12 @@ def _same_site(value: Tensor, fake: Tensor) -> Tensor:
 
 
 def _trained(value: Tensor, now: bool) -> bool:
-    """Whether a tensor gets a gradient; a weight trained in blocks has no flag of its own."""
+    """Whether a tensor gets a gradient: of weights, what is trained now says so, or no one."""
     site = site_of(value)
-    if site is None or site.mapped:
+    if site is None:
         return value.requires_grad
+    if site.mapped:
+        return False
     return not now or any(each.active for each in site.coordinates)
 
 

@@ -76,7 +76,7 @@ def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
         rule=Mapped(map=projection, covers=weight.numel()),
         owner=model.get_submodule(name.rpartition(".")[0]),
         beside=projection,
-        active=True,
+        drawn=True,
     )
 
 

@@ -77,6 +77,10 @@ class Projection(Beside, ABC):
         """Return these rows of `expand(delta)`."""
         return self.expand(delta[part])
 
+    def adjoint(self, gradient: Tensor) -> Tensor | None:
+        """Return dS = dW C of a whole gradient (out, in): of a penalty on the weight, say."""
+        return self.compress(gradient) * self.scale
+
     def pure(self) -> tuple[Any, ...] | None:
         """Return `expand` as a pure function, see `Map.pure`; None: it runs as it is."""
         return None
@@ -129,7 +133,7 @@ def projected(
     """
     found = _reached(place)
     if z is None or found is None:
-        return linear(x, weight, bias, transposed)
+        return linear(x, weight.detach(), bias, transposed)
     coordinate, projection = found
     return keep(x, z, weight, bias, coordinate.read, projection)
 
@@ -153,7 +157,7 @@ def projected_experts(
     """Return x W_e^T for rows x (rows, in) sorted by expert e, keeping z (rows, k)."""
     found = _reached(place)
     if z is None or found is None:
-        return experts.multiply(x, weight.transpose(-2, -1), offsets, fused)
+        return experts.multiply(x, weight.detach().transpose(-2, -1), offsets, fused)
     coordinate, _ = found
     return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, coordinate.read, fused)
 

@@ -42,6 +42,11 @@ class Map(Protocol):
         """Add `expand(delta)` to the weight's matrix (out, in), of the same dtype, in place."""
         ...
 
+    def adjoint(self, gradient: Tensor) -> Tensor | None:
+        """Return the gradient of the coordinate, given that of the weight's matrix (out, in); None
+        if that cannot be said."""
+        ...
+
     def pure(self) -> tuple[Any, ...] | None:
         """Return a function and its further arguments: (matrix, delta, *more) -> `expand(delta)` as
         a matrix, of tensors and numbers only, so that an accelerator can take it in one launch.
@@ -113,13 +118,23 @@ class Coordinate:
     owner: nn.Module = field(repr=False)
     beside: Beside | None = None
     twin: nn.Parameter | None = field(default=None, repr=False)  # freed between forwards
-    active: bool = False
+    drawn: bool = False  # to be trained now
+    frozen: bool = False  # by the user, with requires_grad of its weight
     reached: bool = False  # whether a node of its pass has run on its weight
     unused: bool = False  # whether the output of no forward so far has depended on its weight
     watched: bool = False  # whether a pass wants the norm of its gradient
     norm: Tensor | None = None  # of the gradient as it stood after the last backward, in float32
     version: int = -1  # of the gradient when `norm` was taken: clipping and unscaling raise it
     seen: tuple[int, ...] = ()  # versions of parameter and weight when they last agreed
+
+    @property
+    def active(self) -> bool:
+        """Whether it is being trained now."""
+        return self.drawn and not self.frozen
+
+    @active.setter
+    def active(self, drawn: bool) -> None:
+        self.drawn = drawn
 
     @property
     def mapped(self) -> Mapped | None:

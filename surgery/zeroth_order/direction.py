@@ -186,6 +186,10 @@ class Perturbation(Beside):
     def expand(self, delta: Tensor) -> Tensor:
         return self.change(delta, slice(None))
 
+    def adjoint(self, gradient: Tensor) -> Tensor | None:
+        """Return None: the slope of a penalty belongs to what the model returns."""
+        return None
+
     def add_into(self, matrix: Tensor, delta: Tensor) -> None:
         values = {slot: v * self.probe.scale for slot, v in enumerate(delta.tolist()) if v}
         for part in parts(matrix) if values else ():
