@@ -237,8 +237,10 @@ class FrameMap(Projection):
         return None if self.frame.matrix is None else (_product, self.frame.matrix)
 
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
-        assert self.frame.matrix is not None
-        matrix.addmm_(rows, self.frame.matrix.to(rows))
+        if self.frame.matrix is None:
+            matrix += self.expand(rows)
+        else:
+            matrix.addmm_(rows, self.frame.matrix.to(rows))
 
 
 def _product(_: Tensor, rows: Tensor, frame: Tensor) -> Tensor:

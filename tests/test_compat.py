@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import surgery
 from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, tensors
 
 
@@ -289,6 +291,35 @@ def test_callbacks_at_the_end_of_backward_run_behind_what_was_queued():
     assert said == ["theirs", "ours"], "look at Variable._execution_engine.queue_callback"
 
 
+def test_a_backward_knows_that_it_is_to_be_differentiated():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            autograd.first_order_only("canary")
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(Once.apply(x).sum(), x)
+    with pytest.raises(surgery.SurgeryError, match=r"canary: .*second time"):
+        torch.autograd.grad(Once.apply(x).sum(), x, create_graph=True)
+
+
+def test_hooks_of_tensors_are_found():
+    weight = nn.Parameter(torch.ones(2))
+    assert not autograd.hooks_of(weight) and not autograd.later_hooks_of(weight)
+    double, later = (lambda grad: 2 * grad), (lambda _: None)
+    handles = [weight.register_hook(double), weight.register_post_accumulate_grad_hook(later)]
+    assert autograd.hooks_of(weight) == [double], "look at Tensor._backward_hooks"
+    assert len(autograd.later_hooks_of(weight)) == 1, "look at _post_accumulate_grad_hooks"
+    for handle in handles:
+        handle.remove()
+    assert not autograd.hooks_of(weight) and not autograd.later_hooks_of(weight)
+
+
 def test_versions_and_norms():
     t = torch.zeros(3)
     before = autograd.version(t)
@@ -390,6 +421,37 @@ def test_the_ddp_around_a_forward_is_found(tmp_path):
         assert fsdp.ddp_around() is None and outer.find_unused_parameters
     finally:
         torch.distributed.destroy_process_group()
+
+
+LEFT_OUT = """
+    import sys, torch
+    sys.path[:0] = ["tests"]
+    from ranks import begin
+    from torch import nn
+    from surgery.compat import fsdp
+    rank = begin()
+    model = nn.ModuleDict({"own": nn.Linear(2, 2), "left": nn.Linear(2, 2)})
+    nn.init.constant_(model.left.weight, float(rank))
+    fsdp.leave_out_of_ddp(model, ["left.weight", "left.bias"])
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    assert float(model.left.weight[0, 0]) == rank, "DDP has not left it out"
+    fsdp.level(wrapped, [model.left.weight.detach()])
+    assert float(model.left.weight[0, 0]) == 0.0
+    model.own(torch.ones(1, 2)).sum().backward()
+    fsdp.take_back_from_ddp(model)
+    assert not [key for key in vars(model) if "ddp" in key]
+    print("equal")
+"""
+
+
+def test_ddp_leaves_out_what_it_is_told_to(tmp_path):
+    run_two_ranks(LEFT_OUT, tmp_path)
+
+
+def test_peft_is_known_when_it_is_there(monkeypatch):
+    assert hf.has_peft() == ("peft" in sys.modules)
+    monkeypatch.setitem(sys.modules, "peft", sys)
+    assert hf.has_peft()
 
 
 def test_marks_of_zero():

@@ -84,7 +84,6 @@ def test_exact_passes_leave_the_run_as_it_is(name, kind):
 # DoRA reads the weights themselves, for its norm, beside the Linears.
 REFUSED = {
     "misa of the base": "the forward went around surgery",
-    "rso of the base, adapters frozen": "not reached by the rewrite",
 }
 
 
@@ -105,6 +104,7 @@ def test_what_does_not_compose_with_dora_is_refused_by_name(name):
     ("name", "kind"),
     [(name, "lora") for name in MOVING]
     + [(f"{name} of the adapters", "dora") for name in ("misa", "mezo", "velora")]
+    + [("rso of the base, adapters frozen", "dora on every Linear")]
     + [("misa of both", "on every Linear"), ("velora of the adapters", "on every Linear")]
     + [("velora of the adapters", "dropout"), ("mezo of the adapters", "dropout")]
     + [("misa of the adapters", "modules_to_save"), ("lozo of the base", "modules_to_save")]

@@ -227,17 +227,29 @@ class Clock:
         return any(id(parameter) in held for parameter in self.model.parameters())
 
     def _carry(self, optimizer: Optimizer) -> None:
-        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         for each in unique(self.decision.coordinates):
-            if each.mapped and each.mapped.prox and each.active and id(each.parameter) in rates:
-                rate = rates[id(each.parameter)]
+            group = groups.get(id(each.parameter))
+            if group is not None and each.active and each.mapped and each.mapped.prox:
+                rate = _rate(optimizer, group)
                 each.parameter.detach().mul_(1.0 - rate * each.mapped.prox)
         for site in self.decision.sites:
             for each in site.coordinates:
-                rate = rates.get(id(each.parameter))
-                if each.active and rate is not None and site.weight() is not None:
-                    decay = rate * each.mapped.weight_decay if each.mapped else 0.0
-                    copies.write(site, each, self.step, decay)
+                group = groups.get(id(each.parameter))
+                if group is None or not each.active or site.weight() is None:
+                    continue
+                decay = each.mapped.weight_decay if each.mapped else 0.0
+                decay = decay and decay * _rate(optimizer, group)
+                copies.write(site, each, self.step, decay)
+
+
+def _rate(optimizer: Any, group: dict[str, Any]) -> float:
+    if "lr" not in group:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has no learning rate lr in its groups, by which a decay of "
+            "the pass is multiplied: use weight_decay=0 and prox=0."
+        )
+    return float(group["lr"])
 
 
 # -- torch's hooks ---------------------------------------------------------------------------------

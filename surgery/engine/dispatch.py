@@ -33,6 +33,7 @@ from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
 from surgery.graph.nodes import anchor
 from surgery.kernels import plan
+from surgery.weights.copies import accept
 from surgery.weights.sites import Site
 from surgery.weights.table import TABLE
 
@@ -136,8 +137,8 @@ class Dispatch(Forward):
         decision.workarounds.take_off()
         if not surgery.coverage.complete:  # once: each look costs a walk over all parameters
             check_layout(self.model)
-        surgery.bind(forward=True)
         self._level()
+        surgery.bind(forward=True)
         check_wrapping(decision.coordinates)
         self._tell(args, kwargs)
         if self._captured is None:
@@ -168,6 +169,9 @@ class Dispatch(Forward):
             self._around = weakref.ref(wrapper)
             sites = self.surgery.decision.sites
             fsdp.level(wrapper, [site.current().detach() for site in sites if not site.whole])
+            for site in sites:  # it has written all else
+                for each in site.coordinates:
+                    accept(site, each, self.surgery.clock.step)
 
     def _anchored(self, output: Any) -> Any:
         """Return an output that backward can begin at, also where it depends on nothing trained:
