@@ -215,11 +215,22 @@ def test_one_compiled_graph_serves_many_layers():
     )  # norms, Linears, the first of which passes no gradient on
 
 
-def test_a_graph_of_layers_of_two_kinds_is_refused():
+def test_layers_of_two_kinds_get_graphs_of_their_own():
     spec = passes.Rso(rank=4, targets=["layers.0.linear", "layers.1.linear"])
-    model = surgery.apply(Broken(), spec, backend="aot_eager")
-    with pytest.raises(surgery.CaptureError, match="layers that are trained and layers that are"):
-        model(torch.randn(4, 16))
+    torch.manual_seed(0)
+    eager = Broken()
+    ours = copy.deepcopy(eager)
+    surgery.apply(eager, spec)
+    surgery.apply(ours, spec, backend="aot_eager")
+    x = torch.randn(4, 16)
+    for model in (eager, ours):
+        optimizer = adamw(model)
+        for _ in range(2):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in own(ours).items():
+        torch.testing.assert_close(parameter, eager.get_parameter(name), msg=name)
 
 
 def test_stacked_experts_are_refused():

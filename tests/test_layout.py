@@ -50,6 +50,7 @@ LONG = {
     "benchmarks/subspace.py": "two comparisons that share their peers",
     "benchmarks/gpu.py": "one script, prepared to be run once on a lent machine",
     "tests/test_compat.py": "one canary after another",
+    "tests/test_other_code.py": "one kind of other code after another",
     "tests/test_misa.py": "all that is MISA's own",
     "tests/test_rso.py": "all that is RSO's own",
     "tests/test_velora.py": "all that is VeLoRA's own",

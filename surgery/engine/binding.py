@@ -76,7 +76,8 @@ class Binding:
 
     def _freeze(self) -> None:
         """Leave alone what the user has frozen since; not what get_peft_model has switched off."""
-        weights = [(site, site.current()) for site in self.decision.sites]
+        held = [(site, modules.held(site.owner, site.key)) for site in self.decision.sites]
+        weights = [(site, weight) for site, weight in held if weight is not None]
         off = [weight for _, weight in weights if not weight.requires_grad]
         if off and len(off) == len(weights) and hf.has_peft():
             for weight in off:  # as it leaves all but its own
@@ -88,9 +89,13 @@ class Binding:
                     each.parameter.requires_grad_(True)
             if site.whole or not self.bound:
                 continue
-            known = autograd.later_hooks_of(weight)
-            if len(known) > 1 or (site.mapped and autograd.hooks_of(weight)):
-                raise hooked(site.name)
+            later = len(autograd.later_hooks_of(weight)) > 1  # ours is one
+            if later or (site.mapped and autograd.hooks_of(weight)):
+                stands = site.coordinates[0].read
+                # Optimizers that step inside of backward put one on every parameter.
+                everywhere = len(autograd.later_hooks_of(stands)) > 1 or autograd.hooks_of(stands)
+                if not everywhere:
+                    raise hooked(site.name)
 
     def _check_modules(self) -> None:
         """Raise ModelError if a module of a weight is not the model's any more."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -22,6 +19,7 @@ from torch.optim.optimizer import (
 
 from surgery.compat import modules
 from surgery.engine.backward import Backward
+from surgery.engine.callers import calls, forget_state, loss_scale_now, rate_of
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.guards import around, check_fresh, check_membership, only_makes_state
@@ -30,8 +28,6 @@ from surgery.weights import copies
 from surgery.weights.coordinate import Coordinate, unique
 from surgery.weights.gradients import finite, norms
 from surgery.weights.table import TABLE
-
-_CALLERS = 18  # frames from here to GradScaler.step: 6 in torch, 10 under accelerate
 
 LISTENING: weakref.WeakSet[Clock] = weakref.WeakSet()
 
@@ -106,8 +102,8 @@ class Clock:
     def stepping(self) -> bool:
         """Whether an optimizer's step is under way; one that an error has ended is forgotten."""
         if self.under_way:
-            calls = set(_calls())
-            self.under_way = [each for each in self.under_way if each[1] in calls]
+            now = set(calls())
+            self.under_way = [each for each in self.under_way if each[1] in now]
         return bool(self.under_way)
 
     def begin(
@@ -143,6 +139,9 @@ class Clock:
             for method in methods:
                 method.check(optimizer)
             self.optimizers.add(optimizer)
+            for each in coordinates:
+                if not each.active:  # some optimizers make the state of all when they are built
+                    optimizer.state.pop(each.parameter, None)
         self.loss_scale = loss_scale
         self.under_way.append((optimizer, where))
         if closure:
@@ -219,7 +218,7 @@ class Clock:
             each.parameter.grad = None
             each.norm = None
             for optimizer in self.optimizers:
-                optimizer.state.pop(each.parameter, None)
+                forget_state(optimizer, each)
         table = modules.child(self.model, TABLE)
         copies.settle(table, self.decision.sites, self.step)
 
@@ -231,7 +230,7 @@ class Clock:
         for each in unique(self.decision.coordinates):
             group = groups.get(id(each.parameter))
             if group is not None and each.active and each.mapped and each.mapped.prox:
-                rate = _rate(optimizer, group)
+                rate = rate_of(optimizer, group)
                 each.parameter.detach().mul_(1.0 - rate * each.mapped.prox)
         for site in self.decision.sites:
             for each in site.coordinates:
@@ -239,17 +238,8 @@ class Clock:
                 if group is None or not each.active or site.weight() is None:
                     continue
                 decay = each.mapped.weight_decay if each.mapped else 0.0
-                decay = decay and decay * _rate(optimizer, group)
+                decay = decay and decay * rate_of(optimizer, group)
                 copies.write(site, each, self.step, decay)
-
-
-def _rate(optimizer: Any, group: dict[str, Any]) -> float:
-    if "lr" not in group:
-        raise OptimizerError(
-            f"{type(optimizer).__name__} has no learning rate lr in its groups, by which a decay of "
-            "the pass is multiplied: use weight_decay=0 and prox=0."
-        )
-    return float(group["lr"])
 
 
 # -- torch's hooks ---------------------------------------------------------------------------------
@@ -259,7 +249,7 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any
     """Run what is due before `optimizer.step()`; return its arguments if they shall be others."""
     if not LISTENING:
         return None
-    where, scale, listening = next(_calls(2)), _loss_scale(), list(LISTENING)
+    where, scale, listening = next(calls(2)), loss_scale_now(), list(LISTENING)
     closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
     for clock in listening:
         clock.begin(optimizer, where, scale, callable(closure))
@@ -281,28 +271,6 @@ def after_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None
     """Run what is due after `optimizer.step()`."""
     for clock in list(LISTENING):
         clock.end(optimizer)
-
-
-def _calls(skip: int = 1) -> Iterator[FrameType]:
-    """Return the calls under way, the innermost first. skip: so many of them."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if skip < 0:
-            yield frame
-        skip, frame = skip - 1, frame.f_back
-
-
-def _loss_scale() -> float:
-    """Return the scale of the GradScaler that is calling `optimizer.step()`, else 1.
-
-    The scaler does not announce itself to the optimizer, and the norms were measured right after
-    backward, where gradients are still scaled; so look up who is calling.
-    """
-    for frame in itertools.islice(_calls(), _CALLERS):
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, GradScaler):
-            return caller.get_scale()
-    return 1.0
 
 
 register_optimizer_step_pre_hook(before_step)

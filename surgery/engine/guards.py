@@ -112,7 +112,8 @@ def check_membership(
 
 def check_fresh(coordinates: Sequence[Coordinate], optimizer: Optimizer) -> None:
     """Raise OptimizerError if an optimizer has made steps before the surgery's first."""
-    stepped = [p for p in unique(coordinates) if optimizer.state.get(p.parameter)]
+    held = [(c, optimizer.state.get(c.parameter)) for c in unique(coordinates)]
+    stepped = [c for c, state in held if state and ("step" not in state or int(state["step"]))]
     if not stepped:
         return
     made = optimizer.state[stepped[0].parameter].get("step")

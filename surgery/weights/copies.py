@@ -113,6 +113,7 @@ def write(site: Site, coordinate: Coordinate, step: int, decay: float = 0.0) -> 
     """Take what a coordinate has become into its weight. decay: see `carry`."""
     weight, rule = site.weight(), coordinate.rule
     assert weight is not None
+    before = _seen(weight)
     match rule:
         case Copied():
             _round_into(coordinate, weight, rule)
@@ -129,6 +130,9 @@ def write(site: Site, coordinate: Coordinate, step: int, decay: float = 0.0) -> 
         case Whole():
             return
     note(coordinate, weight)
+    for other in site.coordinates:  # they are of other parts of the weight
+        if other.seen[2:] == before:
+            other.seen = (*other.seen[:2], *coordinate.seen[2:])
 
 
 def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
