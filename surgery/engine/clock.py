@@ -232,6 +232,7 @@ class Clock:
             if group is not None and each.active and each.mapped and each.mapped.prox:
                 rate = rate_of(optimizer, group)
                 each.parameter.detach().mul_(1.0 - rate * each.mapped.prox)
+        taken: dict[int, Tensor] = {}
         for site in self.decision.sites:
             for each in site.coordinates:
                 group = groups.get(id(each.parameter))
@@ -239,7 +240,7 @@ class Clock:
                     continue
                 decay = each.mapped.weight_decay if each.mapped else 0.0
                 decay = decay and decay * rate_of(optimizer, group)
-                copies.write(site, each, self.step, decay)
+                copies.write(site, each, self.step, decay, taken)
 
 
 # -- torch's hooks ---------------------------------------------------------------------------------

@@ -109,8 +109,16 @@ def accept(site: Site, coordinate: Coordinate, step: int) -> None:
 
 
 @torch.no_grad()
-def write(site: Site, coordinate: Coordinate, step: int, decay: float = 0.0) -> None:
-    """Take what a coordinate has become into its weight. decay: see `carry`."""
+def write(
+    site: Site,
+    coordinate: Coordinate,
+    step: int,
+    decay: float = 0.0,
+    taken: dict[int, Tensor] | None = None,
+) -> None:
+    """Take what a coordinate has become into its weight. decay: see `carry`. taken: what parameters
+    have become, by id; filled. Several weights may share one."""
+    taken = {} if taken is None else taken
     weight, rule = site.weight(), coordinate.rule
     assert weight is not None
     before = _seen(weight)
@@ -123,10 +131,9 @@ def write(site: Site, coordinate: Coordinate, step: int, decay: float = 0.0) -> 
             new = shards.whole(now)
             if not site.unused:
                 carry(coordinate, weight, old, new, step, decay)
-            if rule.carried is None or rule.carried.device != now.device:
-                rule.carried = now.clone()
-            else:
-                rule.carried.copy_(now)
+            if id(coordinate.parameter) not in taken:
+                taken[id(coordinate.parameter)] = now.clone()
+            rule.carried = taken[id(coordinate.parameter)]
         case Whole():
             return
     note(coordinate, weight)
