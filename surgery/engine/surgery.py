@@ -41,7 +41,9 @@ class Surgery:
                 trained = {site.name for site in sites}
                 for name, parameter in model.named_parameters():
                     parameter.requires_grad_(name in trained)
-                fsdp.leave_out_of_ddp(model, [site.name for site in sites if not site.whole])
+                through = {id(site.current()) for site in sites if not site.whole}
+                known = model.named_parameters(remove_duplicate=False)  # tied: each of its names
+                fsdp.leave_out_of_ddp(model, [name for name, p in known if id(p) in through])
             if own:
                 model.add_module(TABLE, CoordinateTable(own))
             self.dispatch.install()
