@@ -225,22 +225,22 @@ class FrameMap(Projection):
     def compress(self, rows: Tensor) -> Tensor:
         return rows @ self.frame.of(rows).t()
 
-    def expand(self, rows: Tensor) -> Tensor:
+    def _frame(self, like: Tensor) -> Tensor:
         if self.frame.matrix is None:
             raise SurgeryError(
                 f"rso: P of {self.frame.name} is drawn in the next training forward, when it is "
                 "known which weights read the same input."
             )
-        return rows @ self.frame.matrix.to(rows)
+        return self.frame.matrix.to(like)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        return rows @ self._frame(rows)
 
     def pure(self) -> tuple[Any, ...] | None:
         return None if self.frame.matrix is None else (_product, self.frame.matrix)
 
     def add_into(self, matrix: Tensor, rows: Tensor) -> None:
-        if self.frame.matrix is None:
-            matrix += self.expand(rows)
-        else:
-            matrix.addmm_(rows, self.frame.matrix.to(rows))
+        matrix.addmm_(rows, self._frame(rows))
 
 
 def _product(_: Tensor, rows: Tensor, frame: Tensor) -> Tensor:

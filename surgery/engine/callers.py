@@ -18,13 +18,11 @@ from surgery.weights.coordinate import Coordinate
 _CALLERS = 18  # frames from here to GradScaler.step: 6 in torch, 10 under accelerate
 
 
-def calls(skip: int = 1) -> Iterator[FrameType]:
-    """Return the calls under way, the innermost first. skip: so many of them."""
+def calls() -> Iterator[FrameType]:
+    """Return the calls under way, from the one that asks outwards."""
     frame = inspect.currentframe()
-    while frame is not None:
-        if skip < 0:
-            yield frame
-        skip, frame = skip - 1, frame.f_back
+    while frame is not None and (frame := frame.f_back) is not None:
+        yield frame
 
 
 def loss_scale_now() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ class Clock:
 
     def computed(self, optimizer: Optimizer) -> None:
         """Look at the gradients that a closure has computed inside of a step."""
-        if not any(each is optimizer for each, _ in self.under_way):
+        if not self._is_under_way(optimizer):
             return
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         made = self.refused is False
@@ -186,7 +187,7 @@ class Clock:
 
     def end(self, optimizer: Optimizer) -> None:
         """Carry the step into the weights; count it once all coordinates have been stepped."""
-        if not any(each is optimizer for each, _ in self.under_way):
+        if not self._is_under_way(optimizer):
             return
         self.driving.append(optimizer)
         if optimizer is not self.under_way[0][0]:
@@ -222,6 +223,9 @@ class Clock:
         table = modules.child(self.model, TABLE)
         copies.settle(table, self.decision.sites, self.step)
 
+    def _is_under_way(self, optimizer: Optimizer) -> bool:
+        return any(each is optimizer for each, _ in self.under_way)
+
     def _steps_us(self, held: dict[int, Tensor]) -> bool:
         return any(id(parameter) in held for parameter in self.model.parameters())
 
@@ -250,7 +254,8 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any
     """Run what is due before `optimizer.step()`; return its arguments if they shall be others."""
     if not LISTENING:
         return None
-    where, scale, listening = next(calls(2)), loss_scale_now(), list(LISTENING)
+    _, where = itertools.islice(calls(), 2)  # the step: an error ends it, and not its caller
+    scale, listening = loss_scale_now(), list(LISTENING)
     closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
     for clock in listening:
         clock.begin(optimizer, where, scale, callable(closure))

@@ -99,7 +99,7 @@ class Lowering:
             if copied is not None and copied.copied and copied.beside is None:
                 with graph.graph.inserting_after(node):
                     new = graph.graph.call_function(
-                        _to_copy, (node, body.look(node, own, copied.read))
+                        _to_copy, (node, body.look(node, stepped, copied.read))
                     )
                 node.replace_all_uses_with(new, delete_user_cb=lambda user, n=new: user is not n)
                 places[new] = places[node]
@@ -167,7 +167,7 @@ def _found_by_nodes(sites: Mapping[int, Site]) -> dict[int, Coordinate]:
     return {place: c for place, c in first.items() if c.beside is not None or c.copied}
 
 
-def own(coordinate: Coordinate) -> Tensor:
+def stepped(coordinate: Coordinate) -> Tensor:
     """Return what the optimizer steps."""
     return coordinate.read
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from surgery.engine.decide import Decision
 from surgery.memory import Bytes, storage_bytes
 from surgery.weights.coordinate import Coordinate, unique
-from surgery.weights.table import TABLE
+from surgery.weights.table import TABLE, floor_sizes
 
 
 def bytes_of(
@@ -44,11 +43,8 @@ def bytes_of(
 def _copies(copies: Iterable[Coordinate]) -> int:
     """Return the bytes of copies: of those that are trained, and of the floor of the others."""
     trained = sum(_size(each.parameter) for each in copies if each.active)
-    floors: dict[Any, int] = {}
-    for parameter in (each.parameter for each in copies if not each.active):
-        kind = parameter.device, parameter.dtype
-        floors[kind] = max(floors.get(kind, 0), _size(parameter))
-    return trained + sum(floors.values())
+    floors = floor_sizes(each.parameter for each in copies if not each.active)
+    return trained + sum(count * dtype.itemsize for (_, dtype), count in floors.items())
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgery.errors import CaptureError
-from surgery.graph.lowering import Body, lowers
+from surgery.graph.lowering import Body, lowers, stepped
 from surgery.subspace.nodes import (
     Projection,
     compress,
@@ -21,11 +21,6 @@ from surgery.subspace.nodes import (
     projection_of,
 )
 from surgery.weights.coordinate import Coordinate, Whole
-
-
-def coordinate(c: Coordinate) -> Tensor:
-    """Return what the optimizer steps."""
-    return c.read
 
 
 def numbers(c: Coordinate) -> Tensor | None:
@@ -56,7 +51,7 @@ def lower_projected(body: Body, node: Node) -> None:
     x, z, weight, bias, _, place = node.args
     assert isinstance(z, Node) and isinstance(place, Node)
     c = body.coordinate(place)
-    own = weight if isinstance(c.rule, Whole) else body.look(place, coordinate, c.read)
+    own = weight if isinstance(c.rule, Whole) else body.look(place, stepped, c.read)
     resolved = Resolved(keep, projection_of(c))
     body.replace(node, resolved, body.notes[z], x, z, weight, bias, own)
 

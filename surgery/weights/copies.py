@@ -19,7 +19,7 @@ from surgery.weights import shards
 from surgery.weights.carry import carry, words_of
 from surgery.weights.coordinate import Coordinate, Copied, Mapped, Whole
 from surgery.weights.matrices import wide
-from surgery.weights.sites import Site
+from surgery.weights.sites import Site, fits
 from surgery.weights.table import CoordinateTable
 
 
@@ -68,7 +68,7 @@ def bind(coordinate: Coordinate, weight: Tensor, step: int) -> None:
         alone = bool(coordinate.seen) and _seen(own) == coordinate.seen[:2]
         if alone and _seen(weight) != coordinate.seen[2:]:
             own.detach().copy_(coordinate.part())  # the weight was replaced, and nothing else
-        elif own.device != weight.device or own.dtype not in (weight.dtype, wide(weight)):
+        elif not fits(coordinate, weight):
             _take(coordinate, step)
     note(coordinate, weight)
 

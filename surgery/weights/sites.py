@@ -86,7 +86,7 @@ class Site:
             return False
         if self.whole:
             return True
-        return all(_fits(each, weight) for each in self.coordinates)
+        return all(fits(each, weight) for each in self.coordinates)
 
     def bind(self, twins: Twins) -> None:
         """Register the weight for the nodes of graphs."""
@@ -141,7 +141,7 @@ def stand_in(fake: Tensor, weight: Tensor) -> None:
         SITES[fake] = SITES[weight]
 
 
-def _fits(coordinate: Coordinate, weight: nn.Parameter) -> bool:
+def fits(coordinate: Coordinate, weight: Tensor) -> bool:
     """Whether a coordinate has a device and a dtype that go with the weight's."""
     own = coordinate.parameter
     if shards.is_cut(own):

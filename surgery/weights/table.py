@@ -17,6 +17,15 @@ _NORMS = "norms"  # of the child of that for those of LayerNorms
 Kind = tuple[torch.device, torch.dtype]
 
 
+def floor_sizes(resting: Iterable[Tensor]) -> dict[Kind, int]:
+    """Return the numbers that copies which are not trained need to lie on: as the largest has."""
+    sizes: dict[Kind, int] = {}
+    for each in resting:
+        kind = each.device, each.dtype
+        sizes[kind] = max(sizes.get(kind, 0), each.numel())
+    return sizes
+
+
 class CoordinateTable(modules.Unsaved):
     """Lists copies and mapped coordinates under dotted names that contain the weight's own.
 
@@ -51,10 +60,7 @@ class CoordinateTable(modules.Unsaved):
             for each in coordinates
             if each.copied is not None and each.copied.resting
         }
-        sizes: dict[Kind, int] = {}
-        for parameter in self.resting.values():
-            kind = parameter.device, parameter.dtype
-            sizes[kind] = max(sizes.get(kind, 0), parameter.numel())
+        sizes = floor_sizes(self.resting.values())
         self.floor = {
             kind: torch.zeros(n, device=kind[0], dtype=kind[1]) for kind, n in sizes.items()
         }
