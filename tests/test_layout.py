@@ -48,7 +48,6 @@ LONG = {
     "surgery/testing/laws.py": "one law after another, each by itself",
     "benchmarks/activation_memory.py": "one table: its rows are peers of one another",
     "benchmarks/subspace.py": "two comparisons that share their peers",
-    "benchmarks/gpu.py": "one script, prepared to be run once on a lent machine",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",
     "tests/test_misa.py": "all that is MISA's own",

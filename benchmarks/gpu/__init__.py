@@ -1,0 +1,1 @@
+"""Every pass on one GPU: `python -m benchmarks.gpu`."""
