@@ -23,12 +23,15 @@ def compiled(function: Callable[..., Any], dynamic: bool | None, count: bool) ->
     the same way and run as it is; each call is one `launched()` of the dispatch modes around it.
     """
     own = with_own_code(function)
-    backend: Any = "inductor"
     if count:
-        backend = aot_autograd(
+        backend: Any = aot_autograd(
             fw_compiler=_counted, bw_compiler=_counted, keep_inference_input_mutations=True
         )
-    return torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=True)
+        return torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=True)
+    # Or Inductor folds places times a 64-bit factor into an index, and writes that product to
+    # Triton with 32-bit places: "Scalar ... is out of range for type int32".
+    options = {"constant_and_index_propagation": False}
+    return torch.compile(own, dynamic=dynamic, fullgraph=True, options=options)
 
 
 def _counted(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
