@@ -55,6 +55,7 @@ class Recomputation(Method):
     name: str = "recompute"
     after = (EVERY,)  # works on what autograd would keep of what the others have made
     compiles = True
+    fuses = True
     regions: int = 0  # of all captured graphs
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:

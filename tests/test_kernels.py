@@ -13,7 +13,7 @@ import passes
 import surgery
 from surgery.engine.finding import surgery_of
 from surgery.kernels import bits, directions, plan, rounding
-from surgery.kernels.fused import Body, launch
+from surgery.kernels.fused import Compiled, body, launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that")
 
@@ -119,9 +119,9 @@ def test_a_region_is_compiled_twice_when_lengths_change(monkeypatch):
 
     monkeypatch.setattr("surgery.compat.inductor.compiled", compiled)
     graph = torch.fx.symbolic_trace(torch.nn.Tanh())
-    body = Body(graph, count=True)
+    found = Compiled(graph.forward, count=True)
     for length in (4, 4, 7, 9, 4, 11):
-        assert torch.equal(body(torch.ones(2, length)), torch.ones(2, length).tanh())
+        assert torch.equal(found(torch.ones(2, length)), torch.ones(2, length).tanh())
     assert made == [False, True]
 
 

@@ -83,7 +83,8 @@ class _Chunked(torch.autograd.Function):
             z = functional.linear(flat[part], weight, bias)
             if whole:
                 how = (one, pull if sums.needed else None, smoothing, keep_logits)
-                log_p, total, seen = launch(cross_entropy, z, places[part], share[part], *how)
+                given = (z, places[part], share[part], *how)
+                log_p, total, seen = launch(cross_entropy, *given, static=True)
                 picked.append(log_p)
                 spread += [] if total is None else [total]
                 shown += [] if seen is None else [seen]

@@ -7,17 +7,17 @@ second matrix product of the forward, and sends dx through the cheap part with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from surgery.compat.autograd import first_order_only
-from surgery.graph.linear import input_gradient, linear, rows_of
+from surgery.graph.linear import add_input_gradient, input_gradient, linear, rows_of
 from surgery.kernels import fused
 
 
@@ -57,6 +57,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*states, *tensors)
         ctx.autocast = _autocast_state(inputs)
         results = _run(body, spec, *inputs[: spec.count])
+        ctx.dtypes = [result.dtype for result in results]
         weights = iter(inputs[spec.count :])
         outputs = []
         for source, transposed, biased in spec.readers:
@@ -75,31 +76,32 @@ class _Recomputed(torch.autograd.Function):
             random = next(tensors), ctx.devices, [next(tensors) for _ in ctx.devices]
         inputs = [next(tensors) if value is None else value for value in ctx.plain]
         needed = ctx.needs_input_grad[2:]
-        given = [
-            value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
-            for value, need in zip(inputs[: spec.count], needed, strict=False)
-        ]
-        wanted = [v for v in given if isinstance(v, Tensor) and v.requires_grad]
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(bool(wanted)))
+            own = inputs[: spec.count]
+            stack.enter_context(torch.set_grad_enabled(any(needed[: spec.count])))
             _reenter(stack, ctx.autocast, random)
+            if not spec.random and any(needed[: spec.count]) and fused.takes(ctx.body, own):
+                with torch.no_grad():
+                    return None, None, *_pulled(ctx.body, spec, inputs, needed, grads, ctx.dtypes)
+            given = [
+                value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
+                for value, need in zip(own, needed, strict=False)
+            ]
             results = _run(ctx.body, spec, *given)
+        wanted = [v for v in given if isinstance(v, Tensor) and v.requires_grad]
         back: list[Tensor | None] = [*grads[: spec.escaping]]
         back += [None] * (len(results) - spec.escaping)
         found: list[Tensor | None] = []
-        position = spec.count
-        for reader, grad in zip(spec.readers, grads[spec.escaping :], strict=True):
-            width = 2 if reader.bias else 1
+        for reader, grad, weight, need in _readers(spec, inputs, needed, grads):
             result = results[reader.source]
-            need = (result.requires_grad, *needed[position : position + width])
             if grad is None:
-                found += [None] * width
-            else:
-                dx, *own = _gradients(reader, grad, result.detach(), inputs[position], need)
-                found += own[:width]
+                found += [None] * len(need)
+                continue
+            if result.requires_grad:
+                dx = _input_gradient(reader, grad, weight, result)
                 held = back[reader.source]
-                back[reader.source] = dx if held is None else held if dx is None else held + dx
-            position += width
+                back[reader.source] = dx if held is None else held + dx
+            found += _own_gradients(reader, grad, result.detach(), weight, need)
         pairs = [(r, g) for r, g in zip(results, back, strict=True) if r.requires_grad]
         roots = [(r, g) for r, g in pairs if g is not None]
         through: Sequence[Tensor | None] = [None] * len(wanted)
@@ -111,26 +113,94 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *first, *found
 
 
+def _pulled(
+    body: GraphModule,
+    spec: Spec,
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor | None]:
+    """Return the gradients of all inputs, with one compiled function for the cheap part: what the
+    Linears send back is known before their inputs are computed again. dtypes: of the results."""
+    wanted = [i for i in range(spec.count) if needed[i]]
+    depends = _depends(body)
+    back: dict[int, Tensor] = {i: g for i, g in enumerate(grads[: spec.escaping]) if g is not None}
+    ours: set[int] = set()  # not to be written into: what autograd has given
+    readers = [*_readers(spec, inputs, needed, grads)]
+    for reader, grad, weight, _ in readers:
+        source = reader.source
+        if grad is None or not depends[source] & set(wanted):
+            continue
+        rows = rows_of(grad)
+        if source in ours and dtypes[source] == rows.dtype:
+            add_input_gradient(rows_of(back[source]), rows, weight, reader.transposed)
+            continue
+        dx = input_gradient(rows, weight, reader.transposed).to(dtypes[source])
+        dx = dx.view(*grad.shape[:-1], -1)
+        back[source] = back[source] + dx if source in back else dx
+        ours.add(source)
+    roots = [i for i in back if depends[i] & set(wanted)]
+    own = inputs[: spec.count]
+    results, through = fused.pulled(body, own, wanted, roots)(*own, *(back[i] for i in roots))
+    found: list[Tensor | None] = [None] * spec.count
+    for place, gradient in zip(wanted, through, strict=True):
+        found[place] = gradient
+    for reader, grad, weight, need in readers:
+        if grad is None:
+            found += [None] * len(need)
+        else:
+            found += _own_gradients(reader, grad, results[reader.source], weight, need)
+    return found
+
+
+def _readers(
+    spec: Spec, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> Iterator[tuple[Reader, Tensor | None, Tensor, Sequence[bool]]]:
+    """Return each Linear, the gradient of its result, its weight, and which of its weight and bias
+    need theirs."""
+    place = spec.count
+    for reader, grad in zip(spec.readers, grads[spec.escaping :], strict=True):
+        width = 2 if reader.bias else 1
+        yield reader, grad, inputs[place], needed[place : place + width]
+        place += width
+
+
+def _depends(body: GraphModule) -> list[frozenset[int]]:
+    """Return for each result of a body the places of the inputs that it depends on."""
+    known = body.meta.get("depends")
+    if known is None:
+        found: dict[Node, frozenset[int]] = {}
+        for node in body.graph.nodes:
+            own = {len(found)} if node.op == "placeholder" else set()
+            found[node] = frozenset(own.union(*(found[n] for n in node.all_input_nodes)))
+        results: Any = body.graph.output_node().args[0]
+        known = body.meta["depends"] = [found[result] for result in results]
+    return known
+
+
 def _run(body: GraphModule, spec: Spec, *inputs: Any) -> Sequence[Tensor]:
     """Run a body, compiled on accelerators; not where it draws: compilers draw otherwise."""
     return (body.forward if spec.random else fused.body(body, inputs))(*inputs)
 
 
-def _gradients(
-    reader: Reader, grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Return dx, dW, db of one Linear in the dtype that it computed in, cast back to their own."""
-    rows = rows_of(grad)
-    dx = dw = db = None
+def _input_gradient(reader: Reader, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Return dx of one Linear, as x."""
+    return input_gradient(rows_of(grad), weight, reader.transposed).view(x.shape).to(x.dtype)
+
+
+def _own_gradients(
+    reader: Reader, grad: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return dW, and db if there is a bias, in the dtype that the Linear computed in, cast back."""
+    rows, dw = rows_of(grad), None
     if need[0]:
-        dx = input_gradient(rows, weight, reader.transposed).view(x.shape).to(x.dtype)
-    if need[1]:
         features = rows_of(x.to(grad.dtype))
         dw = features.t() @ rows if reader.transposed else rows.t() @ features
         dw = dw.to(weight.dtype)
-    if reader.bias and need[2]:
-        db = rows.sum(0).to(weight.dtype)
-    return dx, dw, db
+    if not reader.bias:
+        return [dw]
+    return [dw, rows.sum(0).to(weight.dtype) if need[1] else None]
 
 
 def _random_state(inputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:

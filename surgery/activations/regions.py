@@ -100,7 +100,7 @@ class Finder:
             if grown is None:
                 break
             region = grown
-            if region.gain > (best.gain if best else 0) and self._fits(region):
+            if region.gain > (best.gain if best else 0) and self.fits(region):
                 best = region
             producers = {
                 n
@@ -117,7 +117,7 @@ class Finder:
     def _with(self, region: Region, node: Node) -> Region | None:
         """Return the region with one more member, and with all that then belongs to it."""
         grown = Region(members=region.members | {node}, readers=set(region.readers))
-        if not self._convex(grown):
+        if not self.convex(grown):
             return None
         pending = [node]
         while pending:
@@ -127,7 +127,7 @@ class Finder:
                     continue
                 into = grown.readers if is_linear(user) else grown.members
                 into.add(user)
-                if self.scope[user] != self.scope[node] or not self._convex(grown):
+                if self.scope[user] != self.scope[node] or not self.convex(grown):
                     into.discard(user)
                 elif user in grown.members:
                     pending.append(user)
@@ -141,7 +141,7 @@ class Finder:
         further = depth > 0 and user in self.cheap
         return further and any(self._leads_to_linear(user, u, depth - 1) for u in user.users)
 
-    def _convex(self, region: Region) -> bool:
+    def convex(self, region: Region) -> bool:
         """Whether all inputs are there before any result is, and stay what they are."""
         mask = sum(1 << self.place[n] for n in region.nodes)
         return not any(
@@ -159,7 +159,7 @@ class Finder:
         before, after = kept - elsewhere, self._needs(region) - elsewhere
         return bytes_of(before) - bytes_of(after) - region.random * GENERATOR
 
-    def _fits(self, region: Region) -> bool:
+    def fits(self, region: Region) -> bool:
         """Whether the region can run in one place, with random numbers drawn in the same order."""
         start = self.start(region)
         users = {u for n in region.nodes for u in n.users} - region.nodes

@@ -80,6 +80,8 @@ class Method:
     conflicts: ClassVar[Mapping[str, str]] = {}
     # Whether each step trains the same, so that a compiler may have its nodes.
     compiles: ClassVar[bool] = False
+    # Whether cheap operations that no pass has taken run as few kernels where kernels are compiled.
+    fuses: ClassVar[bool] = False
 
     # -- graphs -----------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgery.activations.fusing import fuse
 from surgery.compat.dynamo import CHECKPOINT
 from surgery.contract.method import Method
 from surgery.engine.decide import Decision
@@ -18,6 +19,7 @@ from surgery.graph.nodes import checkpointed, gate
 from surgery.graph.reading import name_modules, placeholders
 from surgery.graph.saved import Saved
 from surgery.graph.simplify import simplify
+from surgery.kernels import plan
 
 LOG = "SURGERY_LOG"  # environment: "passes" prints what each pass does to each captured graph
 
@@ -49,6 +51,11 @@ def rewrite(
         saved = Saved(graph, inputs)
         for method in decision.rewriting:
             saved = _apply(method, graph, inputs, saved, taken)
+        for method in [each for each in decision.rewriting if each.fuses][:1]:
+            if any(plan.compiles(t.device, graphs=True) for t in inputs if isinstance(t, Tensor)):
+                known = _nodes(graph)
+                fuse(graph, saved)
+                _sign(graph, known, method)
     graph.recompile()
 
 

@@ -29,6 +29,12 @@ def input_gradient(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return rows @ (matrix.t() if transposed else matrix)
 
 
+def add_input_gradient(into: Tensor, rows: Tensor, weight: Tensor, transposed: bool) -> None:
+    """Add dx = g W to a gradient of the same dtype (rows, in), in one pass over it."""
+    matrix = dequantised(weight).to(rows.dtype)
+    into.addmm_(rows, matrix.t() if transposed else matrix)
+
+
 def dequantised(weight: Tensor) -> Tensor:
     """Return a weight as plain numbers; torchao's tensors multiply x, but not a gradient."""
     return weight.dequantize() if is_wrapper(weight) else weight

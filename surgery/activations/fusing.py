@@ -1,0 +1,121 @@
+"""What is left of cheap operations, run as few kernels: rotary embeddings, residual sums, masks.
+
+On an accelerator an operation costs the traffic of its operands, and a chain of them as one kernel
+that of the first and the last. Regions that save memory have been cut out before; the groups here
+save time only: autograd keeps for one what its compiled backward reads.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from surgery.activations.regions import Finder, Region, sources
+from surgery.graph.reading import is_random, name_of, value_of, writes
+from surgery.graph.saved import Saved
+from surgery.kernels import fused
+
+COMPUTES = frozenset(
+    ["add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "square", "abs", "clamp", "cat"]
+    + ["rsqrt", "sqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "mean"]
+    + ["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"]
+    + ["hardswish", "softplus", "to", "float", "half", "bfloat16", "type_as"]
+)
+VIEWS = frozenset(["getitem", "unsqueeze", "squeeze", "transpose", "permute", "expand"])
+
+
+def fused_operations(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
+    """Run a group of cheap operations, as one compiled function and its compiled backward."""
+    return fused.body(body, inputs)(*inputs)
+
+
+def fuse(graph: GraphModule, saved: Saved) -> int:
+    """Make one node of each group of cheap operations in a graph, checkpointed bodies included.
+
+    saved: the account of the graph as it stands. Returns the number of groups.
+    """
+    found = 0
+    for _, inner in saved.inner():
+        found += fuse(inner.module, inner)
+        inner.module.recompile()
+    finder = Finder(graph, saved, _fusable)
+    scopes: dict[int, Node] = {}  # the first node of each
+    for node in finder.order:
+        scopes.setdefault(finder.scope[node], node)
+    for members in _groups(finder):
+        region = Region(members=members)
+        # As the graph stands: other groups have been replaced.
+        start = max([scopes[finder.scope[min(members)]], *sources(region)])
+        if all(user > start for n in members for user in n.users if user not in members):
+            _replace(graph, region, f"fused_{found}", start)
+            found += 1
+    return found
+
+
+def _fusable(node: Node) -> bool:
+    if name_of(node) not in COMPUTES | VIEWS or is_random(node) or writes(node):
+        return False
+    values = [value_of(node), *(value_of(source) for source in node.all_input_nodes)]
+    floats = all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+    return floats and len({v.device for v in values}) == 1
+
+
+def _groups(finder: Finder) -> list[set[Node]]:
+    """Return groups of operations that read each other's results, of two computations at least."""
+    group: dict[Node, set[Node]] = {}
+    for node in finder.order:
+        if node not in finder.cheap:
+            continue
+        grown = {node}
+        for source in node.all_input_nodes:
+            near = group.get(source, set())
+            same = near and finder.scope[source] == finder.scope[node]
+            if same and finder.convex(Region(members=grown | near)):
+                grown |= near
+        for member in grown:
+            group[member] = grown
+    found = {id(members): members for members in group.values()}
+    trimmed = [_trimmed(members) for members in found.values()]
+    large = [members for members in trimmed if sum(not _is_view(n) for n in members) > 1]
+    return [members for members in large if finder.convex(Region(members=members))]
+
+
+def _trimmed(members: set[Node]) -> set[Node]:
+    """Leave out views that are read outside: a compiler would return them by a detour."""
+    for node in sorted(members, reverse=True):
+        if _is_view(node) and not members >= set(node.users):
+            members = members - {node}
+    return members
+
+
+def _is_view(node: Node) -> bool:
+    return name_of(node) in VIEWS
+
+
+def _replace(graph: GraphModule, region: Region, name: str, after: Node) -> None:
+    members, read = sorted(region.members), sources(region)
+    body, copies = Graph(), {}
+    for source in read:
+        copies[source] = body.placeholder(source.name)
+    for member in members:
+        copies[member] = body.node_copy(member, lambda n: copies[n])
+    escaping: Sequence[Node] = [
+        member for member in members if any(user not in region.members for user in member.users)
+    ]
+    body.output(tuple(copies[member] for member in escaping))
+    graph.add_submodule(name, GraphModule(nn.Module(), body))
+    with graph.graph.inserting_after(after):
+        module = graph.graph.get_attr(name)
+    with graph.graph.inserting_after(module):
+        point = node = graph.graph.call_function(fused_operations, (module, *read))
+    for place, old in enumerate(escaping):
+        with graph.graph.inserting_after(point):
+            point = graph.graph.call_function(operator.getitem, (node, place))
+        point.meta = dict(old.meta)
+        old.replace_all_uses_with(point, delete_user_cb=lambda user: user not in region.members)
+    for old in reversed(members):
+        graph.graph.erase_node(old)
