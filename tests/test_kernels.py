@@ -13,7 +13,7 @@ import passes
 import surgery
 from surgery.engine.finding import surgery_of
 from surgery.kernels import bits, directions, plan, rounding
-from surgery.kernels.fused import Compiled, body, launch
+from surgery.kernels.fused import Compiled, launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that")
 
@@ -113,13 +113,13 @@ def test_a_region_is_compiled_twice_when_lengths_change(monkeypatch):
     made = []
     real = surgery.compat.inductor.compiled
 
-    def compiled(function, dynamic, count):
+    def compiled(function, args, dynamic, count):
         made.append(dynamic)
-        return real(function, dynamic, count)
+        return real(function, args, dynamic, count)
 
     monkeypatch.setattr("surgery.compat.inductor.compiled", compiled)
     graph = torch.fx.symbolic_trace(torch.nn.Tanh())
-    found = Compiled(graph.forward, count=True)
+    found = Compiled(graph.forward, count=True, static=True)
     for length in (4, 4, 7, 9, 4, 11):
         assert torch.equal(found(torch.ones(2, length)), torch.ones(2, length).tanh())
     assert made == [False, True]
@@ -131,7 +131,7 @@ def test_compile_is_an_option_of_apply(monkeypatch):
         surgery.apply(model, "recompute", compile="yes")
     called = []
 
-    def compiled(function, dynamic, count):
+    def compiled(function, args, dynamic, count):
         called.append(dynamic)
         return function
 
@@ -146,7 +146,7 @@ def test_compile_is_an_option_of_apply(monkeypatch):
 
 
 def test_without_a_compiler_there_is_one_warning(monkeypatch):
-    def broken(function, dynamic, count):
+    def broken(function, args, dynamic, count):
         raise RuntimeError("Cannot find a working triton installation.")
 
     monkeypatch.setattr("surgery.compat.inductor.compiled", broken)

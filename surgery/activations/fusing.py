@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.activations.regions import Finder, Region, sources
+from surgery.compat.autograd import first_order_only
 from surgery.graph.reading import is_random, name_of, value_of, writes
 from surgery.graph.saved import Saved
 from surgery.kernels import fused
@@ -29,8 +32,45 @@ VIEWS = frozenset(["getitem", "unsqueeze", "squeeze", "transpose", "permute", "e
 
 
 def fused_operations(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
-    """Run a group of cheap operations, as one compiled function and its compiled backward."""
-    return fused.body(body, inputs)(*inputs)
+    """Run a group of cheap operations as one compiled function, and so its backward."""
+    if not fused.takes(body, inputs):
+        return body.forward(*inputs)
+    return _Fused.apply(body, *inputs)
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps the inputs that the gradients of a group depend on, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.body, needed = body, ctx.needs_input_grad[1:]
+        ctx.wanted = [place for place, need in enumerate(needed) if need]
+        if ctx.wanted:
+            kept = fused.reads(body, inputs, ctx.wanted)
+            ctx.save_for_backward(*(inputs[place] for place in sorted(kept)))
+            ctx.plain = [None if i in kept else _form(v) for i, v in enumerate(inputs)]
+            ctx.kept = sorted(kept)
+        return fused.body(body, inputs)(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("recompute")
+        inputs = [form() if callable(form) else form for form in ctx.plain]
+        for place, value in zip(ctx.kept, ctx.saved_tensors, strict=True):
+            inputs[place] = value
+        found: list[Tensor | None] = [None] * len(inputs)
+        through = fused.gradients(ctx.body, inputs, ctx.wanted, grads)
+        for place, gradient in zip(ctx.wanted, through, strict=True):
+            found[place] = gradient
+        return None, *found
+
+
+def _form(value: Any) -> Any:
+    """Return what makes a tensor like this one, whose entries no one reads."""
+    if not isinstance(value, Tensor):
+        return value
+    how = {"dtype": value.dtype, "device": value.device}
+    return partial(torch.empty_strided, value.shape, value.stride(), **how)
 
 
 def fuse(graph: GraphModule, saved: Saved) -> int:

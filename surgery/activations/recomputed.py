@@ -142,10 +142,13 @@ def _pulled(
         ours.add(source)
     roots = [i for i in back if depends[i] & set(wanted)]
     own = inputs[: spec.count]
-    results, through = fused.pulled(body, own, wanted, roots)(*own, *(back[i] for i in roots))
     found: list[Tensor | None] = [None] * spec.count
-    for place, gradient in zip(wanted, through, strict=True):
-        found[place] = gradient
+    if roots:
+        results, through = fused.pulled(body, own, wanted, roots, [back[i] for i in roots])
+        for place, gradient in zip(wanted, through, strict=True):
+            found[place] = gradient
+    else:
+        results = _run(body, spec, *own)
     for reader, grad, weight, need in readers:
         if grad is None:
             found += [None] * len(need)

@@ -1,4 +1,8 @@
-"""Functions compiled one by one: torch.compile of a kernel, and whether it works here."""
+"""Functions compiled one by one: traced, given to Inductor, and called past Dynamo's guards.
+
+A call of what `torch.compile` returns costs 100 us and more of Python, as much as the kernels of a
+small layer take; past Dynamo it costs 20 us. Whoever calls says what the code is right for.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +12,101 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
-from torch._dynamo.backends.common import aot_autograd
+from torch import SymInt, Tensor
 from torch._functorch import config as functorch
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgery.compat.dynamo import with_own_code
+# Inductor would fold places times a 64-bit factor into an index, and write that product to Triton
+# with 32-bit places: "Scalar ... is out of range for type int32".
+OPTIONS = {"constant_and_index_propagation": False}
 
 
-def compiled(function: Callable[..., Any], dynamic: bool | None, count: bool) -> Callable[..., Any]:
-    """Return a function compiled by Inductor, with caches of its own.
+def traced(
+    function: Callable[..., Any], args: Sequence[Tensor | int], dynamic: bool
+) -> tuple[GraphModule, Any]:
+    """Return a function of tensors and integers as a graph of torch's operators, without autograd,
+    and the structure of its result.
 
-    dynamic: one code for all shapes, or for those that it is called with first. count: traced in
-    the same way and run as it is; each call is one `launched()` of the dispatch modes around it.
+    dynamic: for all sizes and integers, as long as those that are equal now are, and those that are
+    0 or 1 now; or for the present ones.
     """
-    own = with_own_code(function)
+    shape: list[Any] = []
+
+    def flat(*given: Any) -> list[Any]:
+        leaves, structure = _pytree.tree_flatten(function(*given))
+        shape.append(structure)
+        return leaves
+
+    with _disable_current_modes(), torch.no_grad():
+        graph = make_fx(flat, tracing_mode="symbolic" if dynamic else "fake")(*args)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, shape[0]
+
+
+def compiled(
+    function: Callable[..., Any], args: Sequence[Tensor | int], dynamic: bool, count: bool
+) -> Callable[..., Any]:
+    """Return a function of tensors and integers, compiled by Inductor; see `traced`.
+
+    count: traced in the same way and run as it is; each call is one `launched()` of the dispatch
+    modes around it.
+    """
+    graph, structure = traced(function, args, dynamic)
     if count:
-        backend: Any = aot_autograd(
-            fw_compiler=_counted, bw_compiler=_counted, keep_inference_input_mutations=True
-        )
-        return torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=True)
-    # Or Inductor folds places times a 64-bit factor into an index, and writes that product to
-    # Triton with 32-bit places: "Scalar ... is out of range for type int32".
-    options = {"constant_and_index_propagation": False}
-    made = torch.compile(own, dynamic=dynamic, fullgraph=True, options=options)
-    fresh = [True]
+        run = _counted(graph)
+    else:
+        values = [_value(node) for node in graph.graph.find_nodes(op="placeholder")]
+        fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
+        mode = next(fakes, None) or _mode_of(graph)
+        # Its key of graphs that no Dynamo has made cannot be pickled in torch 2.11; Inductor's can.
+        off = functorch.patch(enable_autograd_cache=False)
+        with _disable_current_modes(), torch.no_grad(), tracing(TracingContext(mode)), off:
+            run: Any = compile_fx(graph, values, config_patches=OPTIONS)
+    if structure.is_leaf():
+        return lambda *given: run(*given)[0]
+    if all(child.is_leaf() for child in structure.children()):
+        return lambda *given: tuple(run(*given))
+    return lambda *given: _pytree.tree_unflatten(run(*given), structure)
 
+
+def _value(node: torch.fx.Node) -> Any:
+    value = node.meta["val"]
+    return value.node.hint if isinstance(value, SymInt) and value.node.is_constant() else value
+
+
+def _mode_of(graph: GraphModule) -> FakeTensorMode:
+    for node in graph.graph.nodes:
+        if isinstance(value := node.meta.get("val"), FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def _counted(graph: GraphModule) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if not fresh:
-            return made(*args)
-        # What its forward keeps belongs to its backward otherwise, once: no retain_graph=True.
-        with functorch.patch(donated_buffer=False):
-            result = made(*args)
-        fresh.clear()
-        return result
-
-    return run
-
-
-def _counted(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        with _disable_current_modes() as modes:
+        with _disable_current_modes() as modes, torch.no_grad():
             result = graph(*args)
         for mode in modes:
             if (launched := getattr(mode, "launched", None)) is not None:
                 launched()
         return result
 
-    return make_boxed_func(run)
+    return run
 
 
 @lru_cache
 def works(device: str) -> bool:
     """Whether Inductor makes kernels for a kind of device; warns once where it does not."""
     try:
-        compiled(_probe, dynamic=True, count=False)(torch.ones(4, device=device))
+        ones = torch.ones(4, device=device)
+        compiled(_probe, [ones], dynamic=True, count=False)(ones)
     except Exception as error:  # of any compiler: no Triton, no C++, a GPU that is too old
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(

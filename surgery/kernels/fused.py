@@ -6,8 +6,8 @@ Bodies of captured graphs that do the same share what is compiled of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
 from surgery.compat import inductor
-from surgery.compat.tensors import is_fake
+from surgery.compat.tensors import is_fake, is_wrapper
 from surgery.kernels import plan
 
 T = TypeVar("T")
@@ -24,113 +24,217 @@ T = TypeVar("T")
 def launch(kernel: Callable[..., T], *args: Any, static: bool = False) -> T:
     """Run a kernel: as it is on a CPU, compiled on an accelerator, for all shapes at once.
 
-    What changes from call to call must be a tensor: numbers and strings are compiled in. static:
+    What changes from call to call must be a tensor or an integer: all else is compiled in. static:
     for the shapes of its first call, and for all others.
     """
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    if not tensors or not compiles(tensors[0]):
+    first = next((value for value in args if isinstance(value, Tensor)), None)
+    if first is None or not compiles(first):
         return kernel(*args)
-    # An entry for each kind of arguments: Dynamo stops after eight of one function.
-    kinds = (callable, lambda value: isinstance(value, (str, torch.dtype, bool)) or value is None)
-    layout = tuple(
-        (value.dtype, value.ndim)
-        if isinstance(value, Tensor)
-        else value
-        if any(kind(value) for kind in kinds)
-        else type(value)
-        for value in args
-    )
-    return _kernel(kernel, layout, plan.counting(), static)(*args)
-
-
-@cache
-def _kernel(
-    kernel: Callable[..., T], layout: object, count: bool, static: bool
-) -> Callable[..., T]:
-    if static:
-        return Compiled(kernel, count)
-    return inductor.compiled(kernel, dynamic=True, count=count)
-
-
-class Compiled:
-    """A function compiled for the shapes of its first call, and once for all others.
-
-    Static shapes make the faster code, and most runs have only those; when lengths change there
-    are two compilations, not one for each length.
-    """
-
-    def __init__(self, function: Callable[..., Any], count: bool) -> None:
-        self.function = function
-        self.count = count
-        self.first: tuple[object, ...] | None = None
-        self.made: dict[bool, Callable[..., Any]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        shapes = tuple(t.shape if isinstance(t, Tensor) else t for t in args)
-        self.first = self.first or shapes
-        other = shapes != self.first
-        if other not in self.made:
-            self.made[other] = inductor.compiled(self.function, other, self.count)
-        return self.made[other](*args)
-
-
-_BODIES: dict[tuple[object, ...], Compiled] = {}
-_SHARED: dict[str, GraphModule] = {}
+    return _run(kernel, kernel, args, first, static)
 
 
 def body(graph: GraphModule, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return what runs a graph of cheap operations on these inputs: compiled, if it may be."""
+    """Return what runs a graph of cheap operations on these inputs: compiled, if it may be, then
+    without autograd."""
     if not takes(graph, args):
         return graph.forward  # no call of a module: hooks on all modules are not meant
-    return _compiled_once(_key(graph, args), lambda *args: graph(*args))
+    first = next(value for value in args if isinstance(value, Tensor))
+    return lambda *given: _run(_likeness(graph), graph.forward, given, first, True)
 
 
 def takes(graph: GraphModule, args: Sequence[Any]) -> bool:
     """Whether a graph of cheap operations is compiled for these inputs."""
     tensors = [value for value in args if isinstance(value, Tensor)]
+    if not tensors or any(is_wrapper(t) for t in tensors):
+        return False
     attributes = any(node.op == "get_attr" for node in graph.graph.nodes)
-    return bool(tensors) and not attributes and compiles(tensors[0], graphs=True)
+    return not attributes and compiles(tensors[0], graphs=True)
 
 
 def pulled(
-    graph: GraphModule, args: Sequence[Any], wanted: Sequence[int], roots: Sequence[int]
-) -> Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Return (*args, *slopes) -> the results of a graph and the gradients of some of its inputs,
-    args[i] for i in `wanted`, given those of some results, `roots`: as one compiled function."""
-    count, wanted, roots = len(args), tuple(wanted), tuple(roots)
-
-    def pull(*given: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        inputs, slopes = given[:count], given[count:]
-
-        def forward(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            full = list(inputs)
-            for place, value in zip(wanted, some):  # noqa: B905 # strict= does not trace
-                full[place] = value
-            results = graph(*full)
-            return tuple(results[root] for root in roots), tuple(results)
-
-        _, back, results = torch.func.vjp(forward, *[inputs[i] for i in wanted], has_aux=True)
-        return results, back(tuple(slopes))
-
-    return _compiled_once((*_key(graph, args), wanted, roots), pull)
+    graph: GraphModule,
+    args: Sequence[Any],
+    wanted: Sequence[int],
+    roots: Sequence[int],
+    slopes: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Return the results of a graph and the gradients of some of its inputs, args[i] for i in
+    `wanted`, given those of some results, `roots`: as one compiled function."""
+    key = (_likeness(graph), "pulled", tuple(wanted), tuple(roots))
+    function = partial(_pull, graph, len(args), tuple(wanted), tuple(roots))
+    return _run(key, function, (*args, *slopes), slopes[0], True)
 
 
-def _key(graph: GraphModule, args: Sequence[Any]) -> tuple[object, ...]:
-    """Return all that Dynamo would compile a graph anew for: it stops after eight of one code."""
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    device = tensors[0].device.type
-    return (
-        _likeness(graph),
-        tuple((t.dtype, t.ndim, t.requires_grad) for t in tensors),
-        (torch.is_grad_enabled(), torch.is_autocast_enabled(device)),
-        (torch.get_autocast_dtype(device), device, plan.counting()),
-    )
+def gradients(
+    graph: GraphModule, args: Sequence[Any], wanted: Sequence[int], slopes: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return the gradients of args[i] for i in `wanted`, given those of all results: as one
+    compiled function that reads `reads(graph, args, wanted)` of the arguments only."""
+    key = (_likeness(graph), "gradients", tuple(wanted))
+    function = partial(_gradients, graph, len(args), tuple(wanted))
+    return _run(key, function, (*args, *slopes), slopes[0], True)
 
 
-def _compiled_once(key: tuple[object, ...], function: Callable[..., Any]) -> Compiled:
-    if key not in _BODIES:
-        _BODIES[key] = Compiled(function, plan.counting())
-    return _BODIES[key]
+_READS: dict[object, frozenset[int]] = {}
+
+
+def reads(graph: GraphModule, args: Sequence[Any], wanted: Sequence[int]) -> frozenset[int]:
+    """Return the places of the arguments whose entries the gradients of a graph depend on."""
+    values = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in args]
+    key = (_likeness(graph), *values, tuple(wanted))
+    if key not in _READS:
+        tensors = [t.detach() for t in args if isinstance(t, Tensor)]
+
+        def run(*given: Tensor) -> Sequence[Tensor | None]:
+            flow = iter(given)
+            full = [next(flow) if isinstance(value, Tensor) else value for value in args]
+            slopes = [torch.ones_like(result) for result in graph(*full)]
+            return _gradients(graph, len(args), tuple(wanted), *full, *slopes)
+
+        made, _ = inductor.traced(run, tensors, dynamic=False)
+        used = [bool(node.users) for node in made.graph.find_nodes(op="placeholder")]
+        flow = iter(used)
+        _READS[key] = frozenset(
+            place for place, t in enumerate(args) if isinstance(t, Tensor) and next(flow)
+        )
+    return _READS[key]
+
+
+def _pull(
+    graph: GraphModule, count: int, wanted: tuple[int, ...], roots: tuple[int, ...], *given: Any
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    inputs, slopes = given[:count], given[count:]
+
+    def forward(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        full = [*inputs]
+        for place, value in zip(wanted, some, strict=True):
+            full[place] = value
+        results = graph(*full)
+        return tuple(results[root] for root in roots), tuple(results)
+
+    made: Any = torch.func.vjp(forward, *[inputs[i] for i in wanted], has_aux=True)
+    _, back, results = made
+    return [*results], [*back(tuple(slopes))]
+
+
+def _gradients(
+    graph: GraphModule, count: int, wanted: tuple[int, ...], *given: Any
+) -> list[Tensor | None]:
+    roots = tuple(range(len(given) - count))
+    return _pull(graph, count, wanted, roots, *given)[1]
+
+
+# -- what is compiled ------------------------------------------------------------------------------
+
+
+class Compiled:
+    """A function of tensors and integers, compiled for whatever sizes it meets.
+
+    static: for the sizes of its first call, and once for all others. Static sizes make the faster
+    code, and most runs have only those; when lengths change there are two compilations, not one for
+    each length.
+    """
+
+    def __init__(self, function: Callable[..., Any], count: bool, static: bool) -> None:
+        self.function, self.count, self.static = function, count, static
+        self.first: Any = None
+        self.made: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Tensor | int) -> Any:
+        key: Any = None
+        if self.static:
+            key = tuple((a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args)
+            self.first = self.first or key
+        dynamic = not self.static or key != self.first
+        if dynamic:
+            key = _pattern(args)
+        made = self.made.get(key)
+        if made is None:
+            made = inductor.compiled(self.function, args, dynamic, self.count)
+            self.made[key] = made
+        return made(*args)
+
+
+def _pattern(args: Sequence[Tensor | int]) -> tuple[object, ...]:
+    """Return what code for all sizes is right for: which are equal, which 0 or 1, what is laid out
+    in gaps, and where places need more than 32 bits."""
+    places: dict[int, int] = {0: 0, 1: 1}
+    found: list[object] = []
+    for value in args:
+        if not isinstance(value, Tensor):
+            found.append(places.setdefault(value, len(places)))
+            continue
+        sizes = [places.setdefault(size, len(places)) for size in value.shape]
+        order = _order(value)
+        found.append((*sizes, order or value.stride(), value.numel() >= 1 << 31))
+    return tuple(found)
+
+
+def _order(t: Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions of a tensor as they follow in memory; None if that has gaps."""
+    if t.is_contiguous():
+        return tuple(range(t.ndim))
+    order = sorted(range(t.ndim), key=lambda d: (-t.stride(d), d))
+    expected = 1
+    for d in reversed(order):
+        if t.shape[d] != 1 and t.stride(d) != expected:
+            return None
+        expected *= t.shape[d]
+    return tuple(order)
+
+
+_MADE: dict[tuple[object, ...], Compiled] = {}
+
+
+def _run(
+    name: object, function: Callable[..., Any], args: Sequence[Any], first: Tensor, static: bool
+) -> Any:
+    """Run what is compiled of a function, known by a name, for this kind of arguments."""
+    moving: list[Tensor | int] = []
+    layout: list[object] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            moving.append(value)
+            layout.append(value.dtype)
+        elif type(value) is int:
+            moving.append(value)
+            layout.append(int)
+        elif type(value) is tuple:  # of integers
+            moving.extend(value)
+            layout.append((len(value),))
+        else:
+            layout.append(_Fixed(value))
+    device = first.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    key = (name, tuple(layout), static, cast, first.device, plan.counting())
+    made = _MADE.get(key)
+    if made is None:
+        made = _MADE[key] = Compiled(_filled(function, layout), plan.counting(), static)
+    return made(*moving)
+
+
+class _Fixed(NamedTuple):
+    value: Any
+
+
+def _filled(function: Callable[..., T], layout: Sequence[object]) -> Callable[..., T]:
+    """Return a function of the moving arguments of a call."""
+
+    def run(*moving: Any) -> T:
+        flow, args = iter(moving), []
+        for kind in layout:
+            if isinstance(kind, _Fixed):
+                args.append(kind.value)
+            elif isinstance(kind, tuple):
+                args.append(tuple(next(flow) for _ in range(kind[0])))
+            else:
+                args.append(next(flow))
+        return function(*args)
+
+    return run
+
+
+_SHARED: dict[str, GraphModule] = {}
 
 
 def shared(graph: GraphModule) -> GraphModule:
