@@ -88,6 +88,8 @@ def fuse(graph: GraphModule, saved: Saved) -> int:
         scopes.setdefault(finder.scope[node], node)
     for members in _groups(finder):
         region = Region(members=members)
+        if not _keeps_no_more(finder, region):
+            continue
         # As the graph stands: other groups have been replaced.
         start = max([scopes[finder.scope[min(members)]], *sources(region)])
         if all(user > start for n in members for user in n.users if user not in members):
@@ -124,6 +126,38 @@ def _groups(finder: Finder) -> list[set[Node]]:
     return [members for members in large if finder.convex(Region(members=members))]
 
 
+def _keeps_no_more(finder: Finder, region: Region) -> bool:
+    """Whether what a group's gradients read takes no more than what its operations keep."""
+    saved, members = finder.saved, region.members
+    read, escaping = sources(region), _escaping(members)
+    values = [saved.env.get(node) for node in read]
+    wanted = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
+    if not wanted or any(value is None for value in values):
+        return True
+    body = _body(read, sorted(members), escaping)
+    kept = fused.reads(body, values, wanted)
+    after = {s for place in kept for s in saved.outputs[read[place]]} - saved.free
+    before = {s for s, savers in finder.savers.items() if savers & members}
+    others = {s for s, savers in finder.savers.items() if savers - members}
+    return saved.bytes(after - others) <= saved.bytes(before - others)
+
+
+def _escaping(members: set[Node]) -> list[Node]:
+    """Return the operations of a group whose results are read outside of it."""
+    return [n for n in sorted(members) if any(user not in members for user in n.users)]
+
+
+def _body(read: Sequence[Node], members: Sequence[Node], escaping: Sequence[Node]) -> GraphModule:
+    """Return a graph of its own for the operations of a group."""
+    body, copies = Graph(), {}
+    for source in read:
+        copies[source] = body.placeholder(source.name)
+    for member in members:
+        copies[member] = body.node_copy(member, lambda n: copies[n])
+    body.output(tuple(copies[member] for member in escaping))
+    return GraphModule(nn.Module(), body)
+
+
 def _trimmed(members: set[Node]) -> set[Node]:
     """Leave out views that are read outside: a compiler would return them by a detour."""
     for node in sorted(members, reverse=True):
@@ -138,16 +172,8 @@ def _is_view(node: Node) -> bool:
 
 def _replace(graph: GraphModule, region: Region, name: str, after: Node) -> None:
     members, read = sorted(region.members), sources(region)
-    body, copies = Graph(), {}
-    for source in read:
-        copies[source] = body.placeholder(source.name)
-    for member in members:
-        copies[member] = body.node_copy(member, lambda n: copies[n])
-    escaping: Sequence[Node] = [
-        member for member in members if any(user not in region.members for user in member.users)
-    ]
-    body.output(tuple(copies[member] for member in escaping))
-    graph.add_submodule(name, GraphModule(nn.Module(), body))
+    escaping = _escaping(region.members)
+    graph.add_submodule(name, _body(read, members, escaping))
     with graph.graph.inserting_after(after):
         module = graph.graph.get_attr(name)
     with graph.graph.inserting_after(module):

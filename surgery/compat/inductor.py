@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -63,7 +63,8 @@ def compiled(
     if count:
         run = _counted(graph)
     else:
-        values = [_value(node) for node in graph.graph.find_nodes(op="placeholder")]
+        places = zip(graph.graph.find_nodes(op="placeholder"), args, strict=True)
+        values = [node.meta.get("val", given) for node, given in places]  # none of a constant
         fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
         mode = next(fakes, None) or _mode_of(graph)
         # Its key of graphs that no Dynamo has made cannot be pickled in torch 2.11; Inductor's can.
@@ -75,11 +76,6 @@ def compiled(
     if all(child.is_leaf() for child in structure.children()):
         return lambda *given: tuple(run(*given))
     return lambda *given: _pytree.tree_unflatten(run(*given), structure)
-
-
-def _value(node: torch.fx.Node) -> Any:
-    value = node.meta["val"]
-    return value.node.hint if isinstance(value, SymInt) and value.node.is_constant() else value
 
 
 def _mode_of(graph: GraphModule) -> FakeTensorMode:
