@@ -10,7 +10,9 @@ import copy
 import inspect
 import logging
 import shutil
+import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -540,3 +542,26 @@ def test_every_function_of_compat_has_a_canary():
                     "dynamo.with_own_code",
                 }
                 assert name in here or name in indirect, f"{name} has no canary"
+
+
+def test_importing_surgery_asks_for_no_accelerator():
+    """After CUDA has been asked for its devices, DataLoader's workers cannot use it."""
+    code = """
+        import torch
+
+        def asked(*args):
+            raise RuntimeError("asked for accelerators")
+
+        for name in ("is_available", "device_count", "_lazy_init", "current_device"):
+            setattr(torch.cuda, name, asked)
+        torch.accelerator.current_accelerator = asked
+        import surgery, passes, surgery.passkit, surgery.compat.inductor, surgery.compat.fsdp
+        from surgery.contract.registry import registered
+        registered()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

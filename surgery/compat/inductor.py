@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -63,6 +62,9 @@ def compiled(
     if count:
         run = _counted(graph)
     else:
+        # Here: importing it asks for the number of GPUs, after which no process may fork and use one.
+        from torch._inductor.compile_fx import compile_fx
+
         places = zip(graph.graph.find_nodes(op="placeholder"), args, strict=True)
         values = [node.meta.get("val", given) for node, given in places]  # none of a constant
         fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
