@@ -506,7 +506,7 @@ def test_a_function_is_compiled_for_all_shapes_and_counted_as_one():
         x.mul_(2).add_(key)
         return x.sum()
 
-    made = inductor.compiled(work, [torch.ones(5), 3], dynamic=True, count=True)
+    made = inductor.compiled(work, [torch.ones(5), 3], dynamic=True, count=True).run
     for length, key in ((3, 5), (4, 7), (9, -8)):
         x = torch.ones(length)
         with Counts() as found:

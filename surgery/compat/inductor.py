@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -50,29 +51,66 @@ def traced(
     return graph, shape[0]
 
 
+@dataclass(eq=False)
+class Made:
+    """What has been compiled, or is counted.
+
+    placeholders: as they were traced. constant: the places of integers whose present values the
+    code is for.
+    """
+
+    run: Callable[..., Any]
+    placeholders: Sequence[Any]
+    mode: FakeTensorMode
+    constant: frozenset[int]
+
+    def fits(self, args: Sequence[Tensor | int]) -> bool:
+        """Whether the code is right for these sizes and integers too."""
+        if any(int(self.placeholders[i]) != args[i] for i in self.constant):
+            return False
+        moving = [i for i in range(len(args)) if i not in self.constant]
+        shapes: Any = self.mode.shape_env
+        traced = [self.placeholders[i] for i in moving]
+        return shapes.evaluate_guards_for_args(traced, [args[i] for i in moving])
+
+
 def compiled(
     function: Callable[..., Any], args: Sequence[Tensor | int], dynamic: bool, count: bool
-) -> Callable[..., Any]:
+) -> Made:
     """Return a function of tensors and integers, compiled by Inductor; see `traced`.
 
     count: traced in the same way and run as it is; each call is one `launched()` of the dispatch
     modes around it.
     """
     graph, structure = traced(function, args, dynamic)
+    places = zip(graph.graph.find_nodes(op="placeholder"), args, strict=True)
+    values = [node.meta.get("val", given) for node, given in places]  # none of a constant
+    fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
+    mode = next(fakes, None) or _mode_of(graph)
     if count:
         run = _counted(graph)
     else:
-        # Here: importing it asks for the number of GPUs, after which no process may fork and use one.
+        # Here: importing it asks for the number of GPUs, after which no process may fork and use
+        # one.
         from torch._inductor.compile_fx import compile_fx
 
-        places = zip(graph.graph.find_nodes(op="placeholder"), args, strict=True)
-        values = [node.meta.get("val", given) for node, given in places]  # none of a constant
-        fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
-        mode = next(fakes, None) or _mode_of(graph)
         # Its key of graphs that no Dynamo has made cannot be pickled in torch 2.11; Inductor's can.
         off = functorch.patch(enable_autograd_cache=False)
         with _disable_current_modes(), torch.no_grad(), tracing(TracingContext(mode)), off:
             run: Any = compile_fx(graph, values, config_patches=OPTIONS)
+    constant = {i for i, v in enumerate(values) if not _moves(v)} if dynamic else set[int]()
+    return Made(_shaped(run, structure), values, mode, frozenset(constant))
+
+
+def _moves(value: Any) -> bool:
+    """Whether a placeholder may be another tensor, or another integer."""
+    return isinstance(value, Tensor) or (
+        isinstance(value, SymInt) and value.node.maybe_as_int() is None
+    )
+
+
+def _shaped(run: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """Return a function whose results, a flat list, come in a structure."""
     if structure.is_leaf():
         return lambda *given: run(*given)[0]
     if all(child.is_leaf() for child in structure.children()):
@@ -104,7 +142,7 @@ def works(device: str) -> bool:
     """Whether Inductor makes kernels for a kind of device; warns once where it does not."""
     try:
         ones = torch.ones(4, device=device)
-        compiled(_probe, [ones], dynamic=True, count=False)(ones)
+        compiled(_probe, [ones], dynamic=True, count=False).run(ones)
     except Exception as error:  # of any compiler: no Triton, no C++, a GPU that is too old
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(

@@ -51,7 +51,7 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
         count += 1
     shape = {"row": height, "group": count, "channel": width // max(1, count)}
     if compiles(flat) and flat.numel():
-        found = launch(_quantised, flat, *shape.values(), bits == 4, rows, columns)
+        found = launch(_quantised, flat, *shape.values(), bits == 4, rows, columns, static=True)
         return Packed(_form(bits, x), found)
     grouped = rearrange(flat, "(row group channel) -> row group channel", **shape)
     levels = (1 << bits) - 1
@@ -68,7 +68,11 @@ def quantise(x: Tensor, bits: int, rows: Tensor, columns: Tensor) -> Packed:
 def mask(x: Tensor) -> Packed:
     """Pack a tensor that has one value besides zero (a mask), exactly."""
     flat = flat_of(x)
-    found = launch(_mask, flat) if flat.numel() else (flat.to(torch.uint8), flat.new_zeros(()))
+    found = (
+        launch(_mask, flat, static=True)
+        if flat.numel()
+        else (flat.to(torch.uint8), flat.new_zeros(()))
+    )
     return Packed(_form(1, x), found)
 
 
@@ -76,9 +80,9 @@ def unpack(form: Form, tensors: Sequence[Tensor]) -> Tensor:
     """Return the tensor that the kept ones stand for."""
     count = math.prod(form.shape)
     if form.bits == 1:
-        flat = launch(_unmasked, *tensors, count, form.dtype)
+        flat = launch(_unmasked, *tensors, count, form.dtype, static=True)
     elif compiles(tensors[0]) and count:
-        flat = launch(_restored, *tensors, count, form.bits == 4, form.dtype)
+        flat = launch(_restored, *tensors, count, form.bits == 4, form.dtype, static=True)
     else:
         codes, low, step = tensors
         codes = _unhalved(codes, count) if form.bits == 4 else codes

@@ -5,6 +5,7 @@ Bodies of captured graphs that do the same share what is compiled of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -137,22 +138,58 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], count: bool, static: bool) -> None:
         self.function, self.count, self.static = function, count, static
-        self.first: Any = None
-        self.made: dict[Any, Callable[..., Any]] = {}
+        self.known: dict[Any, Callable[..., Any]] = {}  # by exact sizes
+        self.made: dict[Any, list[inductor.Made]] = {}  # for all sizes of a pattern
+        self.constant: frozenset[int] = frozenset()  # places of integers that code depends on
 
     def __call__(self, *args: Tensor | int) -> Any:
-        key: Any = None
-        if self.static:
-            key = tuple((a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args)
-            self.first = self.first or key
-        dynamic = not self.static or key != self.first
-        if dynamic:
-            key = _pattern(args)
-        made = self.made.get(key)
+        first = self.static and not self.known
+        run = None if first else self.known.get(self._sizes(args))
+        if run is None:
+            run = self._static(args) if first else self._dynamic(args)
+            self.known[self._sizes(args)] = run
+        return run(*args)
+
+    def _sizes(self, args: Sequence[Tensor | int]) -> tuple[object, ...]:
+        return tuple(
+            (a.shape, a.stride()) if isinstance(a, Tensor) else a if i in self.constant else None
+            for i, a in enumerate(args)
+        )
+
+    def _static(self, args: Sequence[Tensor | int]) -> Callable[..., Any]:
+        self.constant = frozenset(i for i, a in enumerate(args) if not isinstance(a, Tensor))
+        made = self._compiled(args, dynamic=False)
+        return self._plain if made is None else made.run
+
+    def _dynamic(self, args: Sequence[Tensor | int]) -> Callable[..., Any]:
+        candidates = self.made.setdefault(_pattern(args), [])
+        for made in candidates:
+            if made.fits(args):
+                return made.run
+        made = self._compiled(args, dynamic=True)
         if made is None:
-            made = inductor.compiled(self.function, args, dynamic, self.count)
-            self.made[key] = made
-        return made(*args)
+            return self._plain
+        self.constant |= made.constant
+        candidates.append(made)
+        return made.run
+
+    def _compiled(self, args: Sequence[Tensor | int], dynamic: bool) -> inductor.Made | None:
+        """Return what a compiler makes, None if it fails: torch 2.11 does with some sizes that it
+        does not know (CantSplit)."""
+        try:
+            return inductor.compiled(self.function, args, dynamic, self.count)
+        except Exception as error:  # of a compiler, of any kind
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"a kernel of surgery was not compiled ({type(error).__name__}: {reason}), and "
+                "runs operation by operation: right, but slower.",
+                stacklevel=2,
+            )
+            return None
+
+    def _plain(self, *args: Tensor | int) -> Any:
+        with torch.no_grad():
+            return self.function(*args)
 
 
 def _pattern(args: Sequence[Tensor | int]) -> tuple[object, ...]:
