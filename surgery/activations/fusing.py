@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.activations.regions import Finder, Region, sources
 from surgery.compat.autograd import first_order_only
-from surgery.graph.reading import is_random, name_of, value_of, writes
+from surgery.graph.reading import is_random, name_of, writes
 from surgery.graph.saved import Saved
 from surgery.kernels import fused
 
@@ -26,7 +26,8 @@ COMPUTES = frozenset(
     ["add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "square", "abs", "clamp", "cat"]
     + ["rsqrt", "sqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "mean"]
     + ["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"]
-    + ["hardswish", "softplus", "to", "float", "half", "bfloat16", "type_as"]
+    + ["hardswish", "softplus", "softmax", "log_softmax", "layer_norm", "rms_norm"]
+    + ["cross_entropy", "to", "float", "half", "bfloat16", "type_as"]
 )
 VIEWS = frozenset(["getitem", "unsqueeze", "squeeze", "transpose", "permute", "expand"])
 
@@ -82,7 +83,7 @@ def fuse(graph: GraphModule, saved: Saved) -> int:
     for _, inner in saved.inner():
         found += fuse(inner.module, inner)
         inner.module.recompile()
-    finder = Finder(graph, saved, _fusable)
+    finder = Finder(graph, saved, partial(_fusable, saved))
     scopes: dict[int, Node] = {}  # the first node of each
     for node in finder.order:
         scopes.setdefault(finder.scope[node], node)
@@ -98,12 +99,13 @@ def fuse(graph: GraphModule, saved: Saved) -> int:
     return found
 
 
-def _fusable(node: Node) -> bool:
+def _fusable(saved: Saved, node: Node) -> bool:
     if name_of(node) not in COMPUTES | VIEWS or is_random(node) or writes(node):
         return False
-    values = [value_of(node), *(value_of(source) for source in node.all_input_nodes)]
-    floats = all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
-    return floats and len({v.device for v in values}) == 1
+    value, sources = saved.env.get(node), [saved.env.get(n) for n in node.all_input_nodes]
+    tensors = [v for v in (value, *sources) if isinstance(v, Tensor)]
+    same = len(tensors) == 1 + len(sources) and len({t.device for t in tensors}) == 1
+    return same and tensors[0].is_floating_point()
 
 
 def _groups(finder: Finder) -> list[set[Node]]:

@@ -65,8 +65,7 @@ class Finder:
         self.taken: set[Node] = set()
         self.savers: dict[int, set[object]] = {s: set(n) for s, n in saved.keepers.items()}
         self.written = saved.written
-        values = {n: n.meta.get("example_value") for n in self.order}
-        self.cheap = {n for n in self.order if cheap(n) and isinstance(values[n], Tensor)}
+        self.cheap = {n for n in self.order if cheap(n) and isinstance(saved.env.get(n), Tensor)}
 
     def find(self) -> list[Region]:
         """Return the regions worth cutting out, none overlapping, the last one first."""

@@ -47,15 +47,17 @@ def rewrite(
         known = _nodes(graph)
         method.reread(graph)
         _sign(graph, known, method)
+    saved = None
     if decision.rewriting:
         saved = Saved(graph, inputs)
         for method in decision.rewriting:
             saved = _apply(method, graph, inputs, saved, taken)
-        for method in [each for each in decision.rewriting if each.fuses][:1]:
-            if any(plan.compiles(t.device, graphs=True) for t in inputs if isinstance(t, Tensor)):
-                known = _nodes(graph)
-                fuse(graph, saved)
-                _sign(graph, known, method)
+    fusing = [method for method in decision.methods if method.fuses]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if fusing and any(plan.compiles(t.device, graphs=True) for t in tensors):
+        known = _nodes(graph)
+        fuse(graph, saved or Saved(graph, inputs))
+        _sign(graph, known, fusing[0])
     graph.recompile()
 
 

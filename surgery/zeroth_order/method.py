@@ -45,6 +45,7 @@ class TwoPoint(Method):
     weights: one coordinate for each weight; they share their (K,) scalars unless dense.
     """
 
+    fuses = True
     conflicts: ClassVar = {
         EVERY: "it trains by forwards alone: nothing is kept for backward, and no gradient reaches "
         "a weight, so {other} has nothing to work on"
