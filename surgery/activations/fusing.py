@@ -29,7 +29,10 @@ COMPUTES = frozenset(
     + ["hardswish", "softplus", "softmax", "log_softmax", "layer_norm", "rms_norm"]
     + ["cross_entropy", "to", "float", "half", "bfloat16", "type_as"]
 )
-VIEWS = frozenset(["getitem", "unsqueeze", "squeeze", "transpose", "permute", "expand"])
+VIEWS = frozenset(
+    ["getitem", "unsqueeze", "squeeze", "transpose", "permute", "expand"]
+    + ["view", "reshape", "flatten", "contiguous"]
+)
 
 
 def fused_operations(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
@@ -87,10 +90,9 @@ def fuse(graph: GraphModule, saved: Saved) -> int:
     scopes: dict[int, Node] = {}  # the first node of each
     for node in finder.order:
         scopes.setdefault(finder.scope[node], node)
-    for members in _groups(finder):
-        region = Region(members=members)
-        if not _keeps_no_more(finder, region):
-            continue
+    regions = [Region(members=members) for members in _groups(finder)]
+    for region in [each for each in regions if _keeps_no_more(finder, each)]:
+        members = region.members
         # As the graph stands: other groups have been replaced.
         start = max([scopes[finder.scope[min(members)]], *sources(region)])
         if all(user > start for n in members for user in n.users if user not in members):
@@ -134,7 +136,7 @@ def _keeps_no_more(finder: Finder, region: Region) -> bool:
     read, escaping = sources(region), _escaping(members)
     values = [saved.env.get(node) for node in read]
     wanted = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
-    if not wanted or any(value is None for value in values):
+    if not wanted:
         return True
     body = _body(read, sorted(members), escaping)
     kept = fused.reads(body, values, wanted)

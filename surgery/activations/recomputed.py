@@ -144,7 +144,8 @@ def _pulled(
     own = inputs[: spec.count]
     found: list[Tensor | None] = [None] * spec.count
     if roots:
-        results, through = fused.pulled(body, own, wanted, roots, [back[i] for i in roots])
+        # Popped: of a gated MLP this is the largest tensor here, and not needed for dW.
+        results, through = fused.pulled(body, own, wanted, roots, [back.pop(i) for i in roots])
         for place, gradient in zip(wanted, through, strict=True):
             found[place] = gradient
     else:

@@ -89,7 +89,9 @@ def reads(graph: GraphModule, args: Sequence[Any], wanted: Sequence[int]) -> fro
         def run(*given: Tensor) -> Sequence[Tensor | None]:
             flow = iter(given)
             full = [next(flow) if isinstance(value, Tensor) else value for value in args]
-            slopes = [torch.ones_like(result) for result in graph(*full)]
+            # Of their shapes, which are numbers here: no slope shall depend on a result.
+            results = graph(*full)
+            slopes = [torch.ones(r.shape, dtype=r.dtype, device=r.device) for r in results]
             return _gradients(graph, len(args), tuple(wanted), *full, *slopes)
 
         made, _ = inductor.traced(run, tensors, dynamic=False)
