@@ -94,6 +94,23 @@ def traffic(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def whole_steps(part: dict[str, Any]) -> str:
+    """Whole steps on one GPU: time over eager's of the same run, peak, how long Python took."""
+    rows = [
+        [
+            name,
+            f"{row['peak_gib']:.2f} GiB",
+            f"{row['ms']:.0f} ms",
+            f"{row['over_eager']:.2f}x",
+            f"{row['host_ms']:.0f} ms",
+            f"{row['start_s']:.0f} s",
+        ]
+        for name, row in part["steps"].items()
+    ]
+    head = ["", "peak", "a step", "over eager", "until it is issued", "two steps ready after"]
+    return markdown(head, rows)
+
+
 def launches(part: dict[str, Any]) -> str:
     """Operations of a step that an accelerator would launch."""
     base = part["eager"]["launches"]
@@ -152,7 +169,17 @@ def folding(part: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (activations, zeroth, few_shot, traffic, launches, cost, losses, folding)
+    for function in (
+        activations,
+        zeroth,
+        few_shot,
+        traffic,
+        launches,
+        whole_steps,
+        cost,
+        losses,
+        folding,
+    )
 }
 
 
