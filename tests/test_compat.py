@@ -506,6 +506,8 @@ def test_a_function_is_compiled_for_all_shapes_and_counted_as_one():
         x.mul_(2).add_(key)
         return x.sum()
 
+    graph, structure = inductor.traced(work, [torch.ones(5), 3], dynamic=True)
+    assert structure.is_leaf() and graph.graph.find_nodes(op="placeholder"), "look at make_fx"
     made = inductor.compiled(work, [torch.ones(5), 3], dynamic=True, count=True).run
     for length, key in ((3, 5), (4, 7), (9, -8)):
         x = torch.ones(length)

@@ -7,18 +7,23 @@ layer. Eager pays for each; a graph need not.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn import functional
 
 from surgery.compat.dynamo import surely
-from surgery.graph.reading import dtype_of, writes
+from surgery.graph.nodes import gate
+from surgery.graph.reading import dtype_of, name_of, value_of, writes
 
 
 def simplify(graph: GraphModule) -> None:
-    """Remove casts to the same dtype, concatenations with nothing, and repeated unsqueezes."""
+    """Remove casts to the same dtype, concatenations with nothing, and repeated unsqueezes; let
+    what is written as x @ W^T be the Linear that it is."""
+    _name_linears(graph)
     if any(writes(node) for node in graph.graph.nodes):
         return  # a value may be written in place: aliases would matter
     seen: dict[Any, Node] = {}
@@ -32,6 +37,36 @@ def simplify(graph: GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=torch.tensor):
         if not node.users:
             graph.graph.erase_node(node)
+
+
+def _name_linears(graph: GraphModule) -> None:
+    for node in [*graph.graph.nodes]:
+        called = node.target in (operator.matmul, torch.matmul, "matmul") and not node.kwargs
+        if not called or len(node.args) != 2 or not all(isinstance(n, Node) for n in node.args):
+            continue
+        x, flipped = node.args
+        weight = _flipped(flipped)
+        if weight is None or weight.target is not gate:
+            continue
+        with graph.graph.inserting_before(node):
+            named = graph.graph.call_function(functional.linear, (x, weight))
+        named.meta = dict(node.meta)
+        node.replace_all_uses_with(named)
+        graph.graph.erase_node(node)
+        if not flipped.users:
+            graph.graph.erase_node(flipped)
+
+
+def _flipped(node: Any) -> Node | None:
+    """Return the matrix of which a node is the transpose."""
+    source = node.args[0] if isinstance(node, Node) and node.args else None
+    if not isinstance(source, Node) or getattr(value_of(node), "ndim", 0) != 2 or node.kwargs:
+        return None
+    name, rest = name_of(node), list(node.args[1:])
+    attribute = name == "getattr" and rest in (["T"], ["mT"])
+    swapped = name in ("transpose", "swapaxes") and rest in ([0, 1], [1, 0], [-1, -2], [-2, -1])
+    permuted = name == "permute" and rest in ([1, 0], [(1, 0)], [[1, 0]])
+    return source if attribute or swapped or permuted or (name == "t" and not rest) else None
 
 
 def _same_value(node: Node) -> Node | None:
