@@ -567,3 +567,9 @@ def test_importing_surgery_asks_for_no_accelerator():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_peft_still_has_the_class_that_reads_gradients():
+    adalora = pytest.importorskip("peft.tuners.adalora")
+    assert hf.wants_gradients(nn.Linear(2, 2)) is None
+    assert hasattr(adalora, "AdaLoraModel"), "hf.wants_gradients would not find it"

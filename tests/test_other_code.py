@@ -575,3 +575,16 @@ def test_flops_are_those_of_the_plain_model_that_trains_the_same():
             loss_of(each, inputs_of("llama")).backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("pass_", ["mezo", "sparse_mezo", "lozo", "subzero"])
+def test_adalora_is_refused_by_passes_without_gradients(pass_):
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=20, tinit=2, tfinal=5, target_modules=["q_proj"]
+    )
+    model = peft.get_peft_model(make("llama"), config)
+    before = {k: p.requires_grad for k, p in model.named_parameters()}
+    with pytest.raises(surgery.ModelError, match=rf"{pass_} .*AdaLoRA .*Use LoraConfig"):
+        surgery.apply(model, pass_)
+    assert before == {k: p.requires_grad for k, p in model.named_parameters()}

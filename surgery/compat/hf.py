@@ -56,6 +56,15 @@ def has_peft() -> bool:
     return "peft" in sys.modules
 
 
+def wants_gradients(model: nn.Module) -> str | None:
+    """Return the name of a module of PEFT that reads gradients of its weights between steps."""
+    adalora: Any = sys.modules.get("peft.tuners.adalora")
+    for name, module in model.named_modules():
+        if adalora is not None and isinstance(module, adalora.AdaLoraModel):
+            return name
+    return None
+
+
 def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:
     """Return the modules whose output transformers would let require gradients."""
     found: dict[int, nn.Module] = {}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from surgery.compat import hf
 from surgery.contract.options import check_types, demand
-from surgery.errors import TargetError
+from surgery.errors import ModelError, TargetError
 from surgery.kernels.directions import Kind
 from surgery.ranks import rank_of_world
 from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
@@ -57,8 +58,15 @@ class ZerothOrder:
         return Perturbation(name=name, owner=owner, probe=method)
 
     def start(self, model: nn.Module) -> TwoPoint:
-        """Choose the weights of a model; changes nothing. Raises TargetError."""
+        """Choose the weights of a model; changes nothing. Raises TargetError, ModelError."""
         name: str = self.name  # pyright: ignore[reportAttributeAccessIssue] # set by @register
+        reading = hf.wants_gradients(model)
+        if reading is not None:
+            raise ModelError(
+                f"{name} trains by forwards alone, and AdaLoRA ({reading}) gives ranks away by the "
+                "gradients of its weights, of which there are none. Use LoraConfig in the place of "
+                "AdaLoraConfig, or a pass that trains by backward."
+            )
         names = weights_of(model, self.targets, name)
         method = TwoPoint(
             name=name,
