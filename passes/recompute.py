@@ -24,6 +24,7 @@ from surgery.passkit import (
     Saved,
     copied,
     cut_out,
+    fuse,
     is_cheap,
     name_of,
     register,
@@ -55,7 +56,7 @@ class Recomputation(Method):
     name: str = "recompute"
     after = (EVERY,)  # works on what autograd would keep of what the others have made
     compiles = True
-    fuses = True
+    fuses = staticmethod(fuse)
     regions: int = 0  # of all captured graphs
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:

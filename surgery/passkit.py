@@ -7,6 +7,7 @@ authors test with is `surgery.testing`.
 """
 
 from surgery import noise as noise
+from surgery.activations.fusing import fuse as fuse
 from surgery.activations.logits import chunk_head as chunk_head
 from surgery.activations.logits import find_head as find_head
 from surgery.activations.packed import Packer as Packer

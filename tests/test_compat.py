@@ -508,7 +508,9 @@ def test_a_function_is_compiled_for_all_shapes_and_counted_as_one():
 
     graph, structure = inductor.traced(work, [torch.ones(5), 3], dynamic=True)
     assert structure.is_leaf() and graph.graph.find_nodes(op="placeholder"), "look at make_fx"
-    made = inductor.compiled(work, [torch.ones(5), 3], dynamic=True, count=True).run
+    found = inductor.compiled(work, [torch.ones(5), 3], dynamic=True, count=True)
+    assert isinstance(found, inductor.Made) and found.fits([torch.ones(9), 4])
+    made = found.run
     for length, key in ((3, 5), (4, 7), (9, -8)):
         x = torch.ones(length)
         with Counts() as found:

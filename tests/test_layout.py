@@ -28,7 +28,7 @@ for room, below in (
     ("sampling", ("contract",)),
     ("activations", ("graph",)),
     ("subspace", ("contract", "activations")),
-    ("zeroth_order", ("contract",)),
+    ("zeroth_order", ("contract", "activations")),
     ("passkit", ("sampling", "subspace", "zeroth_order", "activations")),
     ("passes", ("passkit",)),
     ("catalogue", ("passes", "contract")),
@@ -45,8 +45,10 @@ for room, below in (
 FOREIGN = ("torch", "transformers", "peft", "accelerate")
 # Files of more than 300 lines, each with the reason why it is one.
 LONG = {
+    "surgery/kernels/fused.py": "how a function is compiled, known again and called: one story",
     "surgery/testing/laws.py": "one law after another, each by itself",
     "benchmarks/activation_memory.py": "one table: its rows are peers of one another",
+    "benchmarks/gpu/rows.py": "one table: its rows are peers of one another",
     "benchmarks/subspace.py": "two comparisons that share their peers",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",

@@ -80,8 +80,9 @@ class Method:
     conflicts: ClassVar[Mapping[str, str]] = {}
     # Whether each step trains the same, so that a compiler may have its nodes.
     compiles: ClassVar[bool] = False
-    # Whether cheap operations that no pass has taken run as few kernels where kernels are compiled.
-    fuses: ClassVar[bool] = False
+    # What makes few kernels of the cheap operations that no pass has taken: `fuse` of the kit, as a
+    # staticmethod. Called behind all rewrites, where kernels are compiled.
+    fuses: ClassVar[Callable[[GraphModule, Saved], Any] | None] = None
 
     # -- graphs -----------------------------------------------------------------------------------
 

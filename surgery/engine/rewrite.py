@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgery.activations.fusing import fuse
 from surgery.compat.dynamo import CHECKPOINT
 from surgery.contract.method import Method
 from surgery.engine.decide import Decision
@@ -52,12 +51,13 @@ def rewrite(
         saved = Saved(graph, inputs)
         for method in decision.rewriting:
             saved = _apply(method, graph, inputs, saved, taken)
-    fusing = [method for method in decision.methods if method.fuses]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if fusing and any(plan.compiles(t.device, graphs=True) for t in tensors):
+    compiles = any(plan.compiles(t.device, graphs=True) for t in tensors)
+    for method in [each for each in decision.methods if compiles and each.fuses][:1]:
+        fuse: Any = method.fuses
         known = _nodes(graph)
         fuse(graph, saved or Saved(graph, inputs))
-        _sign(graph, known, fusing[0])
+        _sign(graph, known, method)
     graph.recompile()
 
 

@@ -81,7 +81,7 @@ _READS: dict[object, frozenset[int]] = {}
 
 def reads(graph: GraphModule, args: Sequence[Any], wanted: Sequence[int]) -> frozenset[int]:
     """Return the places of the arguments whose entries the gradients of a graph depend on."""
-    values = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in args]
+    values = ((t.shape, t.dtype) if isinstance(t, Tensor) else t for t in args)
     key = (_likeness(graph), *values, tuple(wanted))
     if key not in _READS:
         tensors = [t.detach() for t in args if isinstance(t, Tensor)]
@@ -134,8 +134,7 @@ class Compiled:
     """A function of tensors and integers, compiled for whatever sizes it meets.
 
     static: for the sizes of its first call, and once for all others. Static sizes make the faster
-    code, and most runs have only those; when lengths change there are two compilations, not one for
-    each length.
+    code, and most runs have only those; when lengths change there are two compilations.
     """
 
     def __init__(self, function: Callable[..., Any], count: bool, static: bool) -> None:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from surgery.activations.fusing import fuse
 from surgery.contract.method import EVERY, Method, Run
 from surgery.errors import ModelError, OptimizerError
 from surgery.kernels import directions
@@ -45,7 +46,7 @@ class TwoPoint(Method):
     weights: one coordinate for each weight; they share their (K,) scalars unless dense.
     """
 
-    fuses = True
+    fuses = staticmethod(fuse)
     conflicts: ClassVar = {
         EVERY: "it trains by forwards alone: nothing is kept for backward, and no gradient reaches "
         "a weight, so {other} has nothing to work on"
