@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from surgery.passkit import (
     EVERY,
+    SIMPLE,
     Finder,
     Method,
     Saved,
@@ -31,14 +32,7 @@ from surgery.passkit import (
     writes,
 )
 
-# By name, as functions and as methods: pointwise operations, norms, casts, and changes of shape.
-CHEAP = frozenset(
-    ["add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "square", "abs", "clamp"]
-    + ["rsqrt", "sqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "mean", "var"]
-    + ["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"]
-    + ["hardswish", "softplus", "layer_norm", "rms_norm", "normalize", "dropout"]
-    + ["to", "float", "half", "bfloat16", "type_as", "view", "reshape", "flatten", "contiguous"]
-)
+CHEAP = SIMPLE | {"contiguous", "dropout", "flatten", "normalize", "reshape", "var", "view"}
 
 
 @register("recompute")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 
 
+@lru_cache(maxsize=1 << 14, typed=True)  # a step asks for the key of a weight several times
 def bits(seed: int, *labels: str | int) -> int:
     """Return 64 random bits for the labels (BLAKE2b of their length-prefixed text)."""
     text = "".join(f"{len(part)}:{part}" for part in map(str, (seed, *labels)))

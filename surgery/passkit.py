@@ -32,6 +32,7 @@ from surgery.graph.calls import insert as insert
 from surgery.graph.calls import is_cheap as is_cheap
 from surgery.graph.calls import node as node
 from surgery.graph.nodes import is_by_identity as is_by_identity
+from surgery.graph.reading import SIMPLE as SIMPLE
 from surgery.graph.reading import all_graphs as all_graphs
 from surgery.graph.reading import bodies as bodies
 from surgery.graph.reading import is_linear as is_linear

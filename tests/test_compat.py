@@ -523,6 +523,7 @@ def test_a_function_is_compiled_for_all_shapes_and_counted_as_one():
 
 
 def test_inductor_says_whether_it_works(monkeypatch):
+    assert inductor.reason(ValueError("first\nsecond")) == "ValueError: first"
     assert inductor.works("cpu") == (shutil.which("g++") is not None)
 
 

@@ -12,7 +12,7 @@ import passes
 import surgery
 from surgery.compat import inductor
 from surgery.kernels import plan
-from surgery.kernels.fused import Compiled
+from surgery.kernels.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that")
 

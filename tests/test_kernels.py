@@ -13,7 +13,8 @@ import passes
 import surgery
 from surgery.engine.finding import surgery_of
 from surgery.kernels import bits, directions, plan, rounding
-from surgery.kernels.fused import Compiled, launch
+from surgery.kernels.compiled import Compiled
+from surgery.kernels.fused import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that")
 

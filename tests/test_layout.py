@@ -45,10 +45,8 @@ for room, below in (
 FOREIGN = ("torch", "transformers", "peft", "accelerate")
 # Files of more than 300 lines, each with the reason why it is one.
 LONG = {
-    "surgery/kernels/fused.py": "how a function is compiled, known again and called: one story",
     "surgery/testing/laws.py": "one law after another, each by itself",
     "benchmarks/activation_memory.py": "one table: its rows are peers of one another",
-    "benchmarks/gpu/rows.py": "one table: its rows are peers of one another",
     "benchmarks/subspace.py": "two comparisons that share their peers",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",

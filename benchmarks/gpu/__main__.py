@@ -24,8 +24,9 @@ import transformers
 import typer
 
 from benchmarks.gpu.correctness import correctness, show
+from benchmarks.gpu.measuring import measured
 from benchmarks.gpu.processes import in_a_process, warmed
-from benchmarks.gpu.rows import ROWS, Setting, measured
+from benchmarks.gpu.rows import ROWS, Setting
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3", "gpt2", "opt", "mixtral"]
 FAMILIES += ["t5", "bert", "roberta", "vit"]

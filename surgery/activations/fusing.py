@@ -7,28 +7,20 @@ save time only: autograd keeps for one what its compiled backward reads.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from surgery.activations.regions import Finder, Region, sources
+from surgery.activations.regions import Finder, Region, escaping, own_graph, replace, sources
 from surgery.compat.autograd import first_order_only
-from surgery.graph.reading import is_random, name_of, writes
+from surgery.graph.reading import SIMPLE, is_random, name_of, writes
 from surgery.graph.saved import Saved
 from surgery.kernels import fused
 
-COMPUTES = frozenset(
-    ["add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "square", "abs", "clamp", "cat"]
-    + ["rsqrt", "sqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "mean"]
-    + ["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"]
-    + ["hardswish", "softplus", "softmax", "log_softmax", "layer_norm", "rms_norm"]
-    + ["cross_entropy", "to", "float", "half", "bfloat16", "type_as"]
-)
+COMPUTES = SIMPLE | {"cat", "softmax", "log_softmax", "cross_entropy"}
 VIEWS = frozenset(
     ["getitem", "unsqueeze", "squeeze", "transpose", "permute", "expand"]
     + ["view", "reshape", "flatten", "contiguous"]
@@ -38,7 +30,7 @@ VIEWS = frozenset(
 def fused_operations(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
     """Run a group of cheap operations as one compiled function, and so its backward."""
     if not fused.takes(body, inputs):
-        return body.forward(*inputs)
+        return body.forward(*inputs)  # no call of a module: hooks on all modules are not meant
     return _Fused.apply(body, *inputs)
 
 
@@ -54,7 +46,7 @@ class _Fused(torch.autograd.Function):
             ctx.save_for_backward(*(inputs[place] for place in sorted(kept)))
             ctx.plain = [None if i in kept else _form(v) for i, v in enumerate(inputs)]
             ctx.kept = sorted(kept)
-        return fused.body(body, inputs)(*inputs)
+        return fused.run(body, inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,11 +54,7 @@ class _Fused(torch.autograd.Function):
         inputs = [form() if callable(form) else form for form in ctx.plain]
         for place, value in zip(ctx.kept, ctx.saved_tensors, strict=True):
             inputs[place] = value
-        found: list[Tensor | None] = [None] * len(inputs)
-        through = fused.gradients(ctx.body, inputs, ctx.wanted, grads)
-        for place, gradient in zip(ctx.wanted, through, strict=True):
-            found[place] = gradient
-        return None, *found
+        return None, *fused.gradients(ctx.body, inputs, ctx.wanted, grads)
 
 
 def _form(value: Any) -> Any:
@@ -96,7 +84,10 @@ def fuse(graph: GraphModule, saved: Saved) -> int:
         # As the graph stands: other groups have been replaced.
         start = max([scopes[finder.scope[min(members)]], *sources(region)])
         if all(user > start for n in members for user in n.users if user not in members):
-            _replace(graph, region, f"fused_{found}", start)
+            read, results = sources(region), escaping(region)
+            body = own_graph(read, sorted(members), results)
+            name = f"fused_{found}"
+            replace(graph, region, name, body, fused_operations, read, results, start)
             found += 1
     return found
 
@@ -132,34 +123,17 @@ def _groups(finder: Finder) -> list[set[Node]]:
 
 def _keeps_no_more(finder: Finder, region: Region) -> bool:
     """Whether what a group's gradients read takes no more than what its operations keep."""
-    saved, members = finder.saved, region.members
-    read, escaping = sources(region), _escaping(members)
+    saved, members, read = finder.saved, region.members, sources(region)
     values = [saved.env.get(node) for node in read]
     wanted = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
     if not wanted:
         return True
-    body = _body(read, sorted(members), escaping)
+    body = own_graph(read, sorted(members), escaping(region))
     kept = fused.reads(body, values, wanted)
     after = {s for place in kept for s in saved.outputs[read[place]]} - saved.free
     before = {s for s, savers in finder.savers.items() if savers & members}
     others = {s for s, savers in finder.savers.items() if savers - members}
     return saved.bytes(after - others) <= saved.bytes(before - others)
-
-
-def _escaping(members: set[Node]) -> list[Node]:
-    """Return the operations of a group whose results are read outside of it."""
-    return [n for n in sorted(members) if any(user not in members for user in n.users)]
-
-
-def _body(read: Sequence[Node], members: Sequence[Node], escaping: Sequence[Node]) -> GraphModule:
-    """Return a graph of its own for the operations of a group."""
-    body, copies = Graph(), {}
-    for source in read:
-        copies[source] = body.placeholder(source.name)
-    for member in members:
-        copies[member] = body.node_copy(member, lambda n: copies[n])
-    body.output(tuple(copies[member] for member in escaping))
-    return GraphModule(nn.Module(), body)
 
 
 def _trimmed(members: set[Node]) -> set[Node]:
@@ -172,20 +146,3 @@ def _trimmed(members: set[Node]) -> set[Node]:
 
 def _is_view(node: Node) -> bool:
     return name_of(node) in VIEWS
-
-
-def _replace(graph: GraphModule, region: Region, name: str, after: Node) -> None:
-    members, read = sorted(region.members), sources(region)
-    escaping = _escaping(region.members)
-    graph.add_submodule(name, _body(read, members, escaping))
-    with graph.graph.inserting_after(after):
-        module = graph.graph.get_attr(name)
-    with graph.graph.inserting_after(module):
-        point = node = graph.graph.call_function(fused_operations, (module, *read))
-    for place, old in enumerate(escaping):
-        with graph.graph.inserting_after(point):
-            point = graph.graph.call_function(operator.getitem, (node, place))
-        point.meta = dict(old.meta)
-        old.replace_all_uses_with(point, delete_user_cb=lambda user: user not in region.members)
-    for old in reversed(members):
-        graph.graph.erase_node(old)

@@ -75,14 +75,14 @@ class _Recomputed(torch.autograd.Function):
         if ctx.devices is not None:
             random = next(tensors), ctx.devices, [next(tensors) for _ in ctx.devices]
         inputs = [next(tensors) if value is None else value for value in ctx.plain]
-        needed = ctx.needs_input_grad[2:]
+        needed, own = ctx.needs_input_grad[2:], inputs[: spec.count]
+        flows = any(needed[: spec.count])
+        compiled = flows and not spec.random and fused.takes(ctx.body, own)
         with ExitStack() as stack:
-            own = inputs[: spec.count]
-            stack.enter_context(torch.set_grad_enabled(any(needed[: spec.count])))
+            stack.enter_context(torch.set_grad_enabled(flows and not compiled))
             _reenter(stack, ctx.autocast, random)
-            if not spec.random and any(needed[: spec.count]) and fused.takes(ctx.body, own):
-                with torch.no_grad():
-                    return None, None, *_pulled(ctx.body, spec, inputs, needed, grads, ctx.dtypes)
+            if compiled:
+                return None, None, *_pulled(ctx.body, spec, inputs, needed, grads, ctx.dtypes)
             given = [
                 value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
                 for value, need in zip(own, needed, strict=False)
@@ -142,14 +142,13 @@ def _pulled(
         ours.add(source)
     roots = [i for i in back if depends[i] & set(wanted)]
     own = inputs[: spec.count]
-    found: list[Tensor | None] = [None] * spec.count
+    results: Sequence[Tensor]
+    found: list[Tensor | None]
     if roots:
         # Popped: of a gated MLP this is the largest tensor here, and not needed for dW.
-        results, through = fused.pulled(body, own, wanted, roots, [back.pop(i) for i in roots])
-        for place, gradient in zip(wanted, through, strict=True):
-            found[place] = gradient
+        results, found = fused.pulled(body, own, wanted, roots, [back.pop(i) for i in roots])
     else:
-        results = _run(body, spec, *own)
+        results, found = fused.run(body, own), [None] * spec.count
     for reader, grad, weight, need in readers:
         if grad is None:
             found += [None] * len(need)
@@ -185,7 +184,9 @@ def _depends(body: GraphModule) -> list[frozenset[int]]:
 
 def _run(body: GraphModule, spec: Spec, *inputs: Any) -> Sequence[Tensor]:
     """Run a body, compiled on accelerators; not where it draws: compilers draw otherwise."""
-    return (body.forward if spec.random else fused.body(body, inputs))(*inputs)
+    if spec.random or not fused.takes(body, inputs):
+        return body.forward(*inputs)  # no call of a module: hooks on all modules are not meant
+    return fused.run(body, inputs)
 
 
 def _input_gradient(reader: Reader, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:

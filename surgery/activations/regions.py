@@ -8,8 +8,9 @@ what something else keeps anyway costs nothing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class Finder:
             if grown is None:
                 break
             region = grown
-            if region.gain > (best.gain if best else 0) and self.fits(region):
+            if region.gain > (best.gain if best else 0) and self._fits(region):
                 best = region
             producers = {
                 n
@@ -158,7 +159,7 @@ class Finder:
         before, after = kept - elsewhere, self._needs(region) - elsewhere
         return bytes_of(before) - bytes_of(after) - region.random * GENERATOR
 
-    def fits(self, region: Region) -> bool:
+    def _fits(self, region: Region) -> bool:
         """Whether the region can run in one place, with random numbers drawn in the same order."""
         start = self.start(region)
         users = {u for n in region.nodes for u in n.users} - region.nodes
@@ -193,36 +194,65 @@ def _read(region: Region, readers: Iterable[Node]) -> list[Node]:
     return [n for n in read if n not in region.nodes]
 
 
-def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
-    """Put one `recomputed` node in the place of a region."""
-    members, readers = sorted(region.members), sorted(region.readers)
-    read = sources(region)
+def own_graph(
+    read: Sequence[Node], members: Sequence[Node], results: Sequence[Node]
+) -> GraphModule:
+    """Return a graph of its own for nodes of another one, in order: of what they read."""
     body, copies = Graph(), {}
     for source in read:
         copies[source] = body.placeholder(source.name)
     for member in members:
         copies[member] = body.node_copy(member, lambda n: copies[n])
-    escaping = [m for m in members if any(user not in region.nodes for user in m.users)]
-    results = list(dict.fromkeys([*escaping, *(operands(reader)[0] for reader in readers)]))
     body.output(tuple(copies[result] for result in results))
+    return GraphModule(torch.nn.Module(), body)
+
+
+def escaping(region: Region) -> list[Node]:
+    """Return the members whose results are read outside of a region, in order."""
+    found = sorted(region.members)
+    return [n for n in found if any(user not in region.nodes for user in n.users)]
+
+
+def replace(
+    graph: GraphModule,
+    region: Region,
+    name: str,
+    body: GraphModule,
+    run: Callable[..., Any],
+    given: Sequence[Node],
+    results: Sequence[Node],
+    after: Node,
+) -> None:
+    """Put a call run(body, *given) behind a node, in the place of a region; it returns `results`.
+
+    name: of the submodule that the graph gets.
+    """
+    graph.add_submodule(name, body)
+    with graph.graph.inserting_after(after):
+        module = graph.graph.get_attr(name)
+    with graph.graph.inserting_after(module):
+        point = node = graph.graph.call_function(run, (module, *given))
+    for place, old in enumerate(results):
+        with graph.graph.inserting_after(point):
+            point = graph.graph.call_function(operator.getitem, (node, place))
+        point.meta = dict(old.meta)
+        old.replace_all_uses_with(point, delete_user_cb=lambda user: user not in region.nodes)
+    for old in sorted(region.nodes, reverse=True):
+        graph.graph.erase_node(old)
+
+
+def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
+    """Put one `recomputed` node in the place of a region."""
+    members, readers = sorted(region.members), sorted(region.readers)
+    read, outside = sources(region), escaping(region)
+    results = list(dict.fromkeys([*outside, *(operands(reader)[0] for reader in readers)]))
     specs, weights = [], []
     for reader in readers:
         end, *own = operands(reader)
         specs.append(Reader(results.index(end), reader.target is torch.addmm, len(own) > 1))
         weights += own
-    run = GraphModule(torch.nn.Module(), body)
-    run.meta["draws"] = region.random
-    run.meta["spec"] = Spec(tuple(specs), len(escaping), region.random, len(read))
-    graph.add_submodule(name, run)
-    with graph.graph.inserting_after(after):
-        module = graph.graph.get_attr(name)
-    with graph.graph.inserting_after(module):
-        node = graph.graph.call_function(recomputed, (module, *read, *weights))
-    point = node
-    for i, old in enumerate([*escaping, *readers]):
-        with graph.graph.inserting_after(point):
-            point = graph.graph.call_function(operator.getitem, (node, i))
-        point.meta = dict(old.meta)
-        old.replace_all_uses_with(point, delete_user_cb=lambda u: u not in region.nodes)
-    for old in sorted(region.nodes, reverse=True):
-        graph.graph.erase_node(old)
+    body = own_graph(read, members, results)
+    body.meta["draws"] = region.random
+    body.meta["spec"] = Spec(tuple(specs), len(outside), region.random, len(read))
+    given, made = [*read, *weights], [*outside, *readers]
+    replace(graph, region, name, body, recomputed, given, made, after)

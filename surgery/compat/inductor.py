@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+from surgery.compat.tensors import flatten, unflatten
 
 # Inductor would fold places times a 64-bit factor into an index, and write that product to Triton
 # with 32-bit places: "Scalar ... is out of range for type int32".
@@ -40,7 +41,7 @@ def traced(
     shape: list[Any] = []
 
     def flat(*given: Any) -> list[Any]:
-        leaves, structure = _pytree.tree_flatten(function(*given))
+        leaves, structure = flatten(function(*given))
         shape.append(structure)
         return leaves
 
@@ -51,7 +52,7 @@ def traced(
     return graph, shape[0]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Made:
     """What has been compiled, or is counted.
 
@@ -85,8 +86,7 @@ def compiled(
     graph, structure = traced(function, args, dynamic)
     places = zip(graph.graph.find_nodes(op="placeholder"), args, strict=True)
     values = [node.meta.get("val", given) for node, given in places]  # none of a constant
-    fakes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
-    mode = next(fakes, None) or _mode_of(graph)
+    mode = _mode_of(graph)
     if count:
         run = _counted(graph)
     else:
@@ -99,7 +99,9 @@ def compiled(
         with _disable_current_modes(), torch.no_grad(), tracing(TracingContext(mode)), off:
             run: Any = compile_fx(graph, values, config_patches=OPTIONS)
     constant = {i for i, v in enumerate(values) if not _moves(v)} if dynamic else set[int]()
-    return Made(_shaped(run, structure), values, mode, frozenset(constant))
+    return Made(
+        run=_shaped(run, structure), placeholders=values, mode=mode, constant=frozenset(constant)
+    )
 
 
 def _moves(value: Any) -> bool:
@@ -115,7 +117,7 @@ def _shaped(run: Callable[..., Any], structure: Any) -> Callable[..., Any]:
         return lambda *given: run(*given)[0]
     if all(child.is_leaf() for child in structure.children()):
         return lambda *given: tuple(run(*given))
-    return lambda *given: _pytree.tree_unflatten(run(*given), structure)
+    return lambda *given: unflatten(run(*given), structure)
 
 
 def _mode_of(graph: GraphModule) -> FakeTensorMode:
@@ -137,6 +139,12 @@ def _counted(graph: GraphModule) -> Callable[..., Any]:
     return run
 
 
+def reason(error: Exception) -> str:
+    """Return what an error of a compiler says, in one line."""
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first}"
+
+
 @lru_cache
 def works(device: str) -> bool:
     """Whether Inductor makes kernels for a kind of device; warns once where it does not."""
@@ -144,9 +152,8 @@ def works(device: str) -> bool:
         ones = torch.ones(4, device=device)
         compiled(_probe, [ones], dynamic=True, count=False).run(ones)
     except Exception as error:  # of any compiler: no Triton, no C++, a GPU that is too old
-        reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"torch.compile does not work for {device} here ({type(error).__name__}: {reason}). "
+            f"torch.compile does not work for {device} here ({reason(error)}). "
             "Kernels of surgery run operation by operation instead: several times slower where "
             "activations are computed again and 16-bit weights stepped. On an NVIDIA GPU, install "
             "triton; surgery.apply(..., compile=False) asks for this, without a warning.",

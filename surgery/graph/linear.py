@@ -25,14 +25,17 @@ def rows_of(x: Tensor) -> Tensor:
 
 def input_gradient(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """Return dx = g W, in the dtype of g (rows, out)."""
-    matrix = dequantised(weight).to(rows.dtype)
-    return rows @ (matrix.t() if transposed else matrix)
+    return rows @ _out_by_in(weight, rows, transposed)
 
 
 def add_input_gradient(into: Tensor, rows: Tensor, weight: Tensor, transposed: bool) -> None:
     """Add dx = g W to a gradient of the same dtype (rows, in), in one pass over it."""
+    into.addmm_(rows, _out_by_in(weight, rows, transposed))
+
+
+def _out_by_in(weight: Tensor, rows: Tensor, transposed: bool) -> Tensor:
     matrix = dequantised(weight).to(rows.dtype)
-    into.addmm_(rows, matrix.t() if transposed else matrix)
+    return matrix.t() if transposed else matrix
 
 
 def dequantised(weight: Tensor) -> Tensor:

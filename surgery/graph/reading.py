@@ -15,6 +15,14 @@ from surgery.graph.nodes import checkpointed
 
 T = TypeVar("T")
 
+# By name, as functions and as methods: pointwise operations, norms and casts.
+SIMPLE = frozenset(
+    ["add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "square", "abs", "clamp"]
+    + ["rsqrt", "sqrt", "reciprocal", "exp", "log", "sin", "cos", "erf", "mean"]
+    + ["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish"]
+    + ["hardswish", "softplus", "layer_norm", "rms_norm"]
+    + ["to", "float", "half", "bfloat16", "type_as"]
+)
 _RANDOM = ("dropout", "rrelu", "bernoulli", "rand", "multinomial", "normal", "scaled_dot_product")
 _INPLACE_OPERATORS = frozenset(
     ["setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod"]

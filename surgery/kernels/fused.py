@@ -5,7 +5,6 @@ Bodies of captured graphs that do the same share what is compiled of them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +17,7 @@ from torch.fx.node import map_arg
 from surgery.compat import inductor
 from surgery.compat.tensors import is_fake, is_wrapper
 from surgery.kernels import plan
+from surgery.kernels.compiled import Compiled
 
 T = TypeVar("T")
 
@@ -34,13 +34,10 @@ def launch(kernel: Callable[..., T], *args: Any, static: bool = False) -> T:
     return _run(kernel, kernel, args, first, static)
 
 
-def body(graph: GraphModule, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return what runs a graph of cheap operations on these inputs: compiled, if it may be, then
-    without autograd."""
-    if not takes(graph, args):
-        return graph.forward  # no call of a module: hooks on all modules are not meant
+def run(graph: GraphModule, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return the results of a graph that `takes` these inputs: one function, without autograd."""
     first = next(value for value in args if isinstance(value, Tensor))
-    return lambda *given: _run(_likeness(graph), graph.forward, given, first, True)
+    return _run(_likeness(graph), graph.forward, args, first, True)
 
 
 def takes(graph: GraphModule, args: Sequence[Any]) -> bool:
@@ -48,8 +45,7 @@ def takes(graph: GraphModule, args: Sequence[Any]) -> bool:
     tensors = [value for value in args if isinstance(value, Tensor)]
     if not tensors or any(is_wrapper(t) for t in tensors):
         return False
-    attributes = any(node.op == "get_attr" for node in graph.graph.nodes)
-    return not attributes and compiles(tensors[0], graphs=True)
+    return not graph.graph.find_nodes(op="get_attr") and compiles(tensors[0], graphs=True)
 
 
 def pulled(
@@ -58,22 +54,31 @@ def pulled(
     wanted: Sequence[int],
     roots: Sequence[int],
     slopes: Sequence[Tensor],
-) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """Return the results of a graph and the gradients of some of its inputs, args[i] for i in
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """Return the results of a graph and the gradients of its inputs, None but for args[i], i in
     `wanted`, given those of some results, `roots`: as one compiled function."""
     key = (_likeness(graph), "pulled", tuple(wanted), tuple(roots))
     function = partial(_pull, graph, len(args), tuple(wanted), tuple(roots))
-    return _run(key, function, (*args, *slopes), slopes[0], True)
+    results, found = _run(key, function, (*args, *slopes), slopes[0], True)
+    return results, _placed(found, wanted, len(args))
 
 
 def gradients(
     graph: GraphModule, args: Sequence[Any], wanted: Sequence[int], slopes: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """Return the gradients of args[i] for i in `wanted`, given those of all results: as one
+) -> list[Tensor | None]:
+    """Return the gradients of the inputs as `pulled` does, given those of all results: as one
     compiled function that reads `reads(graph, args, wanted)` of the arguments only."""
     key = (_likeness(graph), "gradients", tuple(wanted))
     function = partial(_gradients, graph, len(args), tuple(wanted))
-    return _run(key, function, (*args, *slopes), slopes[0], True)
+    found = _run(key, function, (*args, *slopes), slopes[0], True)
+    return _placed(found, wanted, len(args))
+
+
+def _placed(
+    found: Sequence[Tensor | None], wanted: Sequence[int], count: int
+) -> list[Tensor | None]:
+    known = dict(zip(wanted, found, strict=True))
+    return [known.get(place) for place in range(count)]
 
 
 _READS: dict[object, frozenset[int]] = {}
@@ -128,98 +133,6 @@ def _gradients(
 
 
 # -- what is compiled ------------------------------------------------------------------------------
-
-
-class Compiled:
-    """A function of tensors and integers, compiled for whatever sizes it meets.
-
-    static: for the sizes of its first call, and once for all others. Static sizes make the faster
-    code, and most runs have only those; when lengths change there are two compilations.
-    """
-
-    def __init__(self, function: Callable[..., Any], count: bool, static: bool) -> None:
-        self.function, self.count, self.static = function, count, static
-        self.known: dict[Any, Callable[..., Any]] = {}  # by exact sizes
-        self.made: dict[Any, list[inductor.Made]] = {}  # for all sizes of a pattern
-        self.constant: frozenset[int] = frozenset()  # places of integers that code depends on
-
-    def __call__(self, *args: Tensor | int) -> Any:
-        first = self.static and not self.known
-        run = None if first else self.known.get(self._sizes(args))
-        if run is None:
-            run = self._static(args) if first else self._dynamic(args)
-            self.known[self._sizes(args)] = run
-        return run(*args)
-
-    def _sizes(self, args: Sequence[Tensor | int]) -> tuple[object, ...]:
-        return tuple(
-            (a.shape, a.stride()) if isinstance(a, Tensor) else a if i in self.constant else None
-            for i, a in enumerate(args)
-        )
-
-    def _static(self, args: Sequence[Tensor | int]) -> Callable[..., Any]:
-        self.constant = frozenset(i for i, a in enumerate(args) if not isinstance(a, Tensor))
-        made = self._compiled(args, dynamic=False)
-        return self._plain if made is None else made.run
-
-    def _dynamic(self, args: Sequence[Tensor | int]) -> Callable[..., Any]:
-        candidates = self.made.setdefault(_pattern(args), [])
-        for made in candidates:
-            if made.fits(args):
-                return made.run
-        made = self._compiled(args, dynamic=True)
-        if made is None:
-            return self._plain
-        self.constant |= made.constant
-        candidates.append(made)
-        return made.run
-
-    def _compiled(self, args: Sequence[Tensor | int], dynamic: bool) -> inductor.Made | None:
-        """Return what a compiler makes, None if it fails: torch 2.11 does with some sizes that it
-        does not know (CantSplit)."""
-        try:
-            return inductor.compiled(self.function, args, dynamic, self.count)
-        except Exception as error:  # of a compiler, of any kind
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"a kernel of surgery was not compiled ({type(error).__name__}: {reason}), and "
-                "runs operation by operation: right, but slower.",
-                stacklevel=2,
-            )
-            return None
-
-    def _plain(self, *args: Tensor | int) -> Any:
-        with torch.no_grad():
-            return self.function(*args)
-
-
-def _pattern(args: Sequence[Tensor | int]) -> tuple[object, ...]:
-    """Return what code for all sizes is right for: which are equal, which 0 or 1, what is laid out
-    in gaps, and where places need more than 32 bits."""
-    places: dict[int, int] = {0: 0, 1: 1}
-    found: list[object] = []
-    for value in args:
-        if not isinstance(value, Tensor):
-            found.append(places.setdefault(value, len(places)))
-            continue
-        sizes = [places.setdefault(size, len(places)) for size in value.shape]
-        order = _order(value)
-        found.append((*sizes, order or value.stride(), value.numel() >= 1 << 31))
-    return tuple(found)
-
-
-def _order(t: Tensor) -> tuple[int, ...] | None:
-    """Return the dimensions of a tensor as they follow in memory; None if that has gaps."""
-    if t.is_contiguous():
-        return tuple(range(t.ndim))
-    order = sorted(range(t.ndim), key=lambda d: (-t.stride(d), d))
-    expected = 1
-    for d in reversed(order):
-        if t.shape[d] != 1 and t.stride(d) != expected:
-            return None
-        expected *= t.shape[d]
-    return tuple(order)
-
 
 _MADE: dict[tuple[object, ...], Compiled] = {}
 

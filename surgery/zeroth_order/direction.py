@@ -8,7 +8,7 @@ CPU that goes in bands, each drawn while it is in the cache; on an accelerator i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -56,7 +56,6 @@ class Perturbation(Beside):
     owner: nn.Module
     probe: Probe
     transposed: bool = False  # z has the layout of the weight
-    keys: dict[tuple[Any, ...], int] = field(default_factory=dict)  # of the present step
 
     def current(self) -> Tensor:
         """Return the weight, which no evaluation writes."""
@@ -66,12 +65,8 @@ class Perturbation(Beside):
 
     def key(self, slot: int, *labels: str | int) -> int:
         """Return what z depends on, besides the place of an entry."""
-        place = (self.probe.seed, self.name, self.probe.step, slot, *labels)
-        if place not in self.keys:
-            now = {known: key for known, key in self.keys.items() if known[2] == self.probe.step}
-            bits = noise.bits(self.probe.seed, "z", *place[1:])
-            self.keys = now | {place: directions.signed(bits)}
-        return self.keys[place]
+        bits = noise.bits(self.probe.seed, "z", self.name, self.probe.step, slot, *labels)
+        return directions.signed(bits)
 
     def rows(self, slot: int, part: slice) -> Tensor:
         """Return rows of z as a matrix (n, width), at least float32."""
