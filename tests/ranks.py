@@ -82,10 +82,13 @@ SHARDED = {
 }
 
 
+DTYPES = dict.fromkeys(SHARDED, torch.float64) | {"misa of bfloat16": torch.bfloat16}
+SHARDED["misa of bfloat16"] = SHARDED["misa"]
+
+
 def start(row: str, order: str | None, family: str = "plain", **options: Any) -> Any:
     """Return a model with a pass, sharded before or after it (None: not), and its optimizer."""
-    torch._dynamo.reset()
-    model = make(family, **options).double()
+    model = make(family, **options).to(DTYPES[row])
     if order == "shard, apply":
         shard(model)
     surgery.apply(model, SHARDED[row]())

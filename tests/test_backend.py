@@ -253,7 +253,6 @@ def test_two_processes(tmp_path):
         rank = begin()
 
         def run(spec, wrap, backend):
-            torch._dynamo.reset()
             model = make("plain")
             surgery.apply(model, spec, backend=backend)
             outer = DistributedDataParallel(model) if wrap == "ddp" else shard(model)

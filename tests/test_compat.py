@@ -9,6 +9,7 @@ import ast
 import copy
 import inspect
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,11 @@ import transformers
 from laws import run_two_ranks
 from models import make
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
 from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, tensors
@@ -369,6 +373,53 @@ def test_wrapper_subclasses():
 
 
 # -- data parallelism ------------------------------------------------------------------------------
+
+
+def test_modules_that_fully_shard_leaves_to_us(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(
+            nn.Sequential(nn.Linear(2, 2), pickle.loads(pickle.dumps(Mine(2, 2)))), mesh=mesh
+        )
+        kinds = [isinstance(p, DTensor) for p in model.parameters()]
+        assert kinds == [True, True, False, False], (
+            "fully_shard cuts what it should leave alone: see _is_composable_with_fsdp"
+        )
+        weight = model[0].weight
+        fsdp.lay(weight, torch.full((2, 2), 3.0))
+        assert bool((weight.full_tensor() == 3).all()), "a DTensor's memory is not _local_tensor"
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = nn.Parameter(torch.ones(2))
+    fsdp.lay(plain, torch.zeros(2))
+    assert not plain.any()
+
+
+@fsdp.leave_to_us
+class Mine(nn.Linear):
+    pass
+
+
+def test_parameters_are_brought_up_to_date_before_they_are_listed():
+    module, calls = nn.Module(), []
+    modules.hold_current(module, lambda: calls.append(1))
+    module.weight = nn.Parameter(torch.ones(2))
+    outer = nn.Sequential(module)
+    assert [n for n, _ in outer.named_parameters()] == ["0.weight"] and calls, (
+        "modules.hold_current: named_parameters does not call _parameters.items()"
+    )
+
+
+def test_modes_of_others_do_not_see_what_is_done_undisturbed():
+    with FlopCounterMode(display=False) as counter:
+        with dynamo.undisturbed():
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        assert counter.get_total_flops() == 0, "dynamo.undisturbed lets modes look"
+        torch.ones(2, 2) @ torch.ones(2, 2)
+        assert counter.get_total_flops() == 16
+
 
 SHARDED = """
     import sys, torch

@@ -235,7 +235,6 @@ def test_under_autocast_and_adapters():
 def test_training_goes_where_eager_goes():
     losses = []
     for spec in (None, [passes.Recompute(), passes.Compress()]):
-        torch._dynamo.reset()
         model = make("llama", **OPTIONS["llama"])
         if spec:
             surgery.apply(model, spec)
@@ -254,7 +253,6 @@ def test_targets_choose_whose_operations():
     inputs = inputs_of("llama", rows=4, length=64)
     packs = []
     for targets in (None, ["mlp"], ["mlp", "self_attn"]):
-        torch._dynamo.reset()
         model = make("llama", **OPTIONS["llama"])
         surgery.apply(model, passes.Compress(targets=targets))
         loss_of(model, inputs)

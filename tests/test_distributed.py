@@ -23,7 +23,6 @@ SCRIPT = """
     rank = begin()
 
     def run(row, wrap):
-        torch._dynamo.reset()
         model = make("plain").double()
         surgery.apply(model, PASSES[row]())
         outer = DistributedDataParallel(model, find_unused_parameters=True) if wrap else model

@@ -68,6 +68,54 @@ def test_two_ranks_are_one_process_on_the_joined_batch(rows, tmp_path):
     run_two_ranks(EQUAL.replace("ROWS", repr(rows)), tmp_path)
 
 
+NARROW = (
+    HEAD
+    + """
+    from ranks import DTYPES
+
+    def moved(row, order, dtype, rate):
+        DTYPES[row] = dtype
+        model, _ = start(row, order, "llama", num_hidden_layers=2, hidden_size=128)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        before = whole_weights(model)
+        steps(model, optimizer, range(15), None if order is None else rank, "llama")
+        for name, value in whole_weights(model).items():
+            assert_same(value, (row, name))
+        if order and dtype == torch.bfloat16 and row != "rso":
+            ours = [p for n, p in model.named_parameters() if "surgery_coordinates" in n]
+            held = {i: p.to_local() for i, p in enumerate(ours)}
+            active = [c for c in surgery.coordinates(model) if c.active]
+            assert held and all(p.dtype == torch.float32 for p in held.values())
+            assert all(c.parameter.device_mesh.size() == 2 for c in active)
+            largest = max(p.numel() for p in held.values())
+            own = sum(c.parameter.to_local().numel() for c in active)
+            stored = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in held.values()}
+            total = sum(s.nbytes() for s in stored.values())
+            assert total <= 4 * (own + largest), (row, total, own, largest)
+        after = whole_weights(model)
+        surgery.remove(model)
+        return torch.cat([(after[n].double() - before[n].double()).flatten() for n in before])
+
+    for row, order, rate in (
+        ("misa", "apply, shard", 1e-4),
+        ("misa", "shard, apply", 1e-5),
+        ("badam", "apply, shard", 1e-5),
+        ("rso", "apply, shard", 1e-5),
+    ):
+        exact = moved(row, None, torch.float32, rate)
+        found = moved(row, order, torch.bfloat16, rate)
+        share = float(found @ exact / (exact @ exact))
+        assert abs(share - 1) < 0.03, (row, order, rate, share)
+    print("equal")
+"""
+)
+
+
+def test_steps_into_bfloat16_are_not_lost(tmp_path):
+    """Copies of sampled weights are cut as the weights; what a rank holds of them is float32."""
+    run_two_ranks(NARROW, tmp_path)
+
+
 LLAMA = (
     HEAD
     + """
@@ -104,7 +152,7 @@ SAVED = (
 
     folder = FOLDER
 
-    for row in ("misa", "rso", "mezo"):
+    for row in ("misa", "misa of bfloat16", "rso", "mezo"):
         model, optimizer = start(row, "apply, shard")
         steps(model, optimizer, range(3), rank)
         surgery.save(model, f"{folder}/{row}", optimizer)

@@ -72,7 +72,6 @@ def per_token_and_block(family: str, applied: bool, dtype: torch.dtype) -> float
     """Bytes that a block keeps for a token: the difference of 3 blocks and 1."""
     kept = []
     for count in (1, 3):
-        torch._dynamo.reset()
         model = make(family, **layers(family, count), **NO_DROPOUT.get(family, {})).to(dtype)
         if applied:
             surgery.apply(model, "recompute")

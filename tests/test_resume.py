@@ -57,7 +57,6 @@ def test_9_a_resumed_run_is_the_uninterrupted_one(row, family, tmp_path):
     run = begin(row, family, seed=0)
     advance(*run, family, range(SAVED))
     surgery.save(run[0], tmp_path, *run[1:])
-    torch._dynamo.reset()
     other = resumed(row, family, tmp_path)
     for each in (run, other):
         advance(*each, family, range(SAVED, SAVED + STEPS))
@@ -108,7 +107,6 @@ def test_9_in_a_fresh_process(tmp_path):
 def test_9_in_16_bits(row, dtype, tmp_path):
     runs = []
     for _ in range(2):
-        torch._dynamo.reset()
         model = make("plain").to(dtype)
         surgery.apply(model, PASSES[row](period=4))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

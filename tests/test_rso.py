@@ -119,7 +119,6 @@ def test_who_shares_a_projection(share, distinct):
 
 def test_draws_depend_on_seed_name_and_round_only():
     def drawn(seed: int, disturb: bool) -> dict[str, torch.Tensor]:
-        torch._dynamo.reset()
         model = make("llama")
         if disturb:
             torch.rand(7)
@@ -205,7 +204,6 @@ def test_state_at_the_end_of_a_round():
         seen.append((sorted(state), old.shape, new.shape, torch.equal(old, new)))
 
     for state, kept in (("reset", False), ("transport", True), (note, True)):
-        torch._dynamo.reset()
         model = surgery.apply(make("llama"), passes.Rso(rank=4, period=2, state=state))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for seed in range(2):
@@ -259,7 +257,6 @@ def test_on_a_quadratic_the_gradient_shrinks_at_the_rate_of_rank_over_width():
     width = 32
     eye = torch.eye(width).double()
     for rank in (2, 4, 8):
-        torch._dynamo.reset()
         model = Quadratic(width).double()
         nn.init.zeros_(model.layers[0].weight)
         surgery.apply(model, "rso", rank=rank, period=1, projection="orthonormal")

@@ -51,7 +51,6 @@ def test_nothing_is_kept_for_modules_that_are_not_sampled():
     misa, rso = passes.Misa(budget=0.2), passes.Rso(rank=4)
 
     def live(chosen) -> int:
-        torch._dynamo.reset()
         model = surgery.apply(make("llama", num_hidden_layers=2), chosen)
         loss_of(model, inputs).backward()
         found = measure(lambda: loss_of(model, inputs), torch.device("cpu")).live

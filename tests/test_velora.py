@@ -242,7 +242,6 @@ def test_v_is_drawn_anew_each_period(init):
 def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
-        torch._dynamo.reset()
         model = make("llama")
         if options:
             model.gradient_checkpointing_enable(options)

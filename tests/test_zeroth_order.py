@@ -247,7 +247,6 @@ def test_an_evaluation_adds_in_float32_and_rounds_once(dtype):
 def test_norms_of_half_precision_are_moved_in_float32():
     slopes, inputs = [], inputs_of("llama")
     for dtype in (torch.bfloat16, torch.float32):
-        torch._dynamo.reset()
         model = make("llama")
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():

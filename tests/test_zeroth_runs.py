@@ -106,7 +106,6 @@ def test_a_step_runs_2q_forwards_and_keeps_modes_buffers_and_masks():
             return self.last(self.drop(self.norm(self.first(x))))
 
     for estimate, count in (("central", 6), ("one_sided", 4)):
-        torch._dynamo.reset()
         torch.manual_seed(0)
         model = surgery.apply(Counted().train(), passes.Mezo(directions=3, estimate=estimate))
         norm = copy.deepcopy(model.norm)
@@ -161,7 +160,6 @@ def test_only_the_loss_carries_a_gradient_and_logits_are_kept_once():
 @pytest.mark.parametrize("kind", ["mezo", "lozo"])
 def test_gradient_checkpointing_and_autocast_change_nothing(kind):
     def slope(checkpointing: bool, cast: bool = False) -> float:
-        torch._dynamo.reset()
         model = make("llama")
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -191,7 +189,6 @@ def test_the_loss_may_be_computed_outside(kind):
 
 @zeroth
 def test_a_step_needs_the_memory_of_a_forward_and_of_one_weight(kind):
-    torch._dynamo.reset()
     model = build("llama", hidden_size=256, intermediate_size=1024, vocab_size=20_000)
     ids = torch.randint(0, 20_000, (2, 64))
     device = torch.device("cpu")
@@ -298,7 +295,6 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
         rank = begin()
 
         def run(options, wrap):
-            torch._dynamo.reset()
             model = make("plain").double()
             surgery.apply(model, options)
             outer = DistributedDataParallel(model) if wrap else model

@@ -75,7 +75,6 @@ def test_the_slope_in_models_of_transformers(kind, family):
 @SMOOTH
 def test_the_forward_derivative_is_exact(kind, family):
     for each in ("plain", family):
-        torch._dynamo.reset()
         model, inputs = make(each).double().eval(), inputs_of(each)
         surgery.apply(model, ZEROTH[kind](estimate="forward"))
         loss = loss_of(model, inputs)

@@ -15,6 +15,7 @@ from surgery.checkpoints.fits import check
 from surgery.checkpoints.run import restore
 from surgery.engine.finding import applied
 from surgery.errors import CheckpointError
+from surgery.weights import shards
 
 WHAT = "the distributed checkpoint"
 
@@ -44,7 +45,8 @@ class Stateful:
         coordinates = state.pop("coordinates")
         mapped = {c.name for c in surgery.decision.coordinates if c.mapped}
         # Which copies there are changes with the round, and a checkpoint is read by its keys.
-        state["copies"] = {n: t for n, t in coordinates.items() if n not in mapped}
+        copies = {n: t.detach() for n, t in coordinates.items() if n not in mapped}
+        state["copies"] = {n: shards.whole(t) for n, t in copies.items()}
         coordinates = {n: t for n, t in coordinates.items() if n in mapped}
         tensors: dict[str, Tensor] = {}
         values = json.dumps(

@@ -18,6 +18,7 @@ parameters, children and hooks of a module          modules
 a callback at the end of backward; versions; norms  autograd
 storages, fake tensors, trees, wrapper subclasses   tensors
 FSDP2's sharded and whole parameters                fsdp.twins             torch < 2.13: (3)
+modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
 what transformers does for reentrant checkpoints    hf.Workarounds
 

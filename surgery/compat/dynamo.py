@@ -118,6 +118,13 @@ def _say_in_modes(flag: bool) -> None:
     set_is_in_mode_without_ignore_compile_internals(flag)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no dispatch mode of others see what is done inside."""
+    with dispatching._disable_current_modes():
+        yield
+
+
 def past(call: Callable[..., Any]) -> Any:
     """Return a function that Dynamo neither traces nor looks into."""
     return torch._dynamo.disable(call)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, distributed, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+M = TypeVar("M", bound=type[nn.Module])
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 # By (id of the module, name): the sharded parameter, and the whole one that a forward reads.
@@ -42,6 +45,20 @@ def _groups(module: FSDPModule) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def leave_to_us(kind: M) -> M:
+    """Let `fully_shard` leave modules of a class alone: as what is replicated, not sharded."""
+    setattr(kind, REGISTRY_KEY, {"replicate": RegistryItem()})
+    return kind
+
+
+def lay(t: Tensor, own: Tensor) -> None:
+    """Let a tensor, or what this rank holds of it, have the memory of another."""
+    if isinstance(t, DTensor):
+        t._local_tensor = own
+    else:
+        t.data = own
 
 
 def own_class(model: nn.Module) -> type:

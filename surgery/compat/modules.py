@@ -62,6 +62,24 @@ def hold(owner: nn.Module, key: str, parameter: nn.Parameter) -> None:
     owner._parameters[key] = parameter
 
 
+class _Current(dict[str, nn.Parameter]):
+    """Parameters of a module that are brought up to date before they are listed."""
+
+    def __init__(self, update: Callable[[], None]) -> None:
+        super().__init__()
+        self.update_first = update
+
+    def items(self) -> Any:
+        self.update_first()
+        return super().items()
+
+
+def hold_current(owner: nn.Module, update: Callable[[], None]) -> None:
+    """Let a module call `update` before anyone lists its parameters."""
+    if not isinstance(owner._parameters, _Current):
+        owner.__dict__["_parameters"] = _Current(update)
+
+
 def look_up(owner: nn.Module, name: str) -> Any:
     """Return what is meant by the first part of a dotted name: as if there were modules."""
     held = owner.__dict__

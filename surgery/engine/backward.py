@@ -28,24 +28,24 @@ class Backward:
 
     first: the coordinate that got the first gradient in the backward under way. fused: whether the
     optimizer takes gradients away meanwhile. replicated: coordinates that each rank holds whole
-    beside weights that FSDP2 has cut. apart: weights that have got a gradient themselves.
+    beside weights that FSDP2 has cut. reduced: weights that it has cut, trained by copies: it gives
+    them gradients. apart: weights that have got one themselves.
     """
 
     decision: Decision
     first: Coordinate | None = None
     fused: bool = False
     replicated: Sequence[Coordinate] = ()
+    reduced: Sequence[Site] = ()
     apart: list[Site] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"first": None, "replicated": (), "apart": []}
+        return self.__dict__ | {"first": None, "replicated": (), "reduced": (), "apart": []}
 
-    def begin(self, replicated: Sequence[Coordinate] | None = None) -> None:
-        """Forget a backward that an error has ended. replicated: as above, if that has changed."""
+    def begin(self) -> None:
+        """Forget a backward that an error has ended."""
         self.first = None
         self.apart.clear()
-        if replicated is not None:
-            self.replicated = replicated
 
     @contextmanager
     def taken_meanwhile(self) -> Iterator[None]:
@@ -64,7 +64,9 @@ class Backward:
     def watch_weight(self, site: Site) -> Any:
         """Hear when a weight that is trained through others gets a gradient itself."""
         hook = partial(_penalised, weakref.ref(site), weakref.ref(self))
-        return site.current().register_post_accumulate_grad_hook(hook)
+        weight = site.weight()
+        assert weight is not None
+        return weight.register_post_accumulate_grad_hook(hook)
 
     def begun(self, first: Coordinate) -> None:
         """Note the first gradient of a backward, and ask to hear of its end."""
@@ -78,7 +80,7 @@ class Backward:
         first, self.first = self.first, None
         apart = [*self.apart]
         self.apart.clear()
-        for site in apart:
+        for site in [*apart, *self.reduced]:
             self._hand_on(site)
         if first in [each for site in apart for each in site.coordinates]:
             first = None
@@ -101,7 +103,9 @@ class Backward:
 
     def _hand_on(self, site: Site) -> None:
         """Give the gradient of a weight to what is trained of it."""
-        weight = site.current()
+        weight = site.weight()
+        if weight is None:
+            return
         gradient, weight.grad = weight.grad, None
         if gradient is None:
             return
@@ -118,8 +122,8 @@ class Backward:
                     )
             else:
                 own = gradient if each.index is None else gradient[each.index]
-            into, own = each.parameter, own.to(each.parameter.dtype)
-            into.grad = own.clone() if into.grad is None else into.grad + own
+            into, own = each.parameter, own.to(each.parameter.dtype, copy=True)
+            into.grad = own if into.grad is None else into.grad + own
 
 
 def _penalised(

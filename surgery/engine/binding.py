@@ -13,9 +13,9 @@ from surgery.engine.backward import Backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
 from surgery.engine.guards import hooked, replaced
-from surgery.weights import copies
+from surgery.weights import copies, shards
 from surgery.weights.coordinate import unique
-from surgery.weights.table import TABLE
+from surgery.weights.table import TABLE, CoordinateTable
 
 
 @dataclass(eq=False, kw_only=True)
@@ -52,6 +52,8 @@ class Binding:
         model = self.decision.model
         found = twins(model, forward)
         check_cut(sites, found)
+        if isinstance(table, CoordinateTable):
+            table.follow({place: weight for place, (weight, _) in found.items()})
         if found:
             take_cut(unique(coordinates), coordinates, table, found)
         for site in sites:
@@ -63,7 +65,8 @@ class Binding:
         copies.settle(table, sites, step)
         once = unique(coordinates)
         self.cut = bool(found)
-        self.backward.begin(replicated(once) if found else ())
+        self.backward.replicated = replicated(once) if found else ()
+        self.backward.reduced = [s for s in sites if s.copied and shards.is_cut(s.weight())]
         self.handles += [self.backward.watch(each) for each in once]
         self.handles += [self.backward.watch_weight(site) for site in sites if not site.whole]
         self.bound = True

@@ -24,6 +24,8 @@ from surgery.compat import dynamo, fsdp, modules
 from surgery.compat.tensors import each as each_leaf
 from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
+from surgery.engine import captures
+from surgery.engine.captures import Capture, capture_of, running
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
 from surgery.engine.finding import Forward
@@ -32,6 +34,7 @@ from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leav
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
 from surgery.graph.nodes import anchor
+from surgery.graph.reading import name_modules
 from surgery.kernels import plan
 from surgery.weights.copies import accept
 from surgery.weights.sites import Site
@@ -39,8 +42,6 @@ from surgery.weights.table import TABLE
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
-
-STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,11 @@ class Dispatch(Forward):
         self.graphs: list[Captured] = []
         self.calls: list[tuple[GraphModule, Sequence[Any]]] | None = None
         self._captured: Callable[..., Any] | None = None
+        self._shared: Capture | None = None
         self._around: Callable[[], Any] = lambda: None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("captures", "running", "taken", "graphs", "calls", "_captured", "_around")
+        own = ("captures", "running", "taken", "graphs", "calls", "_captured", "_shared", "_around")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,7 +144,7 @@ class Dispatch(Forward):
         check_wrapping(decision.coordinates)
         self._tell(args, kwargs)
         if self._captured is None:
-            self._captured = self._compiled(self.plain)
+            self._captured = self._capture()
             self.leaves = self._put_leaves(self.leaves)  # of a copy
         if surgery.binding.cut and not self.leaves:
             self.leaves = self._put_leaves(outside_of_blocks(self.model))
@@ -206,14 +208,15 @@ class Dispatch(Forward):
     def _run(self, captured: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return the output of a training forward."""
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
+        most = captures.STRUCTURES
         forward = partial(captured, *args, **kwargs)
         self.running = True
         try:
-            with dynamo.capturing(STRUCTURES):
+            with dynamo.capturing(most), running(self):
                 return driving[0].drive(forward, self.surgery.clock) if driving else forward()
         except dynamo.LimitHit as error:
             raise CaptureError(
-                f"the forward of {type(self.model).__name__} was captured {STRUCTURES} times for "
+                f"the forward of {type(self.model).__name__} was captured {most} times for "
                 "different input structures, and Dynamo would now run it without the rewrite. The "
                 "likely cause is a Python number, string or flag among the inputs that changes at "
                 "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
@@ -221,9 +224,26 @@ class Dispatch(Forward):
         finally:
             self.running = False
 
+    def _capture(self) -> Callable[..., Any]:
+        """Return the model's forward, captured: with others of its kind where that can be."""
+        own = self.replaced is not None or self.backend is not None or self.surgery.binding.cut
+        if own:
+            return self._compiled(self.plain)
+        self._shared = capture_of(self.model)
+        return partial(self._shared.run, self.model)
+
+    def rewritten(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Rewrite a graph, in place, and return what runs it."""
+        self.captures += 1
+        self.graphs.append(Captured(graph=weakref.ref(graph), before=graph.code))
+        rewrite(graph, inputs, self.surgery.decision, self.taken)
+        if self.backend is not None:
+            return compiled(graph, inputs, self.backend)
+        return partial(_run, weakref.ref(self), graph)
+
     def _compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         # Weak: Dynamo's cache lives as long as the code object of the model's class does.
-        return dynamo.capture(forward, partial(_captured, weakref.ref(self)), STRUCTURES)
+        return dynamo.capture(forward, partial(_captured, weakref.ref(self)), captures.STRUCTURES)
 
 
 def _is_running(dispatch: weakref.ref[Dispatch]) -> bool:
@@ -236,17 +256,14 @@ def _captured(
 ) -> Callable[..., Any]:
     """Rewrite a graph that Dynamo has captured, and return what runs it."""
     owner = dispatch()
-    if owner is not None:
-        owner.captures += 1
-        owner.graphs.append(Captured(graph=weakref.ref(graph), before=graph.code))
-        rewrite(graph, inputs, owner.surgery.decision, owner.taken)
-        if owner.backend is not None:
-            return compiled(graph, inputs, owner.backend)
+    if owner is None:
+        return graph.forward
+    name_modules(graph, owner.model)
+    return owner.rewritten(graph, inputs)
 
-    def run(*args: Any) -> Any:
-        listening = dispatch()
-        if listening is not None and listening.calls is not None:
-            listening.calls.append((graph, args))
-        return graph.forward(*args)
 
-    return run
+def _run(dispatch: weakref.ref[Dispatch], graph: GraphModule, *inputs: Any) -> Any:
+    listening = dispatch()
+    if listening is not None and listening.calls is not None:
+        listening.calls.append((graph, inputs))
+    return graph.forward(*inputs)

@@ -25,16 +25,7 @@ def take_cut(
     first: the coordinates that gave their names to the table's parameters. Raises ModelError if a
     weight is trained in parts.
     """
-    copied = [each for each in coordinates if each.copied]
-    narrow = [each for each in copied if each.index is None]
-    if narrow:
-        raise ModelError(
-            f"{narrow[0].weight} is narrower than float32 and trained by a float32 copy, which "
-            "FSDP2 would shard as a weight of its own. Load the model in float32 and compute in 16 "
-            "bits: fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)); "
-            'or give the pass precision="weights", which loses steps below half a unit.'
-        )
-    parts = [each for each in copied if each.index is not None]
+    parts = [each for each in coordinates if each.index is not None]
     if parts:
         raise ModelError(
             f"{parts[0].weight} is trained in parts, {parts[0].name} first, and FSDP2 cuts it in "

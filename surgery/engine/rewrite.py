@@ -15,7 +15,7 @@ from surgery.compat.dynamo import CHECKPOINT
 from surgery.contract.method import Method
 from surgery.engine.decide import Decision
 from surgery.graph.nodes import checkpointed, gate
-from surgery.graph.reading import name_modules, placeholders
+from surgery.graph.reading import placeholders
 from surgery.graph.saved import Saved
 from surgery.graph.simplify import simplify
 from surgery.kernels import plan
@@ -37,7 +37,6 @@ def rewrite(
         if isinstance(value, nn.Parameter)
     ]
     _gate_reads(graph, reads)
-    name_modules(graph, decision.model)
     for body in _bodies(graph):
         _restore_checkpoints(body)
         simplify(body)

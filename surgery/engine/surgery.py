@@ -13,7 +13,7 @@ from surgery.engine.clock import Clock
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.dispatch import Dispatch
-from surgery.weights.table import TABLE, CoordinateTable
+from surgery.weights.table import TABLE, table_of
 
 
 class Surgery:
@@ -45,7 +45,7 @@ class Surgery:
                 known = model.named_parameters(remove_duplicate=False)  # tied: each of its names
                 fsdp.leave_out_of_ddp(model, [name for name, p in known if id(p) in through])
             if own:
-                model.add_module(TABLE, CoordinateTable(own))
+                model.add_module(TABLE, table_of(own))
             self.dispatch.install()
             self.bind()
         except BaseException:

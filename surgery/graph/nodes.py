@@ -43,7 +43,8 @@ def gate(weight: Tensor) -> Tensor:
     """Return the weight as the graph shall read it now.
 
     A weight that is trained itself: itself. One that is not being trained: detached, so that
-    autograd saves nothing for it. One trained in copies: attached to its active copies. One with a
+    autograd saves nothing for it. One trained in copies: attached to its active copies (one that
+    FSDP2 has cut: itself, the copies get their gradients when it has been reduced). One with a
     mapped coordinate: itself, since the pass's own node, which reads it next, knows it by identity.
     """
     site = site_of(weight)
@@ -53,7 +54,7 @@ def gate(weight: Tensor) -> Tensor:
     active = [each for each in site.coordinates if each.active]
     if not active:
         return weight.detach()
-    if site.whole:
+    if site.whole or active[0].twin is not None:  # FSDP2 adds up gradients of weights
         return weight
     indices = tuple(each.index for each in active)
     return _Copies.apply(weight.detach(), weakref.ref(weight), indices, *(c.read for c in active))

@@ -212,7 +212,10 @@ def whole_blocks(
 def weight_norms(coordinates: Iterable[Coordinate]) -> list[float]:
     """Return the norm of what each coordinate stands for: of the weight, or of the block of it, or
     of a mapped coordinate; 1.0 on tensors without data."""
-    parameters = [c.parameter.detach() if c.mapped else c.part() for c in coordinates]
+    parameters = [
+        c.parameter.detach() if c.mapped else c.part(c.owner.get_parameter(c.held_as))
+        for c in coordinates
+    ]
     if any(p.is_meta for p in parameters):
         return [1.0 for _ in parameters]
     return [float(norm) for norm in norms(parameters)]

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from surgery.weights import shards
 from surgery.weights.matrices import wide
 
 Index: TypeAlias = tuple[int | slice, ...]
@@ -159,10 +160,14 @@ class Coordinate:
         """Its name in the table, which patterns for names of weights match."""
         return self.weight + (_subscript(self.index) if self.index is not None else "")
 
-    def part(self) -> Tensor:
-        """Return the weight, or the block of it that the coordinate is of, as it is now."""
-        whole = self.owner.get_parameter(self.weight.rpartition(".")[2]).detach()
-        return whole if self.index is None else whole[self.index]
+    @property
+    def held_as(self) -> str:
+        """The name under which its owner holds the weight."""
+        return self.weight.rpartition(".")[2]
+
+    def part(self, weight: Tensor) -> Tensor:
+        """Return the block of its weight that it is of; the weight itself if it is of all."""
+        return weight.detach() if self.index is None else weight.detach()[self.index]
 
     @property
     def read(self) -> nn.Parameter:
@@ -197,13 +202,18 @@ def coordinate_of(
     dtype = wide(weight) if precision == "auto" else weight.dtype
     if index is None and dtype == weight.dtype:
         return Coordinate(weight=name, parameter=weight, rule=Whole(), owner=owner)
-    shape = weight.shape if index is None else weight.detach()[index].shape
-    # Without memory until it is trained. Of meta weights too: what a parameter is of cannot change.
-    held = torch.zeros((), dtype=dtype, device=None if weight.is_meta else weight.device)
     rule = Copied(index=index)
-    return Coordinate(
-        weight=name, parameter=nn.Parameter(held.expand(shape)), rule=rule, owner=owner
-    )
+    return Coordinate(weight=name, parameter=resting(weight, dtype, index), rule=rule, owner=owner)
+
+
+def resting(weight: Tensor, dtype: torch.dtype, index: Index | None = None) -> nn.Parameter:
+    """Return a parameter for weight[index] without memory; cut as the weight is."""
+    own = shards.local(weight.detach())
+    shape = own.shape if index is None else own[index].shape
+    # Of meta weights too: what a parameter is of cannot change.
+    held = torch.zeros((), dtype=dtype, device=None if weight.is_meta else own.device)
+    held = held.expand(shape)
+    return nn.Parameter(held if index is not None else shards.cut_as(held, weight))
 
 
 def unique(coordinates: Iterable[Coordinate]) -> list[Coordinate]:

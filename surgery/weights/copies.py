@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compat import autograd
+from surgery.compat.fsdp import lay
 from surgery.kernels import plan, rounding
 from surgery.kernels.fused import launch
 from surgery.weights import shards
 from surgery.weights.carry import carry, words_of
 from surgery.weights.coordinate import Coordinate, Copied, Mapped, Whole
-from surgery.weights.matrices import wide
+from surgery.weights.matrices import matrix_shape, wide
 from surgery.weights.sites import Site, fits
 from surgery.weights.table import CoordinateTable
 
@@ -29,8 +30,8 @@ def settle(table: nn.Module | None, sites: Iterable[Site], step: int) -> None:
     moving = [(s, c) for s, c in copies if c.copied and c.copied.resting == c.active]
     for site, each in moving:
         if each.active:
-            _take(each, step)
             weight = site.weight()
+            _take(each, site.current() if weight is None else weight, step)
             if weight is not None:
                 note(each, weight)
         else:
@@ -46,12 +47,13 @@ def _resting(copies: Iterable[tuple[Site, Coordinate]]) -> int:
 
 
 @torch.no_grad()
-def _take(coordinate: Coordinate, step: int) -> None:
-    rule, part = coordinate.copied, coordinate.part()
+def _take(coordinate: Coordinate, weight: Tensor, step: int) -> None:
+    rule, part = coordinate.copied, shards.local(coordinate.part(weight))
     assert rule is not None
     dtype = coordinate.parameter.dtype
     dtype = part.dtype if dtype == part.dtype else wide(part)
-    coordinate.parameter.data = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
+    own = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
+    lay(coordinate.parameter, own)
     rule.since, rule.resting, coordinate.seen = step, False, ()
 
 
@@ -67,9 +69,9 @@ def bind(coordinate: Coordinate, weight: Tensor, step: int) -> None:
         own = coordinate.parameter
         alone = bool(coordinate.seen) and _seen(own) == coordinate.seen[:2]
         if alone and _seen(weight) != coordinate.seen[2:]:
-            own.detach().copy_(coordinate.part())  # the weight was replaced, and nothing else
+            shards.take(own, coordinate.part(weight))  # the weight was replaced, and nothing else
         elif not fits(coordinate, weight):
-            _take(coordinate, step)
+            _take(coordinate, weight, step)
     note(coordinate, weight)
 
 
@@ -90,7 +92,7 @@ def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -
     if moved and (wins or not written):
         write(site, coordinate, step)
     elif isinstance(rule, Copied) and written:
-        coordinate.parameter.copy_(coordinate.part())
+        shards.take(coordinate.parameter, coordinate.part(weight))
         note(coordinate, weight)
     elif moved or written:
         accept(site, coordinate, step)
@@ -143,21 +145,24 @@ def write(
 
 
 def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
-    part, now = weight.detach(), coordinate.parameter.detach()
-    part = part if rule.index is None else part[rule.index]
-    if part.dtype == now.dtype:
+    part, now = shards.local(weight.detach()), shards.local(coordinate.parameter.detach())
+    (height, width), top, left = matrix_shape(coordinate.parameter), 0, 0
+    if rule.index is not None:
+        part = part[rule.index]
+    elif shards.is_cut(weight):
+        _, top, left = shards.part_of(weight)
+    if part.dtype == now.dtype or not now.numel():  # of a short vector, a rank may hold nothing
         part.copy_(now)
         return
-    width = part.shape[-1] if part.ndim else 1
-    exact = now.reshape(-1, width)
-    height, sizes = exact.shape[0], plan.plan_of(part.device)
+    exact, sizes = now.reshape(-1, part.shape[-1] if part.ndim else 1), plan.plan_of(part.device)
     flat = part.ndim == 2 or part.is_contiguous()
-    rounded = part.view(-1, width) if part.is_contiguous() else part
+    rounded = part.view(exact.shape) if part.is_contiguous() else part
     if not flat:  # a convolution in channels_last
         rounded = torch.empty_like(exact, dtype=part.dtype)
     both = words_of(coordinate, part, height + width, rule.since, sizes.whole)
-    for rows in plan.bands(height, width, sizes.carried):
-        launch(rounding.round_into, rounded[rows], exact[rows], both[:height][rows], both[height:])
+    down, across = both[top:height], both[height + left :][: exact.shape[1]]
+    for rows in plan.bands(exact.shape[0], width, sizes.carried):
+        launch(rounding.round_into, rounded[rows], exact[rows], down[rows], across)
     if not flat:
         part.copy_(rounded.view(part.shape))
 

@@ -131,6 +131,16 @@ def like(value: Tensor, t: Tensor) -> Tensor:
     return distribute_tensor(value.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
 
 
+def cut_as(own: Tensor, weight: Tensor) -> Tensor:
+    """Return what this rank holds of something of a weight's shape, as a tensor cut as the weight;
+    itself if that is not cut."""
+    if not isinstance(weight, DTensor):
+        return own
+    mesh, placements = weight.device_mesh, weight.placements
+    shape, stride = weight.shape, weight.stride()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def take(t: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor, into what this rank holds of it."""
     local(t.detach()).copy_(local(like(value, t)))

@@ -44,6 +44,7 @@ class Site:
         rule = self.coordinates[0].rule
         self.mapped = isinstance(rule, Mapped)
         self.whole = isinstance(rule, Whole)
+        self.copied = isinstance(rule, Copied)
 
     def current(self) -> nn.Parameter:
         """Return the parameter that the model holds under this name now."""
@@ -103,6 +104,8 @@ class Site:
                 case Mapped() if not shards.is_cut(each.parameter):
                     own = each.parameter.detach()
                     each.parameter.data = own.to(weight.device, wide(weight))
+                case Copied():
+                    each.twin = twin
                 case _:
                     pass
 

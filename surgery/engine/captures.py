@@ -1,0 +1,95 @@
+"""Captures that models of one kind share: Dynamo traces a forward once for all of them.
+
+Its guards say whether a graph serves another model, as they say whether it serves another call.
+Each surgery rewrites a copy of its own when it first comes to run it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from torch import nn
+from torch.fx import GraphModule
+
+from surgery.compat import dynamo
+from surgery.graph.lowering import duplicate
+from surgery.graph.reading import name_modules
+from surgery.weights.table import TABLE
+
+STRUCTURES = 64  # captures of one frame before giving up: distinct input structures, not shapes
+
+
+class Runner(Protocol):
+    """A surgery, for the graphs that its forwards come to."""
+
+    model: nn.Module
+
+    def rewritten(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Rewrite a graph, in place, and return what runs it."""
+        ...
+
+
+_running: ContextVar[Runner] = ContextVar("running")
+
+
+@contextmanager
+def running(runner: Runner) -> Iterator[None]:
+    """Say whose training forward is under way inside, in this thread."""
+    token = _running.set(runner)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class Capture:
+    """What Dynamo makes of the forward of models of one kind."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.run = dynamo.capture(forward, _traced, STRUCTURES)
+
+
+CAPTURES: weakref.WeakValueDictionary[Any, Capture] = weakref.WeakValueDictionary()
+
+
+def capture_of(model: nn.Module) -> Capture:
+    """Return the capture of the forward of a model's class, for models like this one."""
+    forward = type(model).forward
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    weights = [(name, p.shape, p.dtype, p.device) for name, p in model.named_parameters()]
+    kind = (
+        forward,
+        tuple(each for each in modules if TABLE not in each[0].split(".")),
+        tuple(each for each in weights if TABLE not in each[0].split(".")),
+    )
+    found = CAPTURES.get(kind)
+    if found is None:
+        found = CAPTURES[kind] = Capture(forward)
+    return found
+
+
+class _Trace:
+    """One graph as Dynamo has traced it, and what runs it for each surgery."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self.runs: weakref.WeakKeyDictionary[Runner, Callable[..., Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        runner = _running.get()
+        run = self.runs.get(runner)
+        if run is None:
+            with dynamo.undisturbed():
+                run = self.runs[runner] = runner.rewritten(duplicate(self.graph), inputs)
+        return run(*inputs)
+
+
+def _traced(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    name_modules(graph, _running.get().model)
+    return _Trace(graph)
