@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 from functools import partial
 
 import pytest
 import torch
-from laws import state_of, weights
 from models import DISTINCT, FAMILIES, TRACED_WITH_A_MASK, inputs_of, layers, loss_of, make
 from packaging.version import Version
 from torch import nn
 
-import passes
 import surgery
-from surgery.engine import captures as sharing
 from surgery.engine.finding import surgery_of
 from surgery.weights.modules import is_matrix
 from surgery.weights.targets import blocks
@@ -261,123 +257,6 @@ def test_the_recompile_limit_raises(monkeypatch):
         model(x, flag).backward()
     with pytest.raises(surgery.CaptureError, match="captured 3 times"):
         model(x, "dddd")
-
-
-@pytest.fixture
-def traces(monkeypatch, no_captures):
-    """The graphs that Dynamo has traced."""
-    seen = []
-    plain = sharing._traced
-    monkeypatch.setattr(sharing, "_traced", lambda g, inputs: seen.append(g) or plain(g, inputs))
-    return seen
-
-
-def test_two_models_of_one_kind_share_a_trace_and_nothing_else(traces):
-    one, two, third = make("plain", seed=0), make("plain", seed=1), make("plain", seed=2)
-    surgery.apply(one, "misa", budget=1.0)
-    surgery.apply(two, "misa", budget=0.2)
-    surgery.apply(third, "recompute")
-    expected = [loss_of(make("plain", seed=seed), inputs_of("plain")) for seed in range(3)]
-    for model, loss in zip((one, two, third), expected, strict=True):
-        found = loss_of(model, inputs_of("plain"))
-        assert torch.equal(found, loss)
-        found.backward()
-        assert state_of(model).dispatch.captures == 1
-    trained = [sum(p.grad is not None for p in m.parameters()) for m in (one, two, third)]
-    assert trained[0] == 6 and 0 < trained[1] < 6 and trained[2] == len(list(third.parameters()))
-    # for recompute weights require gradients that samplers do not train: Dynamo's guards say no
-    assert len(traces) == 2 and not any("gate" in graph.code for graph in traces)
-    codes = [surgery.graphs(m)[0].after for m in (one, two, third)]
-    assert "recomputed" in codes[2] and not any("recomputed" in code for code in codes[:2])
-    # taken out and put on again, another way
-    surgery.apply(surgery.remove(one), passes.Rso(rank=2))
-    loss_of(one, inputs_of("plain", seed=3)).backward()
-    assert len(traces) == 2
-    two.blocks[0].up.register_forward_hook(lambda module, args, output: output * 2)
-    loss_of(two, inputs_of("plain")).backward()
-    assert len(traces) == 3
-    del one, two, third, model
-    gc.collect()
-    assert not sharing.CAPTURES
-
-
-@pytest.mark.parametrize("change", ["wider", "deeper", "another module", "dtype"])
-def test_models_of_other_kinds_are_traced_anew(traces, change):
-    def built(other):
-        torch.manual_seed(0)
-        width = 8 if other and change == "wider" else 4
-        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)]
-        if other and change == "deeper":
-            layers += [nn.Linear(width, width)]
-        if other and change == "another module":
-            layers[1] = nn.Tanh()
-        model = Stacked(layers)
-        return model.double() if other and change == "dtype" else model
-
-    for other in (False, True):
-        model, plain = surgery.apply(built(other), "recompute"), built(other)
-        x = torch.randn(3, plain.layers[0].in_features, dtype=plain.layers[0].weight.dtype)
-        assert torch.equal(model(x), plain(x))
-    assert len(traces) == 2
-
-
-class Stacked(nn.Module):
-    def __init__(self, layers) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def test_what_an_instance_holds_is_guarded(traces):
-    """Numbers, flags and functions of a model are not its class's."""
-    models = [Held(2.0, torch.relu), Held(3.0, torch.relu), Held(3.0, torch.tanh)]
-    x = torch.randn(4, 4)
-    for model in models:
-        expected = model(x)
-        assert torch.equal(surgery.apply(model, "recompute")(x), expected)
-    assert len(traces) == 3
-
-
-class Held(nn.Module):
-    def __init__(self, scale, function) -> None:
-        super().__init__()
-        self.linear, self.scale, self.function = nn.Linear(4, 4), scale, function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(self.linear(x)) * self.scale
-
-
-def test_models_of_one_kind_train_in_threads():
-    def trained(seed, model, out):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for step in range(6):
-            loss_of(model, inputs_of("plain", seed=step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        out[seed] = weights(model)
-
-    def built(seed):
-        return surgery.apply(make("plain", seed=seed), "misa", budget=0.3, period=2, seed=seed)
-
-    alone, together = {}, {}
-    for seed in (0, 1):
-        trained(seed, built(seed), alone)
-    threads = [
-        threading.Thread(target=trained, args=(seed, model, together))
-        for seed, model in enumerate(map(built, (0, 1)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, expected in alone.items():
-        for name, value in expected.items():
-            # a thread adds up in another order
-            torch.testing.assert_close(together[seed][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_discarded_model_is_freed():

@@ -75,12 +75,13 @@ NARROW = (
 
     def moved(row, order, dtype, rate):
         DTYPES[row] = dtype
-        model, _ = start(row, order, "llama", num_hidden_layers=2, hidden_size=128)
+        model, _ = start(row, order)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         before = whole_weights(model)
-        steps(model, optimizer, range(15), None if order is None else rank, "llama")
+        steps(model, optimizer, range(120), None if order is None else rank)
         for name, value in whole_weights(model).items():
-            assert_same(value, (row, name))
+            if order:
+                assert_same(value, (row, name))
         if order and dtype == torch.bfloat16 and row != "rso":
             ours = [p for n, p in model.named_parameters() if "surgery_coordinates" in n]
             held = {i: p.to_local() for i, p in enumerate(ours)}
@@ -98,14 +99,15 @@ NARROW = (
 
     for row, order, rate in (
         ("misa", "apply, shard", 1e-4),
-        ("misa", "shard, apply", 1e-5),
-        ("badam", "apply, shard", 1e-5),
-        ("rso", "apply, shard", 1e-5),
+        ("misa", "shard, apply", 3e-5),
+        ("badam", "shard, apply", 1e-4),
+        ("rso", "apply, shard", 1e-4),
     ):
-        exact = moved(row, None, torch.float32, rate)
         found = moved(row, order, torch.bfloat16, rate)
-        share = float(found @ exact / (exact @ exact))
-        assert abs(share - 1) < 0.03, (row, order, rate, share)
+        if rank == 0:
+            exact = moved(row, None, torch.float32, rate)
+            share = float(found @ exact / (exact @ exact))
+            assert abs(share - 1) < 0.03, (row, order, rate, share)
     print("equal")
 """
 )

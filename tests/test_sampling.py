@@ -61,7 +61,7 @@ def test_equal_scores_give_equal_inclusion(kind, budget):
     sampler = sampler_of(kind, budget)
     equal = dict.fromkeys(sampler.sizes, 0.0)
     visits: collections.Counter[str] = collections.Counter()
-    rounds, used = 4000, 0
+    rounds, used = 2000, 0
     for round in range(rounds):
         drawn = sampler.draw(round, equal)
         size = sum(sampler.sizes[name] for name in drawn)

@@ -226,8 +226,7 @@ class Dispatch(Forward):
 
     def _capture(self) -> Callable[..., Any]:
         """Return the model's forward, captured: with others of its kind where that can be."""
-        own = self.replaced is not None or self.backend is not None or self.surgery.binding.cut
-        if own:
+        if self.replaced is not None or self.backend is not None:
             return self._compiled(self.plain)
         self._shared = capture_of(self.model)
         return partial(self._shared.run, self.model)

@@ -1,0 +1,148 @@
+"""The files of an export put into a folder that may hold others: what is not ours stays.
+
+The model card lists the files of an export with their bytes. The next one takes those away, and no
+others, that it does not replace.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.contract.options import to_json
+from surgery.engine.surgery import Surgery
+from surgery.errors import CheckpointError
+
+CARD = "README.md"
+BESIDE = "SURGERY.md"  # the card, where the folder has a README of somebody's own
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MARK = "trained by model surgery"
+_FILE = re.compile(r"^\| `(.+)` \| ([\d,]+) \|$", re.MULTILINE)
+
+
+def place(made: Path, folder: Path) -> None:
+    """Put the files of a finished export in place: the weights as one, before what names them.
+
+    At any moment the folder holds a whole checkpoint, the old one or the new one. Raises
+    CheckpointError, before anything is changed, if weights that are not of an export would be
+    loaded in place of the new ones.
+    """
+    files = sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
+    listing = "".join(f"| `{each}` | {(made / each).stat().st_size:,} |\n" for each in files)
+    name = CARD if _is_ours(folder / CARD) else BESIDE
+    text = (made / CARD).read_text() + f"\n| file | bytes |\n|---|---|\n{listing}"
+    (made / CARD).write_text(text)
+    for each in files:  # safetensors lets nobody else read what it writes
+        (made / each).chmod(made.stat().st_mode & 0o666)
+    if not folder.exists():
+        made.rename(folder)
+        return
+    old = [each for each in written(folder) if each != CARD]
+    if SINGLE not in files and (folder / SINGLE).exists() and SINGLE not in old:
+        raise CheckpointError(
+            f"{folder / SINGLE} is not of an export of surgery's, and would be loaded in place of "
+            "the shards that are written now. Move it away, export into another folder, or give "
+            "max_shard_size= above the size of the model."
+        )
+    names = _apart(made, folder, files)
+    for file in sorted(files, key=_order):
+        target = folder / (name if file == CARD else names.get(file, file))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (made / file).replace(target)
+    kept = {names.get(file, file) for file in files}
+    for file in old:
+        if file not in kept:
+            (folder / file).unlink(missing_ok=True)
+            _take_empty(folder, (folder / file).parent)
+
+
+def _apart(made: Path, folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """Give shards names that no file in the folder has: the index that names them replaces them
+    all at once. Return the names that have changed."""
+    shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and f != SINGLE]
+    if not any((folder / each).exists() for each in shards):
+        return {}
+    letter = next(c for c in "bcdefg" if not any((folder / _named(s, c)).exists() for s in shards))
+    names = {each: _named(each, letter) for each in shards}
+    index = json.loads((made / INDEX).read_text())
+    index["weight_map"] = {key: names[file] for key, file in index["weight_map"].items()}
+    (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    text = (made / CARD).read_text()
+    for before, after in names.items():
+        text = text.replace(f"`{before}`", f"`{after}`")
+    sizes = f"{(made / INDEX).stat().st_size:,}"
+    (made / CARD).write_text(re.sub(rf"(?<=`{re.escape(INDEX)}` \| )[\d,]+", sizes, text))
+    return names
+
+
+def _named(shard: str, letter: str) -> str:
+    return shard.replace("model-", f"model-{letter}-", 1)
+
+
+def _order(file: str) -> tuple[bool, bool, str]:
+    """Weights first, then what names them, then all else."""
+    return not file.endswith(".safetensors"), file != INDEX, file
+
+
+def _take_empty(folder: Path, inner: Path) -> None:
+    while inner != folder and not any(inner.iterdir()):
+        inner.rmdir()
+        inner = inner.parent
+
+
+def _is_ours(file: Path) -> bool:
+    return not file.exists() or _MARK in file.read_text(errors="replace")
+
+
+def written(folder: Path) -> list[str]:
+    """Return the files of an earlier export that are as it wrote them."""
+    found: list[str] = []
+    for name in (CARD, BESIDE):
+        file = folder / name
+        if file.is_file() and _is_ours(file):
+            for each, size in _FILE.findall(file.read_text(errors="replace")):
+                there = folder / each
+                inside = there.resolve().is_relative_to(folder.resolve())
+                same = inside and there.is_file()
+                if same and there.stat().st_size == int(size.replace(",", "")):
+                    found.append(each)
+    return found
+
+
+def card(model: nn.Module, surgery: Surgery) -> str:
+    """Return the model card: what trained this, with which options."""
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    passes = [to_json(options) for options in surgery.decision.passes]
+    tags = "\n".join(f"- {each}" for each in ["model-surgery", *(p["name"] for p in passes)])
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers" if hasattr(model, "config") else "library_name: pytorch",
+            f"tags:\n{tags}",
+            "---",
+            "",
+            f"# {Path(name).name}, {_MARK}",
+            "",
+            f"{surgery.clock.step} optimizer steps with model-surgery {version('model-surgery')}:",
+            "",
+            *_rows(passes),
+            "",
+            "The checkpoint is a plain one: it is loaded without the library.",
+            "",
+        ]
+    )
+
+
+def _rows(passes: Iterable[dict[str, Any]]) -> Iterator[str]:
+    yield "| pass | options |"
+    yield "|---|---|"
+    for each in passes:
+        options = ", ".join(f"{key}={value!r}" for key, value in each["options"].items())
+        yield f"| {each['name']} | {options} |"

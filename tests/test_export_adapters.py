@@ -1,0 +1,116 @@
+"""Exports of models with adapters: what is written is what is live."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from models import batch, make
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file
+from test_export import loaded
+from torch import nn
+
+import surgery
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that", "ignore:Model config")
+
+
+@pytest.mark.parametrize("kind", ["lm_head", "embed_tokens", "both", "head saved", "dora", "ia3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_merged_export_is_the_live_model(kind, tied, tmp_path):
+    configs = {
+        "lm_head": LoraConfig(target_modules=["lm_head"], init_lora_weights=False),
+        "embed_tokens": LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False),
+        "both": LoraConfig(target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
+        "head saved": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "dora": LoraConfig(target_modules=["lm_head", "q_proj"], use_dora=True),
+        "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    }
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice on tied heads
+        model = get_peft_model(make("llama", tie_word_embeddings=tied), configs[kind])
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or "ia3" in name or "modules_to_save.default" in name:
+                parameter.data *= 1.5
+        surgery.apply(model, "recompute")
+        surgery.export(model, tmp_path, merge=True)
+        found = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        expected, logits = model.eval()(**batch("llama")).logits, found(**batch("llama")).logits
+        plain = make("llama", tie_word_embeddings=tied).eval()(**batch("llama")).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_merge_that_goes_wrong_is_an_error_and_leaves_the_old_export(tmp_path, monkeypatch):
+    model = get_peft_model(
+        make("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    surgery.apply(model, "recompute")
+    surgery.export(model, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    plain = type(model.base_model).merge_and_unload
+    for damaged in ("q_proj", "norm"):
+
+        def wrong(self, damaged=damaged):
+            made = plain(self)
+            for name, parameter in made.named_parameters():
+                if damaged in name:
+                    parameter.data *= 1.01
+            return made
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.base_model), "merge_and_unload", wrong)
+            with pytest.raises(surgery.CheckpointError, match=f"{damaged}.* differs"):
+                surgery.export(model, tmp_path, merge=True)
+        assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_prompts_are_written_beside_the_base(kind, tmp_path):
+    config = (PromptTuningConfig if kind == "prompt" else PrefixTuningConfig)(
+        task_type="CAUSAL_LM", num_virtual_tokens=4
+    )
+    model = get_peft_model(make("llama"), config)
+    surgery.apply(model, "recompute")
+    surgery.export(model, tmp_path)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        inputs = {"input_ids": batch("llama")["input_ids"]}
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits)
+    with pytest.raises(surgery.OptionError, match="adds no weights to the base"):
+        surgery.export(model, tmp_path, merge=True)
+
+
+class Gated(nn.Module):
+    """A base whose names look like an adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_gate, self.linear = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.config = SimpleNamespace(model_type="gated", to_dict=lambda: {}, get=lambda *_: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.lora_gate(x).sigmoid()).sum()
+
+
+def test_names_of_the_base_are_not_taken_for_an_adapters(tmp_path):
+    model = get_peft_model(Gated(), LoraConfig(target_modules=["linear"]))
+    surgery.apply(model, "recompute")
+    model(torch.randn(2, 4))
+    surgery.export(model, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert set(found) == set(Gated().state_dict())

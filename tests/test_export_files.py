@@ -1,0 +1,127 @@
+"""Exports and the files of others: what a folder held before, it holds after."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from laws import train, weights
+from models import adapt, make
+from test_export import loaded, same_outputs
+
+import passes
+import surgery
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that", "ignore:Model config")
+
+
+MINE = ("model_ema.safetensors", "model-best.safetensors", "notes.txt", "README.md")
+
+
+def test_what_somebody_else_has_put_into_the_folder_stays(tmp_path):
+    for name in (*MINE, "adapters/mine.bin", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    model = adapt(surgery.apply(make("llama"), "recompute"), "lora")
+    for options in ({"max_shard_size": "20KB"}, {}, {"merge": True}, {"max_shard_size": "20KB"}):
+        surgery.export(model, tmp_path, **options)
+        for name in (*MINE, "adapters/mine.bin"):
+            assert (tmp_path / name).read_text() == "mine", (name, options)
+        assert "trained by model surgery" in (tmp_path / "SURGERY.md").read_text()
+        loaded(transformers.AutoModelForCausalLM, tmp_path)
+        assert (tmp_path / "adapters" / "adapter_config.json").exists() != bool(
+            options.get("merge")
+        )
+    assert (tmp_path / "model-00001-of-00002.safetensors").read_text() == "mine"
+
+
+def test_weights_of_others_that_would_be_loaded_instead_are_an_error(tmp_path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    model = surgery.apply(make("llama"), "badam")
+    with pytest.raises(surgery.CheckpointError, match="would be loaded in place of"):
+        surgery.export(model, tmp_path, max_shard_size="20KB")
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("before", ["20KB", "50GB"])
+@pytest.mark.parametrize("after", ["20KB", "50GB"])
+def test_a_process_that_is_killed_leaves_one_whole_checkpoint(before, after, tmp_path, monkeypatch):
+    model = surgery.apply(make("llama", num_hidden_layers=2), passes.BAdam(period=2))
+    surgery.export(model, tmp_path / "run", max_shard_size=before)
+    old = weights(model)
+    train(model, "llama", 2)
+    new = weights(model)
+    calls = 0
+    plain = {name: getattr(Path, name) for name in ("replace", "unlink")}
+
+    def dying(name, *args):
+        nonlocal calls
+        calls += 1
+        if calls > lives:
+            raise KeyboardInterrupt
+        return plain[name](*args)
+
+    for lives in range(40):
+        calls = 0
+        shutil.rmtree(tmp_path / "now", ignore_errors=True)
+        shutil.copytree(tmp_path / "run", tmp_path / "now")
+        with monkeypatch.context() as patch:
+            for name in plain:
+                patch.setattr(Path, name, _dying(partial(dying, name)))
+            with nullcontext() if lives == 39 else suppress(KeyboardInterrupt):
+                surgery.export(model, tmp_path / "now", max_shard_size=after)
+        found = weights(loaded(transformers.AutoModelForCausalLM, tmp_path / "now"))
+        assert any(all(torch.equal(found[n], v) for n, v in each.items()) for each in (old, new))
+        if calls <= lives:
+            assert all(torch.equal(found[n], v) for n, v in new.items())
+            break
+    assert 3 < lives < 39
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["now", "run"]
+
+
+def _dying(call):
+    return lambda path, *args, **kwargs: call(path, *args)
+
+
+def test_an_exported_folder_has_the_usual_mode(tmp_path):
+    before = os.umask(0o022)
+    try:
+        surgery.export(surgery.apply(make("plain"), "badam"), tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
+    modes = {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "new").iterdir()}
+    assert modes == {0o644}
+
+
+def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch):
+    model = surgery.apply(make("plain"), "badam")
+    surgery.export(model, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("surgery.checkpoints.plain.save_model", full)
+    with pytest.raises(surgery.CheckpointError, match="No space left"):
+        surgery.export(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
+
+
+def test_into_a_folder_behind_a_link_with_a_name_in_unicode(tmp_path):
+    (tmp_path / "größe 模型").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "größe 模型")
+    model = surgery.apply(make("llama"), "badam")
+    surgery.export(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    same_outputs(model, loaded(transformers.AutoModelForCausalLM, tmp_path / "link"), "llama")
