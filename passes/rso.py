@@ -13,7 +13,7 @@ as they are made: W is always the trained weight, and a round ends by drawing P 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -134,6 +134,11 @@ class Subspaces(Projecting):
                     move(local_state(held), before, frame.matrix)
         if move is None:
             run.forget(self.projected)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        for frame in self.frames.values():  # drawn again from (seed, name, round)
+            frame.matrix = None
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield from super().lines()

@@ -471,6 +471,9 @@ def test_the_ddp_around_a_forward_is_found(tmp_path):
         outer = DistributedDataParallel(Asks(), find_unused_parameters=True)
         outer(torch.ones(1, 2))
         assert seen == [outer], "DistributedDataParallel._active_ddp_module has gone"
+        assert not fsdp.joins(outer)
+        with outer.join():
+            assert fsdp.joins(outer), "DistributedDataParallel._join_config has gone"
         assert fsdp.ddp_around() is None and outer.find_unused_parameters
     finally:
         torch.distributed.destroy_process_group()
@@ -505,6 +508,18 @@ def test_peft_is_known_when_it_is_there(monkeypatch):
     assert hf.has_peft() == ("peft" in sys.modules)
     monkeypatch.setitem(sys.modules, "peft", sys)
     assert hf.has_peft()
+
+
+def test_a_trainer_among_the_calls_is_found():
+    class Mine(transformers.Trainer):
+        def __init__(self) -> None:
+            self.state = transformers.TrainerState(global_step=7)
+
+        def ask(self):
+            return hf.steps_of_trainer([sys._getframe()])
+
+    assert hf.steps_of_trainer([sys._getframe()]) == 0
+    assert Mine().ask() == 7
 
 
 def test_marks_of_zero():

@@ -57,6 +57,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both if name in kept and TABLE not in name}
 
 
+def extra_of(model: nn.Module) -> dict[str, Any]:
+    """Return the extra state of modules that have some (torch's `get_extra_state`), by name."""
+    plain = nn.Module.get_extra_state
+    own = [(n, m) for n, m in model.named_modules() if type(m).get_extra_state is not plain]
+    return {name: module.get_extra_state() for name, module in own}
+
+
 def coordinates_of(surgery: Surgery) -> dict[str, Tensor]:
     """Return the mapped coordinates and the copies that are trained now, by name."""
     return {c.name: c.parameter for c in _listed(surgery) if c.mapped or c.active}
@@ -91,6 +98,25 @@ def optimizer_state(surgery: Surgery, optimizer: Any) -> dict[str, Any]:
     at = places(found, own)
     states = {at[index]: state for index, state in found["state"].items() if state}
     return {"kind": kind_of(optimizer), "groups": groups, "states": states}
+
+
+def scheduler_state(surgery: Surgery, scheduler: Any) -> dict[str, Any]:
+    """Return a schedule's state, and the names of what is in each group that it counts."""
+    return {
+        "kind": kind_of_schedule(scheduler),
+        "groups": groups_of(surgery, scheduler),
+        "state": dict(scheduler.state_dict()),
+    }
+
+
+def kind_of_schedule(scheduler: Any) -> str:
+    return type(getattr(scheduler, "scheduler", scheduler)).__name__  # accelerate's too
+
+
+def groups_of(surgery: Surgery, scheduler: Any) -> list[list[str]] | None:
+    """Return the names of the parameters in each group of a schedule; None if it has none."""
+    optimizer = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", None)
+    return None if optimizer is None else names_in(surgery, optimizer)
 
 
 def names_in(surgery: Surgery, optimizer: Any) -> list[list[str]]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 
 from surgery.checkpoints import encoding
-from surgery.checkpoints.contents import about_of, kind_of, known_parameters, names_in, places
+from surgery.checkpoints.contents import (
+    about_of,
+    groups_of,
+    kind_of,
+    kind_of_schedule,
+    known_parameters,
+    names_in,
+    places,
+)
 from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError, listed
@@ -42,6 +51,44 @@ def for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) ->
         if n in saved["states"]
     }
     return {**found, "param_groups": groups, "state": states}
+
+
+# Entries of a schedule's state with one value for each group of the optimizer.
+_BY_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "base_momentums", "max_momentums"}
+
+
+def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved state as this schedule's load_state_dict takes it. Raises."""
+    if saved["kind"] != kind_of_schedule(scheduler):
+        raise CheckpointError(
+            f"the save was made with {saved['kind']}, and {kind_of_schedule(scheduler)} is given. "
+            "Build the schedule as it was, or pass scheduler=False."
+        )
+    state, there = deepcopy(saved["state"]), saved["groups"]
+    own = groups_of(surgery, scheduler)
+    if there is None or own is None or own == there:
+        return state
+    known = {frozenset(names): index for index, names in enumerate(there)}
+    if len(own) != len(there) or any(frozenset(names) not in known for names in own):
+        raise CheckpointError(
+            f"the parameter groups that {saved['kind']} counts are not those of the save. Build "
+            "the optimizer from the same groups as before; their order does not matter."
+        )
+    return _turned(state, [known[frozenset(names)] for names in own])
+
+
+def _turned(state: Any, order: Sequence[int]) -> Any:
+    """Put what a schedule holds by group into another order, of schedules inside of it too."""
+    if isinstance(state, list):
+        return [_turned(each, order) for each in state]
+    if not isinstance(state, dict):
+        return state
+    return {
+        key: [value[i] for i in order]
+        if key in _BY_GROUP and isinstance(value, list) and len(value) == len(order)
+        else _turned(value, order)
+        for key, value in state.items()
+    }
 
 
 def _cut_like(value: Any, parameter: Tensor) -> Any:

@@ -1,8 +1,9 @@
 """One complete save in a folder, replaced as a whole: a process may be killed at any moment.
 
 `surgery_config.json` is the record of the save, for people and programs to read. It names the file
-that holds the tensors and its checksum. A save writes that file under the name that the record in
-place does not use, and then replaces the record. Nothing is ever unpickled.
+that holds the tensors and its checksum. A save writes that file under a name of its own, then
+replaces the record, and then takes away the file that the record before named. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,10 @@ from surgery.errors import CheckpointError, listed
 FORMAT = 1
 
 
-RECORD = "surgery_config.json"
+RECORD, STATE = "surgery_config.json", "surgery_state"
 
 
-PARTIAL = ".surgery.partial"  # folder of what is being written; safetensors has temporaries too
-
-
-FILES = ("surgery_state.safetensors", "surgery_state_2.safetensors")  # used in turn
+PARTIAL = ".surgery.partial"  # of a folder of what is being written; then host, process, number
 
 
 KEYS = {"format", "library", "model", "passes", "weights", "coordinates", "sums", "state", "sha256"}
@@ -47,20 +47,25 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
     """
     tensors: dict[str, Tensor] = {}
     values = json.dumps(encode(state, "", tensors))
-    partial = folder / PARTIAL
+    here = f"{PARTIAL}.{platform.node()}"
+    partial = folder / f"{here}.{os.getpid()}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        _tidy(folder, here)
         partial.mkdir()
-        used = _used(folder)
-        name = next(file for file in FILES if file != used)
-        save_file(tensors, partial / name, {"values": values})
-        about = {"file": name, "bytes": (partial / name).stat().st_size}
-        about["sha256"] = _hash(partial / name)
-        _replace(partial / name, folder / name)
+        save_file(tensors, partial / "state", {"values": values})
+        about: dict[str, Any] = {"bytes": (partial / "state").stat().st_size}
+        about["sha256"] = _hash(partial / "state")
+        # Named by what it holds: nobody else's file is ever in its way, nor it in theirs.
+        about["file"] = f"{STATE}_{about['sha256'][:12]}.safetensors"
+        (partial / "state").chmod(partial.stat().st_mode & 0o666)
         (partial / RECORD).write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
-        _replace(partial / RECORD, folder / RECORD)
-        if used is not None:
+        for file in ("state", RECORD):
+            _flush(partial / file)
+        used = _used(folder)
+        (partial / "state").replace(folder / about["file"])
+        (partial / RECORD).replace(folder / RECORD)
+        if used not in (None, about["file"]):
             (folder / used).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -126,6 +131,32 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _tidy(folder: Path, here: str) -> None:
+    """Take away what processes have left that were killed while they saved."""
+    for left in folder.glob(f"{here}.*"):
+        number = left.name.split(".")[-2]
+        if not number.isdigit() or not _runs(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    unnamed = [*folder.glob(f"{STATE}_*.safetensors")]
+    if not any(folder.glob(f"{PARTIAL}.*")):  # of one that saves now, there would be
+        used = _used(folder)
+        for file in unnamed:
+            if file.name != used:
+                file.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # signal 0 is another one there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _used(folder: Path) -> str | None:
     """Return the file that the record in place names, if there is one that can be read."""
     try:
@@ -148,7 +179,6 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _replace(partial: Path, target: Path) -> None:
-    with partial.open("rb+") as opened:
+def _flush(file: Path) -> None:
+    with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-    partial.replace(target)

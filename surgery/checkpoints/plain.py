@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from surgery.checkpoints import adapters, encoding
 from surgery.checkpoints.placing import CARD, card, place
+from surgery.checkpoints.ranks import on_first_rank
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError
-from surgery.ranks import on_first_rank
 from surgery.weights import shards
 
 ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint

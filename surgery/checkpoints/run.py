@@ -8,7 +8,6 @@ seeds again. The state of torch's own generators (dropout) and of the data loade
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,19 @@ from surgery.checkpoints import folder as saves
 from surgery.checkpoints.contents import (
     about_of,
     coordinates_of,
+    extra_of,
     optimizer_state,
+    scheduler_state,
     state_of,
     sums_of,
     tensors_of,
 )
-from surgery.checkpoints.fits import check, check_sums, for_optimizer
+from surgery.checkpoints.fits import check, check_sums, for_optimizer, for_scheduler
+from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat.tensors import each as each_leaf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError
-from surgery.ranks import on_first_rank
 from surgery.weights import shards
 from surgery.weights.copies import accept
 
@@ -49,8 +50,8 @@ def save(
     optimizer, scheduler: whatever has a state_dict. weights: False leaves them to whoever saves
     them beside; `load` then checks that the model has them. Written in one piece: a save that was
     there before stays intact until the new one is complete. On several ranks all call it, and rank
-    0 writes. Gradients of a step under way are not saved. Raises ModelError if nothing was applied,
-    CheckpointError if it cannot be written.
+    0 writes. Raises ModelError if nothing was applied, CheckpointError if it cannot be written, or
+    if there are gradients that no step has used: they are not saved.
     """
     surgery = applied(model)
     if surgery.clock.stepped:
@@ -58,15 +59,23 @@ def save(
             "some of the optimizers of this model have made their step, and others have not. Save "
             "between steps."
         )
+    given = [c for c in surgery.decision.coordinates if c.parameter.grad is not None]
+    if surgery.backward.pending and given:
+        raise CheckpointError(
+            f"a backward has given gradients to {len(given)} coordinates, and no step has used "
+            "them: a save would lose them. Save after optimizer.step(), at the end of an "
+            "accumulation; or give them up first: optimizer.zero_grad()."
+        )
     surgery.bind()
     tensors, state = tensors_of(surgery.decision.model), state_of(surgery)
     about = about_of(surgery, tensors)
     if weights:
         state["weights"] = encoding.untied(tensors)
+        state["extra state of modules"] = extra_of(surgery.decision.model)
     if optimizer is not None:
         state["optimizer"] = optimizer_state(surgery, optimizer)
     if scheduler is not None:
-        state["scheduler"] = dict(scheduler.state_dict())
+        state["scheduler"] = scheduler_state(surgery, scheduler)
     sums = {} if weights else sums_of(surgery, tensors)
     with on_first_rank() as first:
         whole = each_leaf(partial(shards.gathered, keep=first), state)  # on all ranks
@@ -102,12 +111,17 @@ def load(
                 f"{folder} was saved without {_article(what)}. Pass {what}=None, and it starts "
                 "anew."
             )
+    schedule: Any = None
+    if scheduler not in (None, False):
+        schedule = for_scheduler(surgery, scheduler, state["scheduler"])
     if optimizer not in (None, False):
         optimizer.load_state_dict(for_optimizer(surgery, optimizer, state["optimizer"]))
     if scheduler not in (None, False):
-        scheduler.load_state_dict(deepcopy(state["scheduler"]))
+        scheduler.load_state_dict(schedule)
     for name, tensor in state.get("weights", {}).items():
         shards.take(weights[name], tensor)
+    for name, extra in state.get("extra state of modules", {}).items():
+        surgery.decision.model.get_submodule(name).set_extra_state(extra)
     restore(surgery, state)
     return model
 

@@ -30,7 +30,7 @@ class TrainerCallback(Callback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save beside the checkpoint that has just been written."""
         model = kwargs["model"]
-        save(model, _checkpoint(args, state), weights=_trains_base(model))
+        save(model, _written(args, state), weights=_trains_base(model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on where the checkpoint was written; do nothing when a run begins."""
@@ -53,6 +53,14 @@ def _trains_base(model: Any) -> bool:
         return False
     prefix = model.base_model.prefix
     return any(prefix not in site.name for site in applied(model).decision.sites)
+
+
+def _written(args: Any, state: Any) -> Path:
+    """Return the checkpoint that has just been written: a search of hyperparameters has folders of
+    its own for each trial."""
+    name, folder = f"checkpoint-{state.global_step}", Path(args.output_dir)
+    found = [each for each in (folder / name, *folder.glob(f"run-*/{name}")) if each.is_dir()]
+    return max(found, key=lambda each: each.stat().st_mtime_ns, default=folder / name)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -72,6 +72,11 @@ def ddp_around() -> DistributedDataParallel | None:
     return DistributedDataParallel._active_ddp_module
 
 
+def joins(wrapper: DistributedDataParallel) -> bool:
+    """Whether `with ddp.join():` is around, in which ranks take other numbers of steps."""
+    return wrapper._join_config.enable
+
+
 def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Let a DistributedDataParallel that will be put around a model leave parameters out, which get
     no gradient of their own. Under PEFT's names too, since it may come between."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,18 @@ class Workarounds:
             module.gradient_checkpointing = True
         self.hooks.clear()
         self.off.clear()
+
+
+def steps_of_trainer(calls: Iterable[FrameType]) -> int:
+    """Return the steps that a Trainer among the calls has made; 0 if there is none."""
+    module: Any = sys.modules.get("transformers.trainer")
+    if module is None:
+        return 0
+    for frame in calls:
+        caller: Any = frame.f_locals.get("self")
+        if isinstance(caller, module.Trainer):
+            return caller.state.global_step
+    return 0
 
 
 def has_peft() -> bool:

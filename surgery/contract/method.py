@@ -136,7 +136,10 @@ class Method:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` returned, right after `start` on a model of the same shapes."""
+        """Take back what `state` returned, at any step of a run on a model of the same shapes.
+
+        Everything that a later step depends on is set: what `state` leaves out must be drawn anew.
+        """
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """Return what `report` says of the pass, as (label, value)."""

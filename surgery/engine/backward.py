@@ -37,10 +37,17 @@ class Backward:
     fused: bool = False
     replicated: Sequence[Coordinate] = ()
     reduced: Sequence[Site] = ()
+    pending: bool = False  # whether a backward has ended since the last step
     apart: list[Site] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"first": None, "replicated": (), "reduced": (), "apart": []}
+        return self.__dict__ | {
+            "first": None,
+            "replicated": (),
+            "reduced": (),
+            "apart": [],
+            "pending": False,
+        }
 
     def begin(self) -> None:
         """Forget a backward that an error has ended."""
@@ -77,7 +84,7 @@ class Backward:
 
     def end(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
-        first, self.first = self.first, None
+        first, self.first, self.pending = self.first, None, True
         apart = [*self.apart]
         self.apart.clear()
         for site in [*apart, *self.reduced]:

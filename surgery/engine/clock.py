@@ -23,7 +23,14 @@ from surgery.engine.backward import Backward
 from surgery.engine.callers import calls, forget_state, loss_scale_now, rate_of
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
-from surgery.engine.guards import around, check_fresh, check_membership, only_makes_state
+from surgery.engine.guards import (
+    around,
+    check_fresh,
+    check_held,
+    check_membership,
+    check_resumed,
+    only_makes_state,
+)
 from surgery.errors import OptimizerError
 from surgery.weights import copies
 from surgery.weights.coordinate import Coordinate, unique
@@ -54,7 +61,9 @@ class Clock:
     loss_scale: float = 1.0
     rehearsal: bool = False
     refused: bool | None = False
-    optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    optimizers: weakref.WeakKeyDictionary[Optimizer, frozenset[str]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     under_way: list[tuple[Optimizer, FrameType]] = field(default_factory=list)
     driving: list[Optimizer] = field(default_factory=list)
     stepped: set[int] = field(default_factory=set)
@@ -64,7 +73,7 @@ class Clock:
         return {k: v for k, v in (self.__dict__ | fresh).items() if k != "optimizers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"optimizers": weakref.WeakSet()}
+        self.__dict__ |= state | {"optimizers": weakref.WeakKeyDictionary()}
 
     @property
     def model(self) -> nn.Module:
@@ -118,7 +127,7 @@ class Clock:
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         if self.stepping:  # one optimizer around another
             if self._steps_us(held):
-                self.optimizers.add(optimizer)
+                self.optimizers[optimizer] = frozenset()
                 self.under_way.append((optimizer, where))
             return
         if self.backward.first is not None and self._steps_us(held):
@@ -137,12 +146,16 @@ class Clock:
             check_membership(coordinates, optimizer, held)
             if not self.step:
                 check_fresh(coordinates, optimizer)
+                check_resumed(optimizer)
             for method in methods:
                 method.check(optimizer)
-            self.optimizers.add(optimizer)
+            names = frozenset(c.name for c in coordinates if id(c.parameter) in held)
+            self.optimizers[optimizer] = names
             for each in coordinates:
                 if not each.active:  # some optimizers make the state of all when they are built
                     optimizer.state.pop(each.parameter, None)
+        else:
+            check_held(coordinates, optimizer, held, self.optimizers[optimizer])
         self.loss_scale = loss_scale
         self.under_way.append((optimizer, where))
         if closure:
@@ -190,6 +203,7 @@ class Clock:
         if not self._is_under_way(optimizer):
             return
         self.driving.append(optimizer)
+        self.backward.pending = False
         if optimizer is not self.under_way[0][0]:
             self.under_way.pop()
             return

@@ -16,7 +16,7 @@ from surgery.compat.dynamo import Backend
 from surgery.compat.hf import Workarounds
 from surgery.contract.method import EVERY, Method, overrides
 from surgery.engine.compile import check_backend
-from surgery.engine.finding import surgery_of
+from surgery.engine.finding import check_alone, surgery_of
 from surgery.engine.guards import check_layout
 from surgery.errors import ConflictError, ModelError, OptionError
 from surgery.kernels.plan import Compile
@@ -96,6 +96,7 @@ def _check_model(model: nn.Module, data: bool) -> None:
             f"surgery was applied to this {type(model).__name__} already ({names}). Give all "
             "passes in one list, or call surgery.remove(model) first."
         )
+    check_alone(model)
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise ModelError(
             f"this model is wrapped in {type(model).__name__} already, which has laid out its "

@@ -29,7 +29,7 @@ from surgery.engine.captures import Capture, capture_of, running
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
 from surgery.engine.finding import Forward
-from surgery.engine.guards import check_layout, check_wrapping, unreached
+from surgery.engine.guards import check_layout, check_wrapping, joined, unreached
 from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leaves
 from surgery.engine.rewrite import rewrite
 from surgery.errors import CaptureError
@@ -167,6 +167,8 @@ class Dispatch(Forward):
     def _level(self) -> None:
         """Let the weights that a DistributedDataParallel leaves out be the same on all ranks."""
         wrapper = fsdp.ddp_around()
+        if wrapper is not None and fsdp.joins(wrapper):
+            raise joined()
         if wrapper is not None and self._around() is not wrapper:
             self._around = weakref.ref(wrapper)
             sites = self.surgery.decision.sites

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from surgery.compat import fsdp
+from surgery.compat import fsdp, hf
+from surgery.engine.callers import calls
 from surgery.errors import CaptureError, ModelError, OptimizerError, SurgeryError, listed
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate, unique
@@ -33,6 +34,15 @@ def unreached(names: Sequence[str]) -> CaptureError:
         f"forward: {listed(names)}. Its output depends on them, so the part of the model that "
         "reads them could not be captured (TORCH_LOGS=graph_breaks names the line): leave them out "
         f"with targets=... Nothing was trained; surgery.remove(model) restores the model.{way}"
+    )
+
+
+def joined() -> ModelError:
+    """Return the error for ranks that make other numbers of steps."""
+    return ModelError(
+        "join() of DistributedDataParallel lets ranks that have run out of batches make no more "
+        "steps: their rounds and draws would not be those of the others. Give all ranks the same "
+        "number of batches: DistributedSampler(..., drop_last=True)."
     )
 
 
@@ -107,6 +117,35 @@ def check_membership(
             "a part of the parameters (get_peft_model after surgery.apply switches "
             "requires_grad off). Build it afterwards, from all: "
             "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
+        )
+
+
+def check_held(
+    coordinates: Sequence[Coordinate],
+    optimizer: Optimizer,
+    held: Mapping[int, Tensor],
+    before: frozenset[str],
+) -> None:
+    """Raise OptimizerError if a coordinate that an optimizer has stepped is another object now."""
+    lost = [c.name for c in coordinates if c.name in before and id(c.parameter) not in held]
+    if lost:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds parameters that are not the model's any more, and "
+            f"would leave {len(lost)} untrained: {listed(lost)}. They were replaced, by "
+            "load_state_dict(assign=True) or by .to() with new objects. Load without assign=True, "
+            "or build the optimizer anew: optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
+        )
+
+
+def check_resumed(optimizer: Optimizer) -> None:
+    """Raise OptimizerError if a Trainer goes on with a run that the surgery does not know."""
+    made = hf.steps_of_trainer(calls())
+    if made:
+        raise OptimizerError(
+            f"the Trainer that calls {type(optimizer).__name__} has made {made} steps, and the "
+            "surgery none: the run is resumed without the surgery's state. Give both runs the "
+            "callback that saves it and takes it back: "
+            "Trainer(..., callbacks=[surgery.TrainerCallback()])."
         )
 
 

@@ -13,6 +13,8 @@ from surgery.engine.clock import Clock
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.dispatch import Dispatch
+from surgery.engine.finding import disown
+from surgery.engine.finding import own as own_modules
 from surgery.weights.table import TABLE, table_of
 
 
@@ -48,12 +50,14 @@ class Surgery:
                 model.add_module(TABLE, table_of(own))
             self.dispatch.install()
             self.bind()
+            own_modules(self)
         except BaseException:
             self.uninstall()
             raise
 
     def uninstall(self) -> None:
         """Take everything out; the weights keep what they have learned."""
+        disown(self)
         self.clock.stop()
         self.binding.release()
         self.dispatch.uninstall()
