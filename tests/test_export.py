@@ -9,9 +9,7 @@ import torch
 import transformers
 from laws import PASSES, own, rows, train, weights
 from models import FAMILIES, adapt, batch, make
-from peft import (
-    PeftModel,
-)
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import passes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,22 @@ def are_on(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def _wrappers(base: nn.Module) -> Iterator[tuple[str, str]]:
-    """Return PEFT's modules: their name, and that of what they have put themselves around."""
-    for name, module in base.named_modules():
-        if type(module).__module__.startswith("peft."):
-            for inner in _INNER:
-                if isinstance(getattr(module, inner, None), nn.Module):
-                    yield name, inner
-                    break
+def _inner_of(module: nn.Module) -> str | None:
+    """Return under which name a module of PEFT holds what it is around; None for others."""
+    if not type(module).__module__.startswith("peft."):
+        return None
+    return next((n for n in _INNER if isinstance(getattr(module, n, None), nn.Module)), None)
+
+
+def _wrappers(base: nn.Module) -> dict[str, str]:
+    """Return PEFT's modules by name, each with the name of what it has put itself around."""
+    found = ((name, _inner_of(module)) for name, module in base.named_modules())
+    return {name: inner for name, inner in found if inner is not None}
 
 
 def base_state(base: nn.Module) -> dict[str, Tensor]:
     """Return the state of a base by its own keys, without what PEFT has put into it."""
-    wrappers = dict(_wrappers(base))
+    wrappers = _wrappers(base)
     found = {}
     for key, value in base.state_dict().items():
         plain = _plain(key, wrappers)
@@ -47,7 +49,7 @@ def _plain(key: str, wrappers: dict[str, str]) -> str | None:
     """Return a key as it is without PEFT; None for what is PEFT's own."""
     parts, kept = key.split("."), []
     for depth, part in enumerate(parts):
-        inner = wrappers.get(".".join(parts[:depth])) if depth else wrappers.get("")
+        inner = wrappers.get(".".join(parts[:depth]))
         if inner is None:
             kept.append(part)
         elif part != inner:
@@ -91,8 +93,8 @@ def _untie(base: Any) -> None:
 
 
 def _innermost(module: Any) -> Any:
-    while type(module).__module__.startswith("peft."):
-        module = next(m for name in _INNER if (m := getattr(module, name, None)) is not None)
+    while (name := _inner_of(module)) is not None:
+        module = getattr(module, name)
     return module
 
 
@@ -104,13 +106,11 @@ def check_merged(model: Any, folder: Path) -> None:
     if not hasattr(type(base), "from_pretrained"):
         return
     written: Any = type(base).from_pretrained(folder, dtype=base.dtype)
-    wrappers = dict(_wrappers(base))
+    wrappers = _wrappers(base)
     outer = [n for n in wrappers if not any(n.startswith(f"{o}.") for o in wrappers if o != n)]
     for name in outer:
-        live, plain = (
-            base.get_submodule(name),
-            written.get_submodule(_plain(name, wrappers) or name),
-        )
+        live = base.get_submodule(name)
+        plain = written.get_submodule(_plain(name, wrappers) or name)
         training = live.training
         live.eval()
         x = _probe(_innermost(live))

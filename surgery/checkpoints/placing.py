@@ -34,52 +34,48 @@ def place(made: Path, folder: Path) -> None:
     CheckpointError, before anything is changed, if weights that are not of an export would be
     loaded in place of the new ones.
     """
-    files = sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
-    listing = "".join(f"| `{each}` | {(made / each).stat().st_size:,} |\n" for each in files)
-    name = CARD if _is_ours(folder / CARD) else BESIDE
-    text = (made / CARD).read_text() + f"\n| file | bytes |\n|---|---|\n{listing}"
-    (made / CARD).write_text(text)
-    for each in files:  # safetensors lets nobody else read what it writes
-        (made / each).chmod(made.stat().st_mode & 0o666)
-    if not folder.exists():
-        made.rename(folder)
-        return
-    old = [each for each in written(folder) if each != CARD]
-    if SINGLE not in files and (folder / SINGLE).exists() and SINGLE not in old:
+    old = written(folder)
+    foreign = (folder / SINGLE).exists() and SINGLE not in old
+    if foreign and not (made / SINGLE).exists():
         raise CheckpointError(
             f"{folder / SINGLE} is not of an export of surgery's, and would be loaded in place of "
             "the shards that are written now. Move it away, export into another folder, or give "
             "max_shard_size= above the size of the model."
         )
-    names = _apart(made, folder, files)
+    _set_apart(made, folder)
+    files = sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
+    listed = [each for each in files if each != CARD]
+    listing = "".join(f"| `{each}` | {(made / each).stat().st_size:,} |\n" for each in listed)
+    with (made / CARD).open("a") as card:
+        card.write(f"\n| file | bytes |\n|---|---|\n{listing}")
+    for each in files:  # safetensors lets nobody else read what it writes
+        (made / each).chmod(made.stat().st_mode & 0o666)
+    if not folder.exists():
+        made.rename(folder)
+        return
+    name = CARD if _is_ours(folder / CARD) else BESIDE
     for file in sorted(files, key=_order):
-        target = folder / (name if file == CARD else names.get(file, file))
+        target = folder / (name if file == CARD else file)
         target.parent.mkdir(parents=True, exist_ok=True)
         (made / file).replace(target)
-    kept = {names.get(file, file) for file in files}
     for file in old:
-        if file not in kept:
+        if file not in files:
             (folder / file).unlink(missing_ok=True)
             _take_empty(folder, (folder / file).parent)
 
 
-def _apart(made: Path, folder: Path, files: Iterable[str]) -> dict[str, str]:
+def _set_apart(made: Path, folder: Path) -> None:
     """Give shards names that no file in the folder has: the index that names them replaces them
-    all at once. Return the names that have changed."""
-    shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and f != SINGLE]
+    all at once."""
+    shards = [each.name for each in made.glob("*.safetensors") if each.name != SINGLE]
     if not any((folder / each).exists() for each in shards):
-        return {}
+        return
     letter = next(c for c in "bcdefg" if not any((folder / _named(s, c)).exists() for s in shards))
-    names = {each: _named(each, letter) for each in shards}
+    for each in shards:
+        (made / each).rename(made / _named(each, letter))
     index = json.loads((made / INDEX).read_text())
-    index["weight_map"] = {key: names[file] for key, file in index["weight_map"].items()}
+    index["weight_map"] = {k: _named(file, letter) for k, file in index["weight_map"].items()}
     (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    text = (made / CARD).read_text()
-    for before, after in names.items():
-        text = text.replace(f"`{before}`", f"`{after}`")
-    sizes = f"{(made / INDEX).stat().st_size:,}"
-    (made / CARD).write_text(re.sub(rf"(?<=`{re.escape(INDEX)}` \| )[\d,]+", sizes, text))
-    return names
 
 
 def _named(shard: str, letter: str) -> str:

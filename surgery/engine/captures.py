@@ -46,6 +46,11 @@ def running(runner: Runner) -> Iterator[None]:
         _running.reset(token)
 
 
+def is_running(runner: Runner) -> bool:
+    """Whether a training forward of this surgery is under way, in this thread."""
+    return _running.get(None) is runner
+
+
 class Capture:
     """What Dynamo makes of the forward of models of one kind."""
 

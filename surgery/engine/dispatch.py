@@ -25,7 +25,7 @@ from surgery.compat.tensors import each as each_leaf
 from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
 from surgery.engine import captures
-from surgery.engine.captures import Capture, capture_of, running
+from surgery.engine.captures import Capture, capture_of, is_running, running
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
 from surgery.engine.finding import Forward
@@ -68,7 +68,7 @@ class Dispatch(Forward):
         self._fresh()
 
     def _fresh(self) -> None:
-        self.captures, self.running = 0, False
+        self.captures = 0
         self.taken: dict[str, int] = {}
         self.graphs: list[Captured] = []
         self.calls: list[tuple[GraphModule, Sequence[Any]]] | None = None
@@ -77,7 +77,7 @@ class Dispatch(Forward):
         self._around: Callable[[], Any] = lambda: None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("captures", "running", "taken", "graphs", "calls", "_captured", "_shared", "_around")
+        own = ("captures", "taken", "graphs", "calls", "_captured", "_shared", "_around")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +212,6 @@ class Dispatch(Forward):
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
         most = captures.STRUCTURES
         forward = partial(captured, *args, **kwargs)
-        self.running = True
         try:
             with dynamo.capturing(most), running(self):
                 return driving[0].drive(forward, self.surgery.clock) if driving else forward()
@@ -223,8 +222,6 @@ class Dispatch(Forward):
                 "likely cause is a Python number, string or flag among the inputs that changes at "
                 "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
             ) from error
-        finally:
-            self.running = False
 
     def _capture(self) -> Callable[..., Any]:
         """Return the model's forward, captured: with others of its kind where that can be."""
@@ -249,7 +246,7 @@ class Dispatch(Forward):
 
 def _is_running(dispatch: weakref.ref[Dispatch]) -> bool:
     alive = dispatch()
-    return alive is not None and alive.running
+    return alive is not None and is_running(alive)
 
 
 def _captured(

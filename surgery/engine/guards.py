@@ -127,7 +127,7 @@ def check_held(
     before: frozenset[str],
 ) -> None:
     """Raise OptimizerError if a coordinate that an optimizer has stepped is another object now."""
-    lost = [c.name for c in coordinates if c.name in before and id(c.parameter) not in held]
+    lost = [c.name for c in coordinates if id(c.parameter) not in held and c.name in before]
     if lost:
         raise OptimizerError(
             f"{type(optimizer).__name__} holds parameters that are not the model's any more, and "

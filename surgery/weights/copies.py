@@ -145,11 +145,9 @@ def write(
 
 
 def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
-    part, now = shards.local(weight.detach()), shards.local(coordinate.parameter.detach())
+    part, now = shards.local(coordinate.part(weight)), shards.local(coordinate.parameter.detach())
     (height, width), top, left = matrix_shape(coordinate.parameter), 0, 0
-    if rule.index is not None:
-        part = part[rule.index]
-    elif shards.is_cut(weight):
+    if shards.is_cut(weight):  # as a whole: blocks of it are refused
         _, top, left = shards.part_of(weight)
     if part.dtype == now.dtype or not now.numel():  # of a short vector, a rank may hold nothing
         part.copy_(now)
