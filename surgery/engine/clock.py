@@ -125,6 +125,8 @@ class Clock:
         `computed`.
         """
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        if optimizer not in self.optimizers and not self._steps_us(held):
+            return  # another model's, whose step may be under way in another thread
         if self.stepping:  # one optimizer around another
             if self._steps_us(held):
                 self.optimizers[optimizer] = frozenset()
@@ -141,8 +143,6 @@ class Clock:
             return
         coordinates, methods = self.decision.coordinates, self.decision.methods
         if optimizer not in self.optimizers:
-            if not self._steps_us(held):
-                return
             check_membership(coordinates, optimizer, held)
             if not self.step:
                 check_fresh(coordinates, optimizer)
