@@ -62,12 +62,19 @@ def _allocations(profiler: profile) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Memory of training, by what holds it. None where it was not measured or predicted."""
+    """Memory of training, by what holds it. None where it was not measured or predicted.
+
+    peak: the most at a time in a whole step, of the model's device, reached in `phase`: "forward",
+    "backward" or "step". milliseconds: of a step.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int | None = None
+    peak: int | None = None
+    phase: str | None = None
+    milliseconds: float | None = None
 
     @property
     def total(self) -> int:
@@ -134,6 +141,12 @@ def comparison(columns: dict[str, Bytes]) -> list[tuple[str, str]]:
         if any(value is None for value in values.values()):
             continue
         rows.append((kind, ", ".join(f"{megabytes(v)} ({name})" for name, v in values.items())))
+    peaks = [(f"{name}, in {c.phase}", c.peak) for name, c in columns.items() if c.peak is not None]
+    if peaks:
+        rows.append(("peak of a step", ", ".join(f"{megabytes(v)} ({name})" for name, v in peaks)))
+    times = [(name, c.milliseconds) for name, c in columns.items() if c.milliseconds is not None]
+    if times:
+        rows.append(("time of a step", ", ".join(f"{v:,.1f} ms ({name})" for name, v in times)))
     return rows
 
 

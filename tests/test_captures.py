@@ -135,3 +135,33 @@ def test_models_of_one_kind_train_in_threads():
         for name, value in expected.items():
             # a thread adds up in another order
             torch.testing.assert_close(together[seed][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_what_breaks_one_models_graph_breaks_no_others(no_captures, how):
+    """Dynamo's guards do not keep the pieces from models without the hook."""
+
+    def pieces(model) -> int:
+        dispatch = state_of(model).dispatch
+        loss_of(model, inputs_of("llama"))
+        return dispatch.pieces
+
+    def applied():
+        return surgery.apply(make("llama"), passes.Rso(rank=4))
+
+    broken, beside = applied(), applied()
+    assert pieces(broken) == pieces(beside) == 1
+    mlp, said = broken.model.layers[-1].mlp, []
+    if how == "hook":
+        mlp.register_forward_hook(lambda *_: said.append(torch._dynamo.is_compiling()))
+    else:
+        plain = mlp.forward
+        mlp.forward = lambda x: said.append(str(object())) or plain(x)
+    assert pieces(broken) >= 1
+    pieces(beside)  # may meet the pieces once
+    assert pieces(beside) == pieces(beside) == 1
+    assert pieces(applied()) == 1
+    later = make("llama")
+    later.model.layers[-1].mlp.register_forward_hook(lambda *_: said.append(str(object())))
+    assert pieces(surgery.apply(later, passes.Rso(rank=4))) >= 1
+    assert pieces(applied()) == 1

@@ -69,7 +69,7 @@ def test_measure_training_adds_up():
     count = sum(p.numel() for p in model.parameters())
     assert found.parameters == found.gradients == 4 * count
     assert found.optimizer == 8 * count + 4 * len(before)
-    assert found.total == sum(vars(found).values())
+    assert found.total == sum(v for v in vars(found).values() if v is not None)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
@@ -88,9 +88,8 @@ def test_plan_predicts_what_report_measures(family, name):
     for kind in ("parameters", "gradients", "optimizer"):
         assert getattr(planned.before, kind) == getattr(found.before, kind)
         assert getattr(planned.after, kind) == getattr(found.after, kind)
-    # Predicted from eager autograd; captured graphs hold a little less.
     for one, other in ((planned.before, found.before), (planned.after, found.after)):
-        assert one.activations == pytest.approx(other.activations, rel=0.1)
+        assert one.activations == pytest.approx(other.activations, rel=1e-4), planned  # constants
 
 
 def test_plan_changes_nothing_and_needs_no_batch():
@@ -127,13 +126,6 @@ def test_a_round_on_the_gpu_trains_within_its_budget():
     found = measure_training(model, inputs, optimizer)
     assert found.gradients <= 0.1 * found.parameters
     assert measure(lambda: torch.empty(1024, device="cuda"), torch.device("cuda")).live == 4096
-
-
-def test_plan_says_what_it_cannot_predict():
-    inputs = inputs_of("llama")
-    found = surgery.plan(make("llama", num_hidden_layers=2), inputs, ["misa", "recompute"])
-    assert found.after.activations is None
-    assert "not predicted for recompute; surgery.report measures them" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def wrapped(model: nn.Module) -> nn.Module:
         wrapped,
         lambda model: surgery.apply(model, "recompute"),
         lambda model: nn.Identity(),
-        lambda model: "a string",
+        lambda model: 3,
     ],
     ids=["wrapped", "applied already", "no parameters", "no module"],
 )

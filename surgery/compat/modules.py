@@ -42,6 +42,18 @@ def drop(model: nn.Module, name: str) -> None:
             model.meta.pop(_USER_PRESERVED_ATTRIBUTES_KEY, None)
 
 
+def is_special(module: nn.Module) -> bool:
+    """Whether a module has hooks around its forward, or a forward that is not its class's."""
+    return "forward" in vars(module) or any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
 def forward_hooks(module: nn.Module) -> Iterator[tuple[int, Callable[..., Any]]]:
     """Return the forward hooks of a module with their keys."""
     yield from list(module._forward_hooks.items())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,9 +19,35 @@ def storage_of(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def address(t: Tensor) -> int:
+    """Return where a tensor's entries lie; without memory, a number that tells it from others."""
+    if isinstance(t, FakeTensor):
+        return storage_of(t) + int(t.storage_offset()) * t.element_size()
+    return t.data_ptr()
+
+
+_played: ContextVar[FakeTensorMode | None] = ContextVar("played", default=None)
+
+
+@contextmanager
+def playing(mode: FakeTensorMode) -> Iterator[None]:
+    """Take a mode's tensors without memory for real ones inside: a whole step is played on them."""
+    token = _played.set(mode)
+    try:
+        with mode:
+            yield
+    finally:
+        _played.reset(token)
+
+
 def is_fake(value: Any) -> bool:
-    """Whether a value is a tensor without memory, of a dry run."""
-    return isinstance(value, FakeTensor)
+    """Whether a value is a tensor without memory of a dry run; not one to play a step on."""
+    return isinstance(value, FakeTensor) and value.fake_mode is not _played.get()
+
+
+def is_played(value: Any) -> bool:
+    """Whether a value is a tensor without memory that a step is played on."""
+    return isinstance(value, FakeTensor) and value.fake_mode is _played.get()
 
 
 def fakes(real: bool = False) -> FakeTensorMode:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.fx import GraphModule
 
-from surgery.compat import dynamo
+from surgery.compat import dynamo, modules
 from surgery.graph.lowering import duplicate
 from surgery.graph.reading import name_modules
 from surgery.weights.table import TABLE
@@ -24,9 +24,10 @@ STRUCTURES = 64  # captures of one frame before giving up: distinct input struct
 
 
 class Runner(Protocol):
-    """A surgery, for the graphs that its forwards come to."""
+    """A surgery, for the graphs that its forwards come to. pieces: graphs run by this forward."""
 
     model: nn.Module
+    pieces: int
 
     def rewritten(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite a graph, in place, and return what runs it."""
@@ -56,19 +57,39 @@ class Capture:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.run = dynamo.capture(forward, _traced, STRUCTURES)
+        self.pieces = 0
+
+    def serves(self, pieces: int) -> bool:
+        """Whether a forward that ran so many graphs ran what the others run.
+
+        Where a hook of one model breaks a graph, Dynamo's guards do not keep the pieces from the
+        others: these go on alone, and nobody comes anew.
+        """
+        self.pieces = self.pieces or pieces
+        if pieces == self.pieces:
+            return True
+        for kind, capture in [*CAPTURES.items()]:
+            if capture is self:
+                del CAPTURES[kind]
+        return False
 
 
 CAPTURES: weakref.WeakValueDictionary[Any, Capture] = weakref.WeakValueDictionary()
 
 
-def capture_of(model: nn.Module) -> Capture:
-    """Return the capture of the forward of a model's class, for models like this one."""
+def capture_of(model: nn.Module) -> Capture | None:
+    """Return the capture of the forward of a model's class, for models like this one.
+
+    None for a model that is not like others: some module has hooks, or a forward of its own.
+    """
+    if any(modules.is_special(module) for module in model.modules() if module is not model):
+        return None
     forward = type(model).forward
-    modules = [(name, type(module)) for name, module in model.named_modules()]
-    weights = [(name, p.shape, p.dtype, p.device) for name, p in model.named_parameters()]
+    parts = [(name, type(module)) for name, module in model.named_modules()]
+    weights = [(name, type(p), p.shape, p.dtype, p.device) for name, p in model.named_parameters()]
     kind = (
         forward,
-        tuple(each for each in modules if TABLE not in each[0].split(".")),
+        tuple(each for each in parts if TABLE not in each[0].split(".")),
         tuple(each for each in weights if TABLE not in each[0].split(".")),
     )
     found = CAPTURES.get(kind)
@@ -88,6 +109,7 @@ class _Trace:
 
     def __call__(self, *inputs: Any) -> Any:
         runner = _running.get()
+        runner.pieces += 1
         run = self.runs.get(runner)
         if run is None:
             with dynamo.undisturbed():

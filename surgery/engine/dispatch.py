@@ -55,8 +55,8 @@ class Captured:
 class Dispatch(Forward):
     """What `model.forward` is between `surgery.apply` and `surgery.remove`.
 
-    captures: graphs captured so far. taken: pass -> bytes that its rewrites take away. calls:
-    graphs run and their inputs, while someone listens.
+    captures: graphs captured so far. taken: pass -> bytes that its rewrites take away. run: runs
+    a graph with its inputs.
     """
 
     def __init__(self, surgery: Surgery) -> None:
@@ -68,16 +68,16 @@ class Dispatch(Forward):
         self._fresh()
 
     def _fresh(self) -> None:
-        self.captures = 0
+        self.captures = self.pieces = 0
         self.taken: dict[str, int] = {}
         self.graphs: list[Captured] = []
-        self.calls: list[tuple[GraphModule, Sequence[Any]]] | None = None
+        self.run = _forward
         self._captured: Callable[..., Any] | None = None
         self._shared: Capture | None = None
         self._around: Callable[[], Any] = lambda: None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("captures", "taken", "graphs", "calls", "_captured", "_shared", "_around")
+        own = ("captures", "pieces", "taken", "graphs", "run", "_captured", "_shared", "_around")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,13 +85,25 @@ class Dispatch(Forward):
         self._fresh()
 
     @contextmanager
+    def running_by(self, run: Callable[[GraphModule, Sequence[Any]], Any]) -> Iterator[None]:
+        """Run graphs by a function inside."""
+        self.run = run
+        try:
+            yield
+        finally:
+            self.run = _forward
+
+    @contextmanager
     def listening(self) -> Iterator[list[tuple[GraphModule, Sequence[Any]]]]:
         """Give the graphs that are run inside, with their inputs."""
-        self.calls = found = []
-        try:
+        found = []
+
+        def heard(graph: GraphModule, inputs: Sequence[Any]) -> Any:
+            found.append((graph, inputs))
+            return _forward(graph, inputs)
+
+        with self.running_by(heard):
             yield found
-        finally:
-            self.calls = None
 
     def install(self) -> None:
         """Take the place of `model.forward`."""
@@ -148,6 +160,7 @@ class Dispatch(Forward):
             self.leaves = self._put_leaves(self.leaves)  # of a copy
         if surgery.binding.cut and not self.leaves:
             self.leaves = self._put_leaves(outside_of_blocks(self.model))
+            self._go_on_alone()
         plan.compile_for(decision.compile)
         surgery.clock.forward()
         before = surgery.coverage.before()
@@ -192,6 +205,7 @@ class Dispatch(Forward):
         if not all(map(can_be_leaf, owners)):
             raise unreached([site.name for site in lost])
         self.leaves |= self._put_leaves(owners)
+        self._go_on_alone()
 
     def _put_leaves(self, modules: Iterable[nn.Module]) -> dict[nn.Module, Leaf]:
         return put_leaves(modules, self._compiled, partial(_is_running, weakref.ref(self)))
@@ -211,10 +225,14 @@ class Dispatch(Forward):
         """Return the output of a training forward."""
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
         most = captures.STRUCTURES
-        forward = partial(captured, *args, **kwargs)
+
+        def forward() -> Any:
+            self.pieces = 0
+            return captured(*args, **kwargs)
+
         try:
             with dynamo.capturing(most), running(self):
-                return driving[0].drive(forward, self.surgery.clock) if driving else forward()
+                output = driving[0].drive(forward, self.surgery.clock) if driving else forward()
         except dynamo.LimitHit as error:
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} was captured {most} times for "
@@ -222,13 +240,22 @@ class Dispatch(Forward):
                 "likely cause is a Python number, string or flag among the inputs that changes at "
                 "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
             ) from error
+        if self._shared is not None and not self._shared.serves(self.pieces):
+            self._go_on_alone()
+        return output
 
     def _capture(self) -> Callable[..., Any]:
         """Return the model's forward, captured: with others of its kind where that can be."""
-        if self.replaced is not None or self.backend is not None:
+        alone = self.replaced is not None or self.backend is not None or bool(self.leaves)
+        self._shared = None if alone else capture_of(self.model)
+        if self._shared is None:
             return self._compiled(self.plain)
-        self._shared = capture_of(self.model)
         return partial(self._shared.run, self.model)
+
+    def _go_on_alone(self) -> None:
+        """Leave a shared capture: this model's forward is not what the others' is any more."""
+        if self._shared is not None:
+            self._captured, self._shared = self._compiled(self.plain), None
 
     def rewritten(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite a graph, in place, and return what runs it."""
@@ -261,7 +288,9 @@ def _captured(
 
 
 def _run(dispatch: weakref.ref[Dispatch], graph: GraphModule, *inputs: Any) -> Any:
-    listening = dispatch()
-    if listening is not None and listening.calls is not None:
-        listening.calls.append((graph, inputs))
+    owner = dispatch()
+    return (_forward if owner is None else owner.run)(graph, inputs)
+
+
+def _forward(graph: GraphModule, inputs: Sequence[Any]) -> Any:
     return graph.forward(*inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ def _with_activations(
             plain(**batch)
             then = measure(lambda: loss_of(plain(**batch)), device).live
     return (
-        Bytes(**vars(before) | {"activations": then}),
-        Bytes(**vars(after) | {"activations": now}),
+        replace(before, activations=then),
+        replace(after, activations=now),
         kept,
     )
 

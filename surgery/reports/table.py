@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from surgery.memory import Bytes, comparison, megabytes
+from surgery.prediction.timeline import Holder
 from surgery.reports.kept import Kept
 
 LARGEST_KINDS = 12  # rows of a printed report; all are in `Report.kept`
@@ -20,7 +21,7 @@ class Report:
 
     before: training all that could be trained before `apply`, with Adam. after: as it is now. kept:
     what forward keeps for backward, by operation, if a batch was given (checkpointed blocks count
-    by their inputs).
+    by their inputs). holders: what is alive at the peak that was predicted, the largest first.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Report:
     after: Bytes
     measured: bool
     kept: tuple[Kept, ...] = ()
+    holders: tuple[Holder, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table(title=self.title, show_header=False)
@@ -42,6 +44,13 @@ class Report:
         for one in self.kept[:LARGEST_KINDS]:
             what = f"{one.count} x {one.made_by} in {one.where or 'the model'}"
             table.add_row(f"kept, {megabytes(one.bytes)}", f"{what}, for {one.kept_by}")
+        if self.holders:
+            table.add_section()
+        for held in self.holders[:LARGEST_KINDS]:
+            where = f": {held.made_by} in {held.where or 'the model'}" if held.made_by else ""
+            table.add_row(
+                f"at the peak, {megabytes(held.bytes)}", f"{held.count} x {held.kind}{where}"
+            )
         return table
 
     def __str__(self) -> str:

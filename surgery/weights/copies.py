@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.compat import autograd
 from surgery.compat.fsdp import lay
+from surgery.compat.tensors import address
 from surgery.kernels import plan, rounding
 from surgery.kernels.fused import launch
 from surgery.weights import shards
@@ -167,4 +168,4 @@ def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
 
 def _seen(t: Tensor) -> tuple[int, int]:
     own = shards.local(t)
-    return autograd.version(own), own.data_ptr()
+    return autograd.version(own), address(own)

@@ -1,0 +1,213 @@
+"""A whole step played on tensors without memory: each storage as it comes and goes.
+
+Storages of such tensors are freed as those of real ones are, when the last reference is gone,
+autograd's own included: what is alive is counted, not predicted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from surgery.compat.tensors import playing
+
+T = TypeVar("T")
+
+aten = torch.ops.aten
+# What only data could tell. A finite, positive number lets every check pass.
+_ANSWERS: dict[Any, Callable[[Any], Any]] = {
+    aten._local_scalar_dense.default: lambda t: _one(t.dtype),
+    aten.equal.default: lambda t: True,
+}
+
+
+class Watcher(Protocol):
+    """Who is told what happens on a stage."""
+
+    def came(self, key: int, size: int, operation: str) -> None:
+        """A storage of so many bytes was allocated by an operation."""
+        ...
+
+    def went(self, key: int) -> None:
+        """It was freed."""
+        ...
+
+    def opened(self) -> None:
+        """A function that is one launch begins."""
+        ...
+
+    def closed(self) -> None:
+        """It has ended: what came and went meanwhile was never in memory."""
+        ...
+
+    def ran(self, operation: str, flops: int, dtype: torch.dtype, traffic: int) -> None:
+        """An operation ran. flops: of products, 0 for all else. dtype: of its first tensor.
+        traffic: bytes of what it read and wrote."""
+        ...
+
+
+class Stage(TorchDispatchMode):
+    """Where every tensor has a shape, a dtype and a storage, and no memory."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self.watcher = watcher
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.keys: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.next = 0
+        self.depth = 0  # inside of functions that run as one launch
+        self.results: dict[object, Callable[[], Any] | None] = {}
+
+    def ignore_compile_internals(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Let Dynamo capture, and run what it has captured."""
+        return True
+
+    def key_of(self, t: Tensor) -> int:
+        """Return what tells a tensor's storage from every other of this stage."""
+        return self.see(t, "given")
+
+    def see(self, t: Tensor, operation: str) -> int:
+        storage = t.untyped_storage()
+        key = self.keys.get(storage)
+        if key is None:
+            self.keys[storage] = key = self.next
+            self.next += 1
+            # before `came`: an operation's error must not leave it alive
+            weakref.finalize(storage, self.watcher.went, key)
+            self.watcher.came(key, storage.nbytes(), operation)
+        return key
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        answer = _ANSWERS.get(func)
+        if answer is not None and self._ours(args[0]):
+            return answer(args[0])
+        result = func(*args, **options)
+        made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
+        known = [t.untyped_storage() in self.keys for t in made]
+        for t in made:
+            self.see(t, func.name())
+        if not self.depth and not _moves_nothing(func, all(known)):
+            given = [t for t in pytree.tree_leaves((args, options)) if self._ours(t)]
+            self._tell(func.name(), _flops(func, args, options, result), given, made)
+        return result
+
+    def one(self, name: str, key: object, function: Callable[..., T], args: Sequence[Any]) -> T:
+        """Return a function's result; its own temporaries stay in registers.
+
+        key: tells what the function does. It is played once for arguments of these layouts.
+        """
+        given = [t for t in pytree.tree_leaves(args) if self._ours(t)]
+        known = (key, *map(_layout, args))
+        again = self.results.get(known)
+        if again is None:
+            self.depth += 1
+            self.watcher.opened()
+            try:
+                result = function(*args)
+            finally:
+                self.depth -= 1
+                self.watcher.closed()
+            self.results[known] = _recipe(result, given)
+        else:
+            result = again()
+        if not self.depth:
+            made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
+            self._tell(name, 0, given, made)
+        return result
+
+    def _tell(self, name: str, flops: int, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        tensors = [*given, *made]
+        if tensors:
+            traffic = sum(t.numel() * t.element_size() for t in tensors)
+            self.watcher.ran(name, flops, tensors[0].dtype, traffic)
+
+    def _ours(self, value: Any) -> bool:
+        return isinstance(value, FakeTensor) and value.fake_mode is self.mode
+
+
+_stage: ContextVar[Stage | None] = ContextVar("stage", default=None)
+
+
+@contextmanager
+def staged(stage: Stage) -> Iterator[None]:
+    """Play what is run inside on a stage."""
+    token = _stage.set(stage)
+    try:
+        with playing(stage.mode), stage:
+            yield
+    finally:
+        _stage.reset(token)
+
+
+def current() -> Stage | None:
+    """Return the stage that we are on."""
+    return _stage.get()
+
+
+def place_in_forward() -> int:
+    """Return a number that each autograd node made raises."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def place_in_backward() -> int | None:
+    """Return the number, see `place_in_forward`, of the autograd node whose backward runs."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def _layout(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.stride()
+    return int if type(value) is int else repr(value)
+
+
+def _recipe(result: Any, given: Sequence[Tensor]) -> Callable[[], Any] | None:
+    """Return what makes the like of a result; None if it is not all new."""
+    values, spec = pytree.tree_flatten(result)
+    tensors = [t for t in values if isinstance(t, Tensor)]
+    storages = {t.untyped_storage()._cdata for t in [*given, *tensors]}
+    if len(storages) < len({id(t.untyped_storage()) for t in given}) + len(tensors):
+        return None
+    layouts = [
+        partial(torch.empty_strided, tuple(t.shape), t.stride(), dtype=t.dtype, device=t.device)
+        if isinstance(t, Tensor)
+        else partial(_same, t)
+        for t in values
+    ]
+    return lambda: pytree.tree_unflatten([make() for make in layouts], spec)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _one(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _moves_nothing(func: Any, known: bool) -> bool:
+    """Whether an operation computes nothing: a view, an allocation."""
+    if func.name() in ("aten::empty.memory_format", "aten::empty_strided", "aten::empty_like"):
+        return True
+    return known and not func._schema.is_mutable
+
+
+def _flops(func: Any, args: Sequence[Any], options: dict[str, Any], result: Any) -> int:
+    count = flop_registry.get(func.overloadpacket)
+    return count(*args, **options, out_val=result) if count is not None else 0

@@ -1,0 +1,1 @@
+"""A training step foreseen: played on tensors without memory, every allocation counted."""

@@ -1,0 +1,198 @@
+"""One training step, foreseen: forward, loss, backward, clipping, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.optim import Optimizer
+
+from surgery.compat.stage import Stage, staged
+from surgery.engine.decide import decide
+from surgery.engine.surgery import Surgery
+from surgery.graph.reading import module_of
+from surgery.kernels import plan
+from surgery.prediction.devices import Device
+from surgery.prediction.skeleton import hollow, skeleton
+from surgery.prediction.timeline import Holder, Kind, Phase, Timeline
+
+Making = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The loop around a model, as far as its memory is concerned.
+
+    loss: of (model, batch). optimizer: makes one of parameters. clip: norm that gradients are
+    clipped to. autocast: dtype. device: None counts bytes as on a CPU.
+    """
+
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    optimizer: Making = torch.optim.AdamW
+    clip: float | None = None
+    autocast: torch.dtype | None = None
+    device: Device | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step holds, in bytes. start: before it, optimizer state included. activations: that
+    forward leaves for backward. peak: the most at a time, in `phase`. holders: of the peak.
+    course: bytes by kind, after each allocation. milliseconds: None without a device."""
+
+    start: int
+    activations: int
+    peak: int
+    phase: Phase
+    holders: tuple[Holder, ...]
+    course: Sequence[tuple[Phase | None, Mapping[Kind, int]]]
+    milliseconds: float | None
+    launches: int
+
+
+def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], loop: Loop) -> Step:
+    """Play the second step of a run, when the optimizer has its state.
+
+    passes: checked options; none for the plain model. Changes nothing; raises what `apply` and
+    the model's own forward raise.
+    """
+    timeline = Timeline(loop.device)
+    stage = Stage(timeline)
+    with staged(stage), _sizes_of(loop.device), torch.random.fork_rng([]):
+        copy, inputs = skeleton(model), hollow(batch)
+        timeline.call("batch", map(stage.key_of, _tensors(inputs.values())))
+        timeline.call("weights", map(stage.key_of, [*copy.parameters(), *copy.buffers()]))
+        surgery = Surgery(decide(copy, passes, compile=_compiling(loop.device))) if passes else None
+        if surgery is not None:
+            surgery.install()
+        try:
+            with _naming(copy, surgery, timeline):
+                trained = [p for p in copy.parameters() if p.requires_grad]
+                optimizer = _made(loop, trained)
+                _step(copy, inputs, optimizer, loop, timeline, stage)
+                timeline.begin()
+                start = timeline.live()
+                state = [v for held in optimizer.state.values() for v in held.values()]
+                timeline.call("optimizer", map(stage.key_of, _tensors(state)))
+                timeline.call("weights", map(stage.key_of, copy.parameters()))
+                activations = _step(copy, inputs, optimizer, loop, timeline, stage)
+        finally:
+            if surgery is not None:
+                surgery.uninstall()
+    peak, phase, holders = timeline.peak()
+    workspace = loop.device.workspace if loop.device is not None else 0
+    return Step(
+        start=start,
+        activations=activations - start,
+        peak=peak + workspace,
+        phase=phase,
+        holders=holders,
+        course=timeline.course(),
+        milliseconds=1e3 * timeline.seconds if loop.device is not None else None,
+        launches=timeline.launches,
+    )
+
+
+def _step(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    optimizer: Optimizer,
+    loop: Loop,
+    timeline: Timeline,
+    stage: Stage,
+) -> int:
+    """Make a step; return the bytes that are alive between forward and backward."""
+    with timeline.during("forward"), _autocast(loop.autocast):
+        loss = loop.loss(model, batch)
+        timeline.end_forward()
+    live = timeline.live()
+    with timeline.during("backward"):
+        loss.backward()
+    del loss
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    timeline.call("gradients", map(stage.key_of, grads))
+    del grads
+    with timeline.during("step"):
+        if loop.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), loop.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return live
+
+
+def _made(loop: Loop, trained: Sequence[nn.Parameter]) -> Optimizer:
+    optimizer = loop.optimizer(trained)
+    if loop.device is not None and loop.device.accelerator:
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # what torch takes there by itself
+    return optimizer
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def _sizes_of(device: Device | None) -> AbstractContextManager[Any]:
+    if device is None or not device.accelerator:
+        return nullcontext()
+    return plan.forced("accelerator", count=False)
+
+
+def _compiling(device: Device | None) -> plan.Compile:
+    return "auto" if device is not None and device.accelerator else False
+
+
+@contextmanager
+def _naming(model: nn.Module, surgery: Surgery | None, timeline: Timeline) -> Iterator[None]:
+    """Tell the timeline whose operations come next: of which module, blocks numbered *."""
+    if surgery is not None:
+        with surgery.dispatch.running_by(
+            lambda graph, inputs: _Named(graph, timeline).run(*inputs)
+        ):
+            yield
+        return
+    handles, path = [], [""]
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, args: Any, name: str = _numbered(name)) -> None:
+            path.append(name)
+            timeline.at(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            path.pop()
+            timeline.at(path[-1])
+
+        handles += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Named(Interpreter):
+    def __init__(self, graph: GraphModule, timeline: Timeline) -> None:
+        super().__init__(graph)
+        self.timeline = timeline
+
+    def run_node(self, n: Node) -> Any:
+        if n.op not in ("placeholder", "output"):
+            self.timeline.at(_numbered(module_of(n)))
+        return super().run_node(n)
+
+
+def _numbered(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
