@@ -11,12 +11,11 @@ from torch import Tensor
 from surgery.checkpoints import encoding
 from surgery.checkpoints.contents import (
     about_of,
-    groups_of,
     kind_of,
-    kind_of_schedule,
     known_parameters,
     names_in,
     places,
+    scheduler_state,
 )
 from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
@@ -59,13 +58,13 @@ _BY_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "base_momentums", 
 
 def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved state as this schedule's load_state_dict takes it. Raises."""
-    if saved["kind"] != kind_of_schedule(scheduler):
+    present = scheduler_state(surgery, scheduler)
+    if saved["kind"] != present["kind"]:
         raise CheckpointError(
-            f"the save was made with {saved['kind']}, and {kind_of_schedule(scheduler)} is given. "
+            f"the save was made with {saved['kind']}, and {present['kind']} is given. "
             "Build the schedule as it was, or pass scheduler=False."
         )
-    state, there = deepcopy(saved["state"]), saved["groups"]
-    own = groups_of(surgery, scheduler)
+    state, there, own = deepcopy(saved["state"]), saved["groups"], present["groups"]
     if there is None or own is None or own == there:
         return state
     known = {frozenset(names): index for index, names in enumerate(there)}
