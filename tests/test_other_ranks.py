@@ -73,3 +73,49 @@ def test_every_pass_goes_on_on_two_ranks_and_back_on_one(tmp_path):
             surgery.load(model, tmp_path / f"{row}, {wrap}", optimizer)
             steps(model, optimizer, THIRD, None)
             check(row, whole_weights(model), tmp_path)
+
+
+HELD = """
+    import sys; sys.path.insert(0, "tests")
+    from contextlib import nullcontext
+    import torch
+    from laws import state_of
+    from models import inputs_of, loss_of
+    from ranks import assert_same, begin, start, whole_weights
+    import surgery
+
+    rank = begin()
+
+    def go(row, order):
+        model, optimizer = start(row, order)
+        torch.manual_seed(rank)  # of no effect
+        for step in range(6):
+            bad = float("nan") if step == 2 and (rank or not order) else 1.0
+            for part in range(2):
+                last = part == 1
+                if order and order != "DDP":
+                    model.set_requires_gradient_sync(last)
+                with model.no_sync() if order == "DDP" and not last else nullcontext():
+                    inputs = inputs_of("plain", rows=4, seed=2 * step + part)
+                    if order:
+                        inputs = {k: v.chunk(2)[rank] for k, v in inputs.items()}
+                    (bad * loss_of(model, inputs) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        clock = state_of(model).clock
+        assert (clock.step, clock.skipped) == (5, 1), (row, order)
+        return whole_weights(model)
+
+    for row in ("misa", "rso", "velora", "mezo"):
+        alone = go(row, None)
+        for order in ("DDP", "apply, shard"):
+            for name, value in go(row, order).items():
+                assert_same(value, (row, order, name))
+                torch.testing.assert_close(value, alone[name], rtol=1e-7, atol=1e-9, msg=f"{row} {order} {name}")
+    print("equal")
+"""
+
+
+def test_what_one_rank_meets_holds_for_both(tmp_path):
+    """Two micro-batches a step, sent with the last; in one step, NaN on one of the ranks."""
+    run_two_ranks(HELD, tmp_path)
