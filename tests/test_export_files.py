@@ -149,7 +149,8 @@ for write in (surgery.save, surgery.export):
         try:
             write(model, folder / name)
         except surgery.CheckpointError as error:
-            print(f"{write.__name__} {name}:", "could not" in str(error), "Permission" in str(error))
+            said = [each in str(error) for each in ("could not", "Permission")]
+            print(f"{write.__name__} {name}:", *said)
 """
 
 

@@ -111,7 +111,8 @@ HELD = """
         for order in ("DDP", "apply, shard"):
             for name, value in go(row, order).items():
                 assert_same(value, (row, order, name))
-                torch.testing.assert_close(value, alone[name], rtol=1e-7, atol=1e-9, msg=f"{row} {order} {name}")
+                said = f"{row} {order} {name}"
+                torch.testing.assert_close(value, alone[name], rtol=1e-7, atol=1e-9, msg=said)
     print("equal")
 """
 

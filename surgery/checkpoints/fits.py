@@ -64,6 +64,11 @@ def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) ->
             f"the save was made with {saved['kind']}, and {present['kind']} is given. "
             "Build the schedule as it was, or pass scheduler=False."
         )
+    if _inside(saved["state"]) != _inside(present["state"]):
+        raise CheckpointError(
+            f"the save was made with other schedules inside of {saved['kind']} than those that are "
+            "given. Build the schedule as it was, or pass scheduler=False."
+        )
     state, there, own = deepcopy(saved["state"]), saved["groups"], present["groups"]
     if there is None or own is None or own == there:
         return state
@@ -74,6 +79,13 @@ def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) ->
             "the optimizer from the same groups as before; their order does not matter."
         )
     return _turned(state, [known[frozenset(names)] for names in own])
+
+
+def _inside(state: Any) -> list[Any]:
+    """Return the names of what each schedule inside of another keeps, which differ by kind."""
+    lists = [v for v in state.values() if isinstance(v, list)] if isinstance(state, dict) else []
+    parts = [each for found in lists for each in found if isinstance(each, dict)]
+    return [(sorted(each), _inside(each)) for each in parts]
 
 
 def _turned(state: Any, order: Sequence[int]) -> Any:

@@ -83,6 +83,7 @@ class Clock:
         """Go on from where a run was."""
         self.step, self.skipped, self.forwards = step, skipped, 0
         self.stepped.clear()
+        self.driving.clear()
 
     def forward(self) -> None:
         """Note that a training forward begins."""
