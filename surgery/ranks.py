@@ -7,9 +7,14 @@ from torch import Tensor, distributed
 
 def rank_of_world() -> tuple[int, int]:
     """Return the rank of this process and the number of all: (0, 1) without torch.distributed."""
-    if distributed.is_available() and distributed.is_initialized():
+    if is_joined():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def is_joined() -> bool:
+    """Whether this process has joined a group of processes, of itself alone maybe."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def add_up(values: Tensor) -> None:

@@ -67,6 +67,8 @@ SHARDED = {
     "rso_transport": lambda: passes.Rso(rank=4, period=2, state="transport", weight_decay=0.1),
     "misa_of_rso": lambda: [passes.Misa(budget=0.5, period=2), passes.Rso(rank=4, period=3)],
     "recompute": lambda: passes.Recompute(),
+    "chunked_loss": lambda: passes.ChunkedLoss(),
+    "compress": lambda: passes.Compress(),
     "all": lambda: [
         passes.Misa(budget=0.3, period=2),
         passes.Rso(rank=4, period=3),
@@ -87,13 +89,19 @@ SHARDED["misa of bfloat16"] = SHARDED["misa"]
 
 
 def start(row: str, order: str | None, family: str = "plain", **options: Any) -> Any:
-    """Return a model with a pass, sharded before or after it (None: not), and its optimizer."""
+    """Return a model with a pass, sharded before or after it (None: not), and its optimizer.
+
+    order: "DDP" for that, of what is returned the wrapper.
+    """
     model = make(family, **options).to(DTYPES[row])
+    blocks = row != "chunked_loss"  # FSDP2 breaks a forward that loops over blocks, loss and all
     if order == "shard, apply":
-        shard(model)
+        shard(model, blocks)
     surgery.apply(model, SHARDED[row]())
     if order == "apply, shard":
-        shard(model)
+        shard(model, blocks)
+    if order == "DDP":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
     if row in ZEROTH:
         return model, torch.optim.SGD(model.parameters(), lr=1e-2)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
@@ -140,16 +148,18 @@ def load_distributed(model: nn.Module, optimizer: torch.optim.Optimizer, folder:
     )
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, blocks: bool = True) -> nn.Module:
     """`fully_shard` each block, then the whole."""
     mesh = init_device_mesh("cpu", (2,))
     for block in getattr(model, "blocks", None) or model.get_submodule("model.layers"):
-        fully_shard(block, mesh=mesh)
+        if blocks:
+            fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's own weights, whole, without the table's."""
+    model = getattr(model, "module", model)  # of DDP
     found = {n: p for n, p in model.named_parameters() if not n.startswith(TABLE)}
     return {n: shards.whole(p.detach()).clone() for n, p in found.items()}
 

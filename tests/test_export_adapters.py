@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from models import batch, make
+from laws import train
+from models import adapt, batch, make
 from peft import (
     IA3Config,
     LoraConfig,
@@ -18,7 +19,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from test_export import loaded
+from test_export import loaded, same_outputs
 from torch import nn
 
 import surgery
@@ -114,3 +115,33 @@ def test_names_of_the_base_are_not_taken_for_an_adapters(tmp_path):
     surgery.export(model, tmp_path)
     found = load_file(tmp_path / "model.safetensors")
     assert set(found) == set(Gated().state_dict())
+
+
+APART = {
+    "tokens": {"init_lora_weights": False, "trainable_token_indices": [1, 2]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_base_and_adapters_written_apart_are_the_live_model(kind, tmp_path):
+    """Where PEFT keeps a weight under two names, or has taken a part of the base off."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], **APART[kind])
+    model = surgery.apply(get_peft_model(make("llama"), config).train(), "recompute")
+    train(model, "llama", 2)
+    surgery.export(model, tmp_path)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    same_outputs(model, PeftModel.from_pretrained(base, tmp_path / "adapters"), "llama")
+
+
+def test_adapters_that_are_merged_already_are_not_added_twice(tmp_path):
+    model = surgery.apply(adapt(make("llama"), "lora"), "recompute")
+    model.merge_adapter()
+    with pytest.raises(surgery.CheckpointError, match=r"unmerge_adapter\(\) first"):
+        surgery.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="already merged"):  # PEFT's own
+        surgery.export(model, tmp_path / "out", merge=True)
+    model.unmerge_adapter()
+    surgery.export(model, tmp_path / "out")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import shutil
+import signal
 import stat
+import tempfile
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import transformers
@@ -103,19 +106,69 @@ def test_an_exported_folder_has_the_usual_mode(tmp_path):
     assert modes == {0o644}
 
 
-def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch):
-    model = surgery.apply(make("plain"), "badam")
-    surgery.export(model, tmp_path)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"merge": True}], ids=str)
+def test_a_full_disk_leaves_the_old_export(options, tmp_path):
+    model = surgery.apply(adapt(make("llama"), "lora"), "recompute")
+    surgery.export(model, tmp_path / "run", **options)
+    before = held(tmp_path / "run")
+    largest = max(map(len, before.values()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the kernel's error instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, -1))
+    try:
+        with pytest.raises(surgery.CheckpointError, match=r"File too large.*Free some space"):
+            surgery.export(model, tmp_path / "run", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert held(tmp_path / "run") == before
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("surgery.checkpoints.plain.save_model", full)
-    with pytest.raises(surgery.CheckpointError, match="No space left"):
-        surgery.export(model, tmp_path)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
+def held(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from models import make
+import surgery
+
+model = surgery.apply(make("plain"), "badam")
+folder = Path(sys.argv[1])
+folder.parent.chmod(0o755)
+for write in (surgery.save, surgery.export):
+    write(model, folder / write.__name__)
+    (folder / write.__name__).chmod(0o555)
+folder.chmod(0o555)
+if not os.geteuid():  # who may write anywhere
+    os.setuid(65534)
+for write in (surgery.save, surgery.export):
+    for name in (write.__name__, "new"):
+        try:
+            write(model, folder / name)
+        except surgery.CheckpointError as error:
+            said = [each in str(error) for each in ("could not", "Permission")]
+            print(f"{write.__name__} {name}:", *said)
+"""
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_what_it_holds():
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own is closed to other users
+        folder = Path(parent) / "run"
+        folder.mkdir()
+        (printed,) = processes.run(READ_ONLY, Path(parent), [str(folder)])
+        assert printed.splitlines() == [
+            f"{verb} {name}: True True" for verb in ("save", "export") for name in (verb, "new")
+        ]
+        assert sorted(f.name for f in folder.iterdir()) == ["export", "save"]
+        names = sorted(f.name for f in folder.rglob("*") if f.is_file())
+        assert names[:2] == ["README.md", "model.safetensors"] and len(names) == 4
+        surgery.load(surgery.apply(make("plain", seed=3), "badam"), folder / "save")
+        for each in folder.iterdir():
+            each.chmod(0o755)
+        folder.chmod(0o755)
 
 
 def test_into_a_folder_behind_a_link_with_a_name_in_unicode(tmp_path):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from laws import PASSES, own, state_of
 from models import FAMILIES, QUIET, batch, make
 from transformers import Trainer, TrainingArguments
+from transformers.hyperparameter_search import (
+    ALL_HYPERPARAMETER_SEARCH_BACKENDS,
+    HyperParamSearchBackendBase,
+)
+from transformers.trainer_utils import HPSearchBackend
 
 import passes
 import surgery
@@ -30,7 +37,7 @@ def data(count: int) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[i] for name, tensor in rows.items()} for i in range(count)]
 
 
-def trainer_of(model, folder, callbacks=(), **options):
+def trainer_of(model, folder, callbacks=(), model_init=None, **options):
     base = dict(
         output_dir=str(folder),
         max_steps=6,
@@ -47,6 +54,7 @@ def trainer_of(model, folder, callbacks=(), **options):
         train_dataset=data(24),
         eval_dataset=data(4),
         callbacks=[*callbacks],
+        model_init=model_init,
     )
 
 
@@ -159,3 +167,55 @@ def test_evaluation_and_the_best_model(tmp_path):
     assert best != 6  # at such a learning rate
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-4)
+
+
+class Search(HyperParamSearchBackendBase):
+    """What optuna does for a Trainer, with two trials."""
+
+    name = "optuna"
+
+    @staticmethod
+    def is_available():
+        return True
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        for number in range(n_trials):
+            trainer.objective = None
+            trainer.train(trial=SimpleNamespace(number=number, params={}))
+            self.ends.append({n: p.detach().clone() for n, p in own(trainer.model).items()})
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["run-0", "named"])
+def test_a_search_of_hyperparameters_saves_beside_its_own_checkpoints(named, tmp_path, monkeypatch):
+    """Each trial is the run of its own Trainer, and is resumed from its own checkpoint."""
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Search)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    monkeypatch.setattr(Search, "ends", [], raising=False)
+    rates, saving = (1e-2, 1e-3), dict(save_strategy="steps", save_steps=3)
+
+    def begin():  # a Trainer switches the cache off in the first model only
+        return surgery.apply(make("llama", use_cache=False), passes.BAdam(period=2))
+
+    def one(folder, rate, callback=None, resume=None):
+        callback = callback or surgery.TrainerCallback()
+        trainer = trainer_of(begin(), folder, [callback], learning_rate=rate, **saving)
+        trainer.train(resume_from_checkpoint=resume)
+        return own(trainer.model)
+
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)  # of an older run
+    trainer = trainer_of(None, tmp_path, [surgery.TrainerCallback()], model_init=begin, **saving)
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": rates[trial.number]},
+        n_trials=2,
+        backend="optuna",
+        hp_name=(lambda trial: f"rate {rates[trial.number]}") if named else None,
+    )
+    for number, rate in enumerate(rates):
+        at = tmp_path / (f"rate {rate}" if named else f"run-{number}") / "checkpoint-3"
+        assert (at / "surgery_config.json").is_file()
+        alone = one(tmp_path / "alone", rate)
+        again = one(tmp_path / "again", rate, surgery.TrainerCallback(at), str(at))
+        for name, value in Search.ends[number].items():
+            assert torch.equal(alone[name], value), (rate, name)
+            assert torch.equal(again[name], value), (rate, name)
+    assert not list((tmp_path / "other" / "checkpoint-3").iterdir())

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.api import remove
-from surgery.errors import CheckpointError, OptionError
+from surgery.errors import CheckpointError, OptionError, listed
 
 # What a module of PEFT has put itself around.
-_INNER = ("base_layer", "original_module", "token_adapter")
+# Around tokens it has two names, and the state of one.
+_INNER = ("base_layer", "token_adapter", "original_module")
 
 
 def are_on(model: nn.Module) -> bool:
@@ -65,6 +66,18 @@ def check_mergeable(model: Any) -> None:
         kind = type(model.active_peft_config).__name__
         raise OptionError(
             f"{kind} adds no weights to the base: its prompts stay beside it. Leave merge=True out."
+        )
+
+
+def check_apart(model: Any) -> None:
+    """Raise CheckpointError if the base holds already what its adapters add."""
+    base = model.get_base_model()
+    added = [n for n in _wrappers(base) if getattr(base.get_submodule(n), "merged", False)]
+    if added:
+        raise CheckpointError(
+            f"the adapters are merged into {listed(added)} (merge_adapter), so base and adapters "
+            "written apart would add them twice. Call model.unmerge_adapter() first, or export "
+            "with merge=True."
         )
 
 

@@ -101,22 +101,15 @@ def optimizer_state(surgery: Surgery, optimizer: Any) -> dict[str, Any]:
 
 
 def scheduler_state(surgery: Surgery, scheduler: Any) -> dict[str, Any]:
-    """Return a schedule's state, and the names of what is in each group that it counts."""
+    """Return a schedule's state, its kind, and the names of what is in each group of its optimizer;
+    None for these if it has none."""
+    plain = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps one
+    optimizer = getattr(plain, "optimizer", None)
     return {
-        "kind": kind_of_schedule(scheduler),
-        "groups": groups_of(surgery, scheduler),
+        "kind": type(plain).__name__,
+        "groups": None if optimizer is None else names_in(surgery, optimizer),
         "state": dict(scheduler.state_dict()),
     }
-
-
-def kind_of_schedule(scheduler: Any) -> str:
-    return type(getattr(scheduler, "scheduler", scheduler)).__name__  # accelerate's too
-
-
-def groups_of(surgery: Surgery, scheduler: Any) -> list[list[str]] | None:
-    """Return the names of the parameters in each group of a schedule; None if it has none."""
-    optimizer = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", None)
-    return None if optimizer is None else names_in(surgery, optimizer)
 
 
 def names_in(surgery: Surgery, optimizer: Any) -> list[list[str]]:

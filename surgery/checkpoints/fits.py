@@ -11,12 +11,11 @@ from torch import Tensor
 from surgery.checkpoints import encoding
 from surgery.checkpoints.contents import (
     about_of,
-    groups_of,
     kind_of,
-    kind_of_schedule,
     known_parameters,
     names_in,
     places,
+    scheduler_state,
 )
 from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
@@ -59,13 +58,18 @@ _BY_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "base_momentums", 
 
 def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved state as this schedule's load_state_dict takes it. Raises."""
-    if saved["kind"] != kind_of_schedule(scheduler):
+    present = scheduler_state(surgery, scheduler)
+    if saved["kind"] != present["kind"]:
         raise CheckpointError(
-            f"the save was made with {saved['kind']}, and {kind_of_schedule(scheduler)} is given. "
+            f"the save was made with {saved['kind']}, and {present['kind']} is given. "
             "Build the schedule as it was, or pass scheduler=False."
         )
-    state, there = deepcopy(saved["state"]), saved["groups"]
-    own = groups_of(surgery, scheduler)
+    if _inside(saved["state"]) != _inside(present["state"]):
+        raise CheckpointError(
+            f"the save was made with other schedules inside of {saved['kind']} than those that are "
+            "given. Build the schedule as it was, or pass scheduler=False."
+        )
+    state, there, own = deepcopy(saved["state"]), saved["groups"], present["groups"]
     if there is None or own is None or own == there:
         return state
     known = {frozenset(names): index for index, names in enumerate(there)}
@@ -75,6 +79,13 @@ def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) ->
             "the optimizer from the same groups as before; their order does not matter."
         )
     return _turned(state, [known[frozenset(names)] for names in own])
+
+
+def _inside(state: Any) -> list[Any]:
+    """Return the names of what each schedule inside of another keeps, which differ by kind."""
+    lists = [v for v in state.values() if isinstance(v, list)] if isinstance(state, dict) else []
+    parts = [each for found in lists for each in found if isinstance(each, dict)]
+    return [(sorted(each), _inside(each)) for each in parts]
 
 
 def _turned(state: Any, order: Sequence[int]) -> Any:

@@ -47,7 +47,7 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
     """
     tensors: dict[str, Tensor] = {}
     values = json.dumps(encode(state, "", tensors))
-    here = f"{PARTIAL}.{platform.node()}"
+    folder, here = folder.resolve(), f"{PARTIAL}.{platform.node()}"
     partial = folder / f"{here}.{os.getpid()}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
         about: dict[str, Any] = {"bytes": (partial / "state").stat().st_size}
         about["sha256"] = _hash(partial / "state")
         # Named by what it holds: nobody else's file is ever in its way, nor it in theirs.
-        about["file"] = f"{STATE}_{about['sha256'][:12]}.safetensors"
+        about["file"] = _named(about["sha256"])
         (partial / "state").chmod(partial.stat().st_mode & 0o666)
         (partial / RECORD).write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
         for file in ("state", RECORD):
@@ -96,7 +96,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{file} has changed since it was saved. Use another save.")
     with safe_open(file, "pt") as opened:
         values = json.loads(opened.metadata()["values"])
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 # no dict
+        # Copied, to lie as torch lays tensors: else sums over them (LBFGS) have other last bits.
+        tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
     return record, decode(values, tensors)
 
 
@@ -140,8 +141,8 @@ def _tidy(folder: Path, here: str) -> None:
     unnamed = [*folder.glob(f"{STATE}_*.safetensors")]
     if not any(folder.glob(f"{PARTIAL}.*")):  # of one that saves now, there would be
         used = _used(folder)
-        for file in unnamed:
-            if file.name != used:
+        for file in unnamed:  # one of somebody else's does not bear the name of what it holds
+            if file.name != used and file.name == _named(_hash(file)):
                 file.unlink(missing_ok=True)
 
 
@@ -169,6 +170,10 @@ def _sealed(record: Mapping[str, Any]) -> str:
     content = {key: value for key, value in record.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"sha256": digest}, indent=1) + "\n"
+
+
+def _named(digest: str) -> str:
+    return f"{STATE}_{digest[:12]}.safetensors"
 
 
 def _hash(file: Path) -> str:

@@ -44,6 +44,8 @@ def export(
     plain = _unwrapped(model, surgery)
     if merge:
         adapters.check_mergeable(plain)
+    elif adapters.are_on(plain):
+        adapters.check_apart(plain)
     cut = shards.is_sharded(plain)
     if cut and adapters.are_on(plain):
         raise CheckpointError(
@@ -97,6 +99,9 @@ def _write(model: Any, made: Path, folder: Path, merge: bool, shards: str) -> No
         model.save_pretrained(made / ADAPTERS)
         for config in (made / ADAPTERS).rglob("adapter_config.json"):
             content = json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}
+            if isinstance(content.get("init_lora_weights"), str):
+                # PiSSA and others begin by taking a part off the base; this base lacks it already.
+                content["init_lora_weights"] = True
             config.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -8,6 +8,8 @@ seeds again. The state of torch's own generators (dropout) and of the data loade
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,7 @@ def save(
             saves.write(Path(folder), about | {"sums": sums}, whole)
 
 
+@torch.inference_mode(False)  # the optimizer's state would never be stepped again
 @torch.no_grad()
 def load(
     model: nn.Module, folder: str | Path, optimizer: Any = None, scheduler: Any = None
@@ -112,16 +115,26 @@ def load(
                 "anew."
             )
     schedule: Any = None
+    moments: Any = None
     if scheduler not in (None, False):
         schedule = for_scheduler(surgery, scheduler, state["scheduler"])
     if optimizer not in (None, False):
-        optimizer.load_state_dict(for_optimizer(surgery, optimizer, state["optimizer"]))
-    if scheduler not in (None, False):
-        scheduler.load_state_dict(schedule)
+        moments = for_optimizer(surgery, optimizer, state["optimizer"])
+    with ExitStack() as undo:  # what is others' may raise
+        for name, extra in state.get("extra state of modules", {}).items():
+            module = surgery.decision.model.get_submodule(name)
+            before = deepcopy(module.get_extra_state())
+            module.set_extra_state(extra)
+            undo.callback(module.set_extra_state, before)
+        if scheduler not in (None, False):
+            before = deepcopy(scheduler.state_dict())
+            scheduler.load_state_dict(schedule)
+            undo.callback(scheduler.load_state_dict, before)
+        if optimizer not in (None, False):
+            optimizer.load_state_dict(moments)
+        undo.pop_all()
     for name, tensor in state.get("weights", {}).items():
         shards.take(weights[name], tensor)
-    for name, extra in state.get("extra state of modules", {}).items():
-        surgery.decision.model.get_submodule(name).set_extra_state(extra)
     restore(surgery, state)
     return model
 

@@ -37,7 +37,7 @@ class TrainerCallback(Callback):
         applied(kwargs["model"])
         if state.global_step == 0:
             return
-        folder = self.folder or _checkpoint(args, state)
+        folder = self.folder or _resumed(args, state)
         if not (folder / RECORD).is_file():
             raise CheckpointError(
                 f"the Trainer resumes at step {state.global_step}, and {folder} holds no {RECORD}: "
@@ -56,12 +56,25 @@ def _trains_base(model: Any) -> bool:
 
 
 def _written(args: Any, state: Any) -> Path:
-    """Return the checkpoint that has just been written: a search of hyperparameters has folders of
-    its own for each trial."""
-    name, folder = f"checkpoint-{state.global_step}", Path(args.output_dir)
-    found = [each for each in (folder / name, *folder.glob(f"run-*/{name}")) if each.is_dir()]
-    return max(found, key=lambda each: each.stat().st_mtime_ns, default=folder / name)
+    """Return the checkpoint that has just been written."""
+    found = _checkpoints(args, state)
+    return max(found, key=lambda each: each.stat().st_mtime_ns, default=_plain(args, state))
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
+def _resumed(args: Any, state: Any) -> Path:
+    """Return the checkpoint that is resumed from, as far as can be told."""
+    plain, found = _plain(args, state), _checkpoints(args, state)
+    return found[0] if len(found) == 1 and not plain.is_dir() else plain
+
+
+def _checkpoints(args: Any, state: Any) -> list[Path]:
+    """Return all of this step: a search of hyperparameters has a folder for each trial."""
+    plain = _plain(args, state)
+    # A state that was resumed from has the name of its trial, too.
+    trial = plain.parent / (state.trial_name or "") / plain.name
+    found = {plain, trial, *plain.parent.glob(f"*/{plain.name}")}
+    return [each for each in found if each.is_dir()]
+
+
+def _plain(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -81,7 +81,9 @@ class Clock:
 
     def resume(self, step: int, skipped: int = 0) -> None:
         """Go on from where a run was."""
-        self.step, self.skipped = step, skipped
+        self.step, self.skipped, self.forwards = step, skipped, 0
+        self.stepped.clear()
+        self.driving.clear()
 
     def forward(self) -> None:
         """Note that a training forward begins."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Of each module of a model, the surgery on it.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Surgery]] = weakref.WeakKeyDictionary()
+# Those on models that were copied or unpickled, whose modules are yet to be noted.
+_COPIED: weakref.WeakSet[Surgery] = weakref.WeakSet()
 # Where those that wrap a function keep it: functools.wraps, partial, accelerate, torch.compile.
 _INSIDE = ("__wrapped__", "func", "model_forward", "_torchdynamo_orig_callable", "__self__")
 
@@ -31,8 +33,14 @@ def own(surgery: Surgery) -> None:
         _OWNERS[module] = reference
 
 
+def own_later(surgery: Surgery) -> None:
+    """`own`, once the copy of a model that is being made is complete."""
+    _COPIED.add(surgery)
+
+
 def disown(surgery: Surgery) -> None:
     """Undo `own`."""
+    _COPIED.discard(surgery)
     for module, reference in [*_OWNERS.items()]:
         if reference() is surgery:
             del _OWNERS[module]
@@ -53,6 +61,8 @@ def check_alone(model: nn.Module) -> None:
 
 
 def _surgery_on(module: nn.Module) -> Surgery | None:
+    while _COPIED:
+        own(_COPIED.pop())
     reference = _OWNERS.get(module)
     return None if reference is None else reference()
 

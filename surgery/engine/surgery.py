@@ -13,7 +13,7 @@ from surgery.engine.clock import Clock
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.dispatch import Dispatch
-from surgery.engine.finding import disown
+from surgery.engine.finding import disown, own_later
 from surgery.engine.finding import own as own_modules
 from surgery.weights.table import TABLE, table_of
 
@@ -33,6 +33,10 @@ class Surgery:
         self.binding = Binding(decision=decision, backward=self.backward)
         self.clock = Clock(decision=decision, backward=self.backward, coverage=self.coverage)
         self.dispatch = Dispatch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        own_later(self)
 
     def install(self) -> None:
         """Carry the decision out. An error leaves the model as it was."""

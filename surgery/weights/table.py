@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.compat import modules
 from surgery.compat.fsdp import lay, leave_to_us
+from surgery.ranks import is_joined
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate, resting, unique
 
@@ -87,6 +88,8 @@ class CoordinateTable(_Part):
 
         weights: the parameters of modules that it has cut, where a forward shows others.
         """
+        if not is_joined():  # else this would look at each copy whenever parameters are listed
+            return
         followed = False
         for each, part in self.listed:
             place = id(each.owner), each.held_as
