@@ -74,6 +74,7 @@ class Clock:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"optimizers": weakref.WeakKeyDictionary()}
+        self.listen()  # the first thing that a copy does may be a step, with a closure
 
     @property
     def model(self) -> nn.Module:
@@ -152,7 +153,7 @@ class Clock:
             names = frozenset(c.name for c in coordinates if id(c.parameter) in held)
             self.optimizers[optimizer] = names
             for each in coordinates:
-                if not each.active:  # some optimizers make the state of all when they are built
+                if not each.drawn:  # some optimizers make the state of all when they are built
                     optimizer.state.pop(each.parameter, None)
         else:
             check_held(coordinates, optimizer, held, self.optimizers[optimizer])

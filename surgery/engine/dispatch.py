@@ -179,12 +179,12 @@ class Dispatch(Forward):
 
     def _anchored(self, output: Any) -> Any:
         """Return an output that backward can begin at, also where it depends on nothing trained:
-        a layer was dropped, or no token came to an expert."""
-        active = [each for each in self.surgery.decision.coordinates if each.active]
-        if not active or any(isinstance(t, Tensor) and t.requires_grad for t in leaves(output)):
+        a layer was dropped, no token came to an expert, or this round's weights are frozen."""
+        open = [each for each in self.surgery.decision.coordinates if not each.frozen]
+        if not open or any(isinstance(t, Tensor) and t.requires_grad for t in leaves(output)):
             return output
         self.surgery.clock.note_idle()
-        return each_leaf(partial(anchor, active[0].read), output)
+        return each_leaf(partial(anchor, open[0].read), output)
 
     def _capture_alone(self, lost: Sequence[Site]) -> None:
         """Capture the modules of weights that a forward has lost by themselves, if they can be."""

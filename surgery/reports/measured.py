@@ -34,7 +34,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     if dispatch.backend is not None:
         lines.append(("compiled by", name_of_backend(dispatch.backend)))
     if clock.idle:
-        text = f"{clock.idle:,}: what was trained then was not used (a layer was dropped)"
+        text = f"{clock.idle:,}: what was trained then was not used, or is frozen"
         lines.append(("forwards without a gradient", text))
     unused = surgery.coverage.unused
     if unused:
