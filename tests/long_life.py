@@ -125,6 +125,7 @@ class Life:
         self.folder = tempfile.TemporaryDirectory()
         self.saved: dict[str, Any] | None = None
         self.gone: list[weakref.ref[Any]] = []
+        self.known: set[Any] = set()  # structures that any of its models was called with
         self.frozen: set[int] = set()
         self.hooks: dict[str, list[Any]] = {}
         torch.manual_seed(0)
@@ -266,6 +267,11 @@ class Life:
         held = {names[id(p)] for p, state in self.optimizer.state.items() if state}
         assert held == beside, held ^ beside
 
+    def end(self) -> None:
+        """End it; see that what was replaced is freed."""
+        self.folder.cleanup()
+        self.check_gone()
+
     def check_gone(self) -> None:
         """See that what was replaced is freed."""
         gc.collect()
@@ -280,6 +286,7 @@ class Life:
             # Dynamo takes one row for another structure.
             state = model.training, frozenset(self.hooks), frozenset(self.frozen)
             self.seen.add((rows == 1, *state))
+            self.known.add((rows == 1, *state))
         return loss_of(model, inputs_of("plain", seed=seed, rows=rows))
 
     def compare_losses(self, ours: Tensor, plain: Tensor) -> None:

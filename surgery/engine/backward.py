@@ -66,14 +66,14 @@ class Backward:
     def watch(self, coordinate: Coordinate) -> Any:
         """Hear when a coordinate gets its gradient; return the handle of the hook."""
         hook = partial(_arrived, weakref.ref(coordinate), weakref.ref(self))
-        return coordinate.read.register_post_accumulate_grad_hook(hook)
+        return _when_accumulated(coordinate.read, hook)
 
     def watch_weight(self, site: Site) -> Any:
         """Hear when a weight that is trained through others gets a gradient itself."""
         hook = partial(_penalised, weakref.ref(site), weakref.ref(self))
         weight = site.weight()
         assert weight is not None
-        return weight.register_post_accumulate_grad_hook(hook)
+        return _when_accumulated(weight, hook)
 
     def begun(self, first: Coordinate) -> None:
         """Note the first gradient of a backward, and ask to hear of its end."""
@@ -131,6 +131,15 @@ class Backward:
                 own = gradient if each.index is None else gradient[each.index]
             into, own = each.parameter, own.to(each.parameter.dtype, copy=True)
             into.grad = own if into.grad is None else into.grad + own
+
+
+def _when_accumulated(tensor: Any, hook: Any) -> Any:
+    required = tensor.requires_grad
+    tensor.requires_grad_(True)  # torch refuses a frozen one, which may be switched on later
+    try:
+        return tensor.register_post_accumulate_grad_hook(hook)
+    finally:
+        tensor.requires_grad_(required)
 
 
 def _penalised(
