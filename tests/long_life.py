@@ -68,7 +68,7 @@ class Kind:
     redraws: bool = False
     exact: bool = False
     slope: bool = False
-    within: float = 1e-7  # of steps of 1e-3: AdamW enlarges last bits of what is nearly zero
+    within: float = 1e-6  # of steps of 1e-3: AdamW enlarges last bits of what is nearly zero
 
 
 KINDS = {
