@@ -284,7 +284,8 @@ class Life:
         torch.manual_seed(seed)  # the same dropout
         if model is self.model and torch.is_grad_enabled():
             # Dynamo takes one row for another structure.
-            state = model.training, frozenset(self.hooks), frozenset(self.frozen)
+            frozen = frozenset(self.frozen) if self.kind.exact else None  # of others, gates tell
+            state = model.training, frozenset(self.hooks), frozen
             self.seen.add((rows == 1, *state))
             self.known.add((rows == 1, *state))
         return loss_of(model, inputs_of("plain", seed=seed, rows=rows))
@@ -326,8 +327,8 @@ class Life:
         """Make a step whose gradients are not finite; exact passes leave that to its user."""
         if self.kind.exact or not any(c.active for c in surgery.coordinates(self.model)):
             return
-        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         (self.loss(self.model, seed) * float("nan")).backward()
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer.step()
         self.skipped += 1
         for name, parameter in self.model.named_parameters():

@@ -82,6 +82,11 @@ class Backward:
             # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
             after_backward(lambda: after_backward(self.end))
 
+    def shares(self, coordinate: Coordinate) -> bool:
+        """Whether the parameter of a coordinate also stands for a weight that is being trained."""
+        own = coordinate.parameter
+        return any(each.active for each in self.decision.coordinates if each.parameter is own)
+
     def end(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
         first, self.first, self.pending = self.first, None, True
@@ -161,7 +166,8 @@ def _arrived(
     coordinate, backward = coordinate_ref(), backward_ref()
     if coordinate is None or backward is None or grown.grad is None:
         return
-    if not coordinate.active:
+    # Several weights may share one, of which some are frozen.
+    if not coordinate.active and not backward.shares(coordinate):
         raise around(f"a gradient reached {coordinate.name}, which is not being trained now")
     if backward.fused and coordinate.watched and grown.grad is not None:
         (coordinate.norm,) = norms([grown.grad])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,20 @@ class Binding:
                 everywhere = len(autograd.later_hooks_of(stands)) > 1 or autograd.hooks_of(stands)
                 if not everywhere:
                     raise hooked(site.name)
+
+    @contextmanager
+    def as_applied(self) -> Iterator[None]:
+        """Let Dynamo see inside what it saw when nothing was frozen, so that it traces nothing
+        anew: gates read frozen weights detached."""
+        held = [site.weight() for site in self.decision.sites if not self.cut]
+        frozen = [weight for weight in held if weight is not None and not weight.requires_grad]
+        for weight in frozen:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
 
     def _check_unfrozen(self, trained: Container[int]) -> None:
         """Raise ModelError if a weight that no pass trains has been switched on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -212,8 +212,9 @@ class Dispatch(Forward):
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
         most = captures.STRUCTURES
         forward = partial(captured, *args, **kwargs)
+        shown = nullcontext() if self.backend is not None else self.surgery.binding.as_applied()
         try:
-            with dynamo.capturing(most), running(self):
+            with dynamo.capturing(most), running(self), shown:
                 return driving[0].drive(forward, self.surgery.clock) if driving else forward()
         except dynamo.LimitHit as error:
             raise CaptureError(
