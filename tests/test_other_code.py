@@ -175,6 +175,35 @@ def test_precision_of_weights_is_said_to_lose_them():
     assert "lose" in (passes.Misa.__doc__ or "") or "lost" in (passes.Misa.__doc__ or "")
 
 
+@pytest.mark.parametrize("row", ["exact", "badam as weights", "badam", "float32"])
+@pytest.mark.parametrize("lr", [1e-6, 1e-2])
+def test_report_says_what_share_of_a_step_was_lost(row, lr):
+    spec = {
+        "badam as weights": lambda: passes.BAdam(precision="weights"),
+        "badam": lambda: passes.BAdam(),
+    }.get(row, lambda: [passes.Recompute(), passes.ChunkedLoss()])
+    model = surgery.apply(
+        make("plain").to(torch.float if row == "float32" else torch.bfloat16), spec()
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in own(model).items()}
+    loss_of(model, inputs_of("plain")).backward()
+    given = {name: p.grad != 0 for name, p in own(model).items() if p.grad is not None}
+    optimizer.step()
+    still = sum(int((own(model)[n][m] == before[n][m]).sum()) for n, m in given.items())
+    text = dict(surgery.report(model).lines).get("lost to rounding", "")
+    if row in ("badam", "float32"):
+        assert not text
+        return
+    share = still / sum(int(m.sum()) for m in given.values())
+    said = re.search(r"in step 1, (\d+)% of the entries", text)
+    assert (said is not None) == (share >= 0.01)
+    if lr == 1e-6:
+        assert share > 0.5 and said is not None
+        assert int(said[1]) == pytest.approx(100 * share, abs=1)  # all of these weights are small
+        assert "float32 weights under autocast" in text
+
+
 def test_copies_are_freed_with_the_round():
     model = make("plain").bfloat16()
     surgery.apply(model, "badam", period=1)

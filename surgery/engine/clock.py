@@ -31,6 +31,7 @@ from surgery.engine.guards import (
     check_resumed,
     only_makes_state,
 )
+from surgery.engine.unmoved import Unmoved
 from surgery.errors import OptimizerError
 from surgery.weights import copies
 from surgery.weights.coordinate import Coordinate, unique
@@ -67,6 +68,7 @@ class Clock:
     under_way: list[tuple[Optimizer, FrameType]] = field(default_factory=list)
     driving: list[Optimizer] = field(default_factory=list)
     stepped: set[int] = field(default_factory=set)
+    unmoved: Unmoved = field(default_factory=Unmoved)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"stepped": set(), "driving": [], "under_way": [], "refused": False}
@@ -190,6 +192,7 @@ class Clock:
             for parameter in held.values():
                 parameter.grad = None
             return
+        self.unmoved.before(held.values(), self.step)
         by_hand = [(c, g) for c in coordinates if (g := self._unmeasured(c)) is not None]
         for (each, _), norm in zip(by_hand, norms([g for _, g in by_hand]), strict=True):
             each.norm = norm
@@ -215,6 +218,7 @@ class Clock:
             return
         for each in self.driving:
             self.stepped |= {id(p) for group in each.param_groups for p in group["params"]}
+        self.unmoved.after()
         self._carry(optimizer)
         if not {id(each.parameter) for each in self.decision.coordinates} <= self.stepped:
             return
@@ -260,9 +264,6 @@ class Clock:
                 decay = each.mapped.weight_decay if each.mapped else 0.0
                 decay = decay and decay * rate_of(optimizer, group)
                 copies.write(site, each, self.step, decay, taken)
-
-
-# -- torch's hooks ---------------------------------------------------------------------------------
 
 
 def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any:
