@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from laws import PASSES, own, state_of
 from models import inputs_of, loss_of, make
 
 import surgery
-
-lightning = pytest.importorskip("lightning.pytorch")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -20,22 +20,26 @@ ROWS += ["mezo", "sparse_mezo", "lozo", "subzero"]
 STEPS, MICRO = 5, 2
 
 
-class Task(lightning.LightningModule):
-    def __init__(self, model: torch.nn.Module, losses: list[float]) -> None:
-        super().__init__()
-        self.model, self.losses = model, losses
+def task_of(lightning: Any, model: torch.nn.Module, losses: list[float]) -> Any:
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
 
-    def training_step(self, batch, index):
-        loss = loss_of(self.model, batch)
-        self.losses.append(float(loss.detach()))
-        return loss
+        def training_step(self, batch, index):
+            loss = loss_of(model, batch)
+            losses.append(float(loss.detach()))
+            return loss
 
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        def configure_optimizers(self):
+            return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    return Task()
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_automatic_optimization_gives_the_plain_loop(row, tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
     models = [surgery.apply(make("plain"), PASSES[row]()) for _ in range(2)]
     data = [inputs_of("plain", seed=seed) for seed in range(STEPS * MICRO)]
     losses: list[list[float]] = [[], []]
@@ -52,7 +56,7 @@ def test_automatic_optimization_gives_the_plain_loop(row, tmp_path):
         default_root_dir=tmp_path,
     )
     loader = torch.utils.data.DataLoader(data, batch_size=None)
-    trainer.fit(Task(models[0], losses[0]), loader)
+    trainer.fit(task_of(lightning, models[0], losses[0]), loader)
     optimizer = torch.optim.AdamW(models[1].parameters(), lr=1e-3, fused=True)
     for i, batch in enumerate(data):
         loss = loss_of(models[1], batch)
