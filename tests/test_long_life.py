@@ -62,4 +62,4 @@ def test_it_stays_the_plain_model_that_is_led_along(kind):
     made: Counter[str] = Counter()
     machine = seed([*KINDS].index(kind))(machine_of(kind, made))
     run_state_machine_as_test(machine, settings=QUICK)
-    assert made.total() == 2 * STEPS and len(made) > 6, made
+    assert made.total() == 2 * STEPS and len(made) >= 5, made
