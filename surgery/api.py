@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
-from surgery.engine import clock
+from surgery.engine import hearing
 from surgery.engine.decide import decide
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
@@ -119,10 +119,10 @@ def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None)
             f"{type(optimizer).__name__} would use up each gradient before it is averaged over the "
             "processes. Use an optimizer with a step()."
         )
-    clock.before_step(optimizer)
+    hearing.before_step(optimizer)
     if run is None:
         optimizer.step()
     else:
         with backward.taken_meanwhile():
             run()
-    clock.after_step(optimizer)
+    hearing.after_step(optimizer)

@@ -14,9 +14,12 @@ import test_backend
 import test_compress
 import test_distributed
 import test_export
+import test_freezing
 import test_fsdp
 import test_laws
+import test_lightning
 import test_optimizers
+import test_other_code
 import test_other_trainers
 import test_peft
 import test_trainer
@@ -57,6 +60,20 @@ WITH = {
             test_optimizers.test_passes_without_coordinates_do_not_mind_the_optimizer,
         ]
     ),
+    "step(closure)": Tested(
+        works=[
+            test_other_code.test_a_step_whose_closure_is_not_finite_changes_nothing,
+            test_lightning.test_automatic_optimization_gives_the_plain_loop,
+        ]
+    ),
+    "hooks on modules": Tested(
+        works=[test_other_code.test_hooks_on_modules_are_heard_whenever_they_are_put_on]
+    ),
+    "weights frozen and trained again": Tested(
+        works=[test_other_code.test_freezing_holds_and_unfreezing_trains_again],
+        specs=test_other_code.ALL_AT_ONCE,
+        also={test_freezing.test_a_slope_is_of_what_is_moved: "mezo"},
+    ),
     "PEFT": Tested(
         works=[
             test_peft.test_each_pass_moves_what_it_trains_and_nothing_else,
@@ -70,6 +87,9 @@ WITH = {
     "TRL SFTTrainer": Tested(
         works=[test_other_trainers.test_sft_trainer],
         refused=[test_other_trainers.test_what_the_fused_head_of_sft_trainer_leaves_no_room_for],
+    ),
+    "Lightning Trainer": Tested(
+        works=[test_lightning.test_automatic_optimization_gives_the_plain_loop]
     ),
     "Lightning Fabric": Tested(works=[test_other_trainers.test_fabric]),
     "DDP": Tested(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from laws import PASSES, Moved, own, state_of, weights
 from models import inputs_of, loss_of, make
 
+import passes
 import surgery
+from surgery.testing import Tiny
 
 
 def bitsandbytes(parameters: Any) -> Any:
@@ -156,4 +160,144 @@ def test_optimizers_that_step_inside_of_backward_are_told():
         parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step())
     with pytest.raises(surgery.OptimizerError, match="SGD steps inside of a backward"):
         loss_of(model, inputs_of("plain")).backward()
+    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
+
+
+# -- weights that are trained whole, as in a plain model -------------------------------------------
+
+
+def torchao(kind: str) -> Callable[[Any], Any]:
+    def build(parameters: Any) -> Any:
+        return getattr(pytest.importorskip("torchao.optim"), kind)(parameters, lr=1e-2)
+
+    return build
+
+
+def matrices(parameters: Any) -> list[Any]:
+    return [p for p in parameters if p.ndim == 2]
+
+
+def adafactor(parameters: Any) -> Any:
+    found = pytest.importorskip("transformers.optimization")
+    return found.Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=True)
+
+
+WHOLE: dict[str, Callable[[Any], Any]] = {
+    "torch Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "torch Adafactor, foreach": lambda p: torch.optim.Adafactor(p, lr=1e-2, foreach=True),
+    "torch LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "torch Muon": lambda p: torch.optim.Muon(matrices(p), lr=1e-2),
+    "transformers Adafactor": adafactor,
+    "bitsandbytes 8-bit": bitsandbytes,
+    "CAME": came,
+} | {f"torchao {kind}": torchao(kind) for kind in ("AdamW8bit", "AdamW4bit", "AdamWFp8")}
+# The state of matrices of 4,096 numbers and more is low-bit.
+WIDE = 64
+ALL_ACTIVE = {
+    "misa": lambda: passes.Misa(budget=1.0, period=100),
+    "lisa": lambda: passes.Lisa(layers=3, period=100),
+    "exact": lambda: [passes.Recompute(), passes.ChunkedLoss()],
+}
+
+
+def plainly(kind: str) -> Any:
+    """Let torchao's steps run as they are written: compiling them takes 30 s."""
+    stance = torch.compiler.set_stance
+    return stance("force_eager") if kind.startswith("torchao") else nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    # Muon takes matrices only, and LISA trains vectors too.
+    [(kind, row) for kind in WHOLE for row in ALL_ACTIVE if (kind, row) != ("torch Muon", "lisa")],
+)
+def test_a_weight_that_is_trained_whole_takes_the_plain_models_way(kind, row):
+    """Factors, orthogonal steps and quantised blocks are of the weight as it is."""
+    torch.manual_seed(0)
+    plain = Tiny(width=WIDE).train()
+    ours = surgery.apply(copy.deepcopy(plain), ALL_ACTIVE[row]())
+    trained = {c.weight for c in surgery.coordinates(ours)}
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name in trained)
+    start = weights(plain)
+    for model in (plain, ours):
+        optimizer = WHOLE[kind]([p for p in model.parameters() if p.requires_grad])
+        for seed in range(3):
+
+            def closure(model=model, optimizer=optimizer, seed=seed):
+                optimizer.zero_grad()
+                loss = loss_of(model, inputs_of("plain", seed=seed))
+                loss.backward()
+                return loss
+
+            inside = isinstance(optimizer, torch.optim.LBFGS)
+            if not inside:
+                closure()
+            with plainly(kind):
+                optimizer.step(closure if inside else None)
+    assert state_of(ours).clock.step == 3
+    for name, parameter in own(plain).items():
+        moved = (parameter - start[name]).norm()
+        # Gradients of samplers are eager's to the bit; exact rewrites sum in another order.
+        bound = 1e-3 * moved if row == "exact" else 0.0
+        assert (own(ours)[name] - parameter).norm() <= bound, name
+        assert (moved > 0) == (name in trained and (kind != "torch Muon" or parameter.ndim == 2))
+
+
+@pytest.mark.parametrize("kind", ["torchao AdamW8bit", "torch Adafactor", "transformers Adafactor"])
+def test_every_entry_of_a_block_moves(kind):
+    """A block has factors and quantised pieces of its own: not the plain model's to the bit."""
+    ours = surgery.apply(make("gpt2", n_embd=WIDE), passes.Misa(budget=1.0, period=100))
+    before = weights(ours)
+    optimizer = WHOLE[kind](ours.parameters())
+    loss_of(ours, inputs_of("gpt2")).backward()
+    with plainly(kind):
+        optimizer.step()
+    assert {c.weight for c in surgery.coordinates(ours) if c.parameter is not own(ours)[c.weight]}
+    for c in surgery.coordinates(ours):
+        moved = own(ours)[c.weight].detach() != before[c.weight]
+        assert float(moved.float().mean()) > 0.99, c.weight
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop"])
+def test_capturable_needs_an_accelerator_as_without_surgery(kind):
+    model = surgery.apply(make("plain"), ALL_ACTIVE["misa"]())
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3, capturable=True)
+    before = weights(model)
+    loss_of(model, inputs_of("plain")).backward()
+    with pytest.raises(AssertionError, match="capturable=True"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in own(model).items())
+    steps(model, torch.optim.AdamW(model.parameters(), lr=1e-3), range(1))
+    assert state_of(model).clock.step == 1  # the step that failed is not around this one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop"])
+def test_capturable_takes_the_plain_models_way(kind):
+    start = make("plain").cuda()
+    ours = surgery.apply(copy.deepcopy(start), ALL_ACTIVE["misa"]())
+    plain = copy.deepcopy(start)
+    trained = {c.weight for c in surgery.coordinates(ours)}
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name in trained)
+    for model in (plain, ours):
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3, capturable=True)
+        for seed in range(3):
+            batch = inputs_of("plain", seed=seed)
+            loss_of(model, {k: t.cuda() for k, t in batch.items()}).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in own(plain).items():
+        torch.testing.assert_close(own(ours)[name], parameter, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_sparse_adam_refuses_dense_gradients_as_without_surgery():
+    model = surgery.apply(make("plain"), ALL_ACTIVE["misa"]())
+    optimizer = torch.optim.SparseAdam([*model.parameters()])
+    before = weights(model)
+    loss_of(model, inputs_of("plain")).backward()
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+        optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in own(model).items())

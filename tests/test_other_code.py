@@ -175,6 +175,35 @@ def test_precision_of_weights_is_said_to_lose_them():
     assert "lose" in (passes.Misa.__doc__ or "") or "lost" in (passes.Misa.__doc__ or "")
 
 
+@pytest.mark.parametrize("row", ["exact", "badam as weights", "badam", "float32"])
+@pytest.mark.parametrize("lr", [1e-6, 1e-2])
+def test_report_says_what_share_of_a_step_was_lost(row, lr):
+    spec = {
+        "badam as weights": lambda: passes.BAdam(precision="weights"),
+        "badam": lambda: passes.BAdam(),
+    }.get(row, lambda: [passes.Recompute(), passes.ChunkedLoss()])
+    model = surgery.apply(
+        make("plain").to(torch.float if row == "float32" else torch.bfloat16), spec()
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in own(model).items()}
+    loss_of(model, inputs_of("plain")).backward()
+    given = {name: p.grad != 0 for name, p in own(model).items() if p.grad is not None}
+    optimizer.step()
+    still = sum(int((own(model)[n][m] == before[n][m]).sum()) for n, m in given.items())
+    text = dict(surgery.report(model).lines).get("lost to rounding", "")
+    if row in ("badam", "float32"):
+        assert not text
+        return
+    share = still / sum(int(m.sum()) for m in given.values())
+    said = re.search(r"in step 1, (\d+)% of the entries", text)
+    assert (said is not None) == (share >= 0.01)
+    if lr == 1e-6:
+        assert share > 0.5 and said is not None
+        assert int(said[1]) == pytest.approx(100 * share, abs=1)  # all of these weights are small
+        assert "float32 weights under autocast" in text
+
+
 def test_copies_are_freed_with_the_round():
     model = make("plain").bfloat16()
     surgery.apply(model, "badam", period=1)
@@ -285,7 +314,9 @@ def test_gradients_set_by_hand_are_scored():
 # -- hooks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["recompute", "misa", "rso", "mezo"])
+@pytest.mark.parametrize(
+    "row", ["recompute", "chunked_loss", "misa", "badam", "rso", "velora", "mezo", "lozo"]
+)
 def test_hooks_on_modules_are_heard_whenever_they_are_put_on(row):
     eager = make("plain")
     model = surgery.apply(copy.deepcopy(eager), PASSES[row]())
@@ -293,7 +324,7 @@ def test_hooks_on_modules_are_heard_whenever_they_are_put_on(row):
         "register_forward_hook": lambda module, args, out: out * 3.0,
         "register_forward_pre_hook": lambda module, args: (args[0] * 0.5,),
     }
-    tolerance = 1e-3 if row == "mezo" else 1e-6
+    tolerance = 1e-3 if row in ("mezo", "lozo") else 1e-6
 
     def agree() -> None:
         losses = [float(loss_of(m, inputs_of("plain")).detach()) for m in (eager, model)]
@@ -372,7 +403,8 @@ def test_freezing_holds_and_unfreezing_trains_again(row):
         if name.startswith("blocks.1."):
             assert torch.equal(own(model)[name], value), name
     assert not torch.equal(model.blocks[0].up.weight, before["blocks.0.up.weight"])
-    model.blocks[1].requires_grad_(True)
+    for name in {c.weight for c in surgery.coordinates(model)}:
+        model.get_parameter(name).requires_grad_(True)
     step(model, optimizer)
     assert not torch.equal(weight, before["blocks.1.up.weight"])
 

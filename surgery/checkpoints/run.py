@@ -156,9 +156,14 @@ def restore(surgery: Surgery, state: Mapping[str, Any]) -> None:
     surgery.clock.resume(counts["step"], counts["skipped"])
     for method, saved in zip(surgery.decision.methods, state["passes"], strict=True):
         method.restore(saved)
+    # Of an optimizer whose state was not loaded; of a frozen weight it stays.
+    surgery.clock.forget([c for c in surgery.decision.coordinates if not c.drawn])
     surgery.bind()  # other copies are trained now
     own = coordinates_of(surgery)
+    frozen = {each.name for each in surgery.decision.coordinates if each.frozen}
     for name, tensor in state["coordinates"].items():
+        if name in frozen and name not in own:  # here, and not where it was saved: no copy is held
+            continue
         if tensor is not own[name]:
             shards.take(own[name], tensor)
     for site in surgery.decision.sites:

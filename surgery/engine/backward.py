@@ -66,14 +66,14 @@ class Backward:
     def watch(self, coordinate: Coordinate) -> Any:
         """Hear when a coordinate gets its gradient; return the handle of the hook."""
         hook = partial(_arrived, weakref.ref(coordinate), weakref.ref(self))
-        return coordinate.read.register_post_accumulate_grad_hook(hook)
+        return _when_accumulated(coordinate.read, hook)
 
     def watch_weight(self, site: Site) -> Any:
         """Hear when a weight that is trained through others gets a gradient itself."""
         hook = partial(_penalised, weakref.ref(site), weakref.ref(self))
         weight = site.weight()
         assert weight is not None
-        return weight.register_post_accumulate_grad_hook(hook)
+        return _when_accumulated(weight, hook)
 
     def begun(self, first: Coordinate) -> None:
         """Note the first gradient of a backward, and ask to hear of its end."""
@@ -81,6 +81,11 @@ class Backward:
             self.first = first
             # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
             after_backward(lambda: after_backward(self.end))
+
+    def shares(self, coordinate: Coordinate) -> bool:
+        """Whether the parameter of a coordinate also stands for a weight that is being trained."""
+        own = coordinate.parameter
+        return any(each.active for each in self.decision.coordinates if each.parameter is own)
 
     def end(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
@@ -133,6 +138,15 @@ class Backward:
             into.grad = own if into.grad is None else into.grad + own
 
 
+def _when_accumulated(tensor: Any, hook: Any) -> Any:
+    required = tensor.requires_grad
+    tensor.requires_grad_(True)  # torch refuses a frozen one, which may be switched on later
+    try:
+        return tensor.register_post_accumulate_grad_hook(hook)
+    finally:
+        tensor.requires_grad_(required)
+
+
 def _penalised(
     site_ref: weakref.ref[Site], backward_ref: weakref.ref[Backward], weight: Tensor
 ) -> None:
@@ -152,7 +166,8 @@ def _arrived(
     coordinate, backward = coordinate_ref(), backward_ref()
     if coordinate is None or backward is None or grown.grad is None:
         return
-    if not coordinate.active:
+    # Several weights may share one, of which some are frozen.
+    if not coordinate.active and not backward.shares(coordinate):
         raise around(f"a gradient reached {coordinate.name}, which is not being trained now")
     if backward.fused and coordinate.watched and grown.grad is not None:
         (coordinate.norm,) = norms([grown.grad])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ from surgery.compat.fsdp import twins
 from surgery.engine.backward import Backward
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
-from surgery.engine.guards import hooked, replaced
+from surgery.engine.guards import hooked, replaced, unfrozen
 from surgery.weights import copies, shards
 from surgery.weights.coordinate import unique
 from surgery.weights.table import TABLE, CoordinateTable
@@ -81,6 +83,7 @@ class Binding:
         """Leave alone what the user has frozen since; not what get_peft_model has switched off."""
         held = [(site, modules.held(site.owner, site.key)) for site in self.decision.sites]
         weights = [(site, weight) for site, weight in held if weight is not None]
+        self._check_unfrozen({id(weight) for _, weight in weights})
         off = [weight for _, weight in weights if not weight.requires_grad]
         if off and len(off) == len(weights) and hf.has_peft():
             for weight in off:  # as it leaves all but its own
@@ -99,6 +102,34 @@ class Binding:
                 everywhere = len(autograd.later_hooks_of(stands)) > 1 or autograd.hooks_of(stands)
                 if not everywhere:
                     raise hooked(site.name)
+
+    @contextmanager
+    def as_applied(self) -> Iterator[None]:
+        """Let Dynamo see inside what it saw when nothing was frozen, so that it traces nothing
+        anew: gates read frozen weights detached."""
+        held = [site.weight() for site in self.decision.sites if not self.cut]
+        frozen = [weight for weight in held if weight is not None and not weight.requires_grad]
+        for weight in frozen:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+
+    def _check_unfrozen(self, trained: Container[int]) -> None:
+        """Raise ModelError if a weight that no pass trains has been switched on."""
+        decision = self.decision
+        on = [
+            (owner, key)
+            for owner, key, _ in (decision.flags if decision.sites else ())
+            if (p := modules.held(owner, key)) is not None
+            if p.requires_grad and id(p) not in trained
+        ]
+        if on:
+            names = {module: name for name, module in decision.model.named_modules()}
+            found = [".".join(filter(None, (names.get(o, ""), key))) for o, key in on]
+            raise unfrozen(found, [options.name for options in decision.passes])
 
     def _check_modules(self) -> None:
         """Raise ModelError if a module of a weight is not the model's any more."""

@@ -52,7 +52,7 @@ def forget_state(optimizer: Any, coordinate: Coordinate) -> None:
     """Free what an optimizer keeps for a coordinate; of one that begins, it is as new."""
     parameter = coordinate.parameter
     optimizer.state.pop(parameter, None)
-    if not coordinate.active or not isinstance(optimizer, Adagrad):
+    if not coordinate.drawn or not isinstance(optimizer, Adagrad):
         return
     for group in optimizer.param_groups:  # the only one of torch's that does not make it in step
         if any(each is parameter for each in group["params"]):

@@ -1,8 +1,7 @@
-"""The clock: torch's global optimizer hooks tell that a step happens, whoever's optimizer it is."""
+"""The clock: what is due before and after each step of an optimizer, and counting them."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +9,12 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from surgery.compat import modules
 from surgery.engine.backward import Backward
-from surgery.engine.callers import calls, forget_state, loss_scale_now, rate_of
+from surgery.engine.callers import calls, forget_state, rate_of
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.guards import (
@@ -31,6 +25,7 @@ from surgery.engine.guards import (
     check_resumed,
     only_makes_state,
 )
+from surgery.engine.unmoved import Unmoved
 from surgery.errors import OptimizerError
 from surgery.weights import copies
 from surgery.weights.coordinate import Coordinate, unique
@@ -67,6 +62,7 @@ class Clock:
     under_way: list[tuple[Optimizer, FrameType]] = field(default_factory=list)
     driving: list[Optimizer] = field(default_factory=list)
     stepped: set[int] = field(default_factory=set)
+    unmoved: Unmoved = field(default_factory=Unmoved)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"stepped": set(), "driving": [], "under_way": [], "refused": False}
@@ -74,6 +70,7 @@ class Clock:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"optimizers": weakref.WeakKeyDictionary()}
+        self.listen()  # the first thing that a copy does may be a step, with a closure
 
     @property
     def model(self) -> nn.Module:
@@ -154,7 +151,7 @@ class Clock:
             names = frozenset(c.name for c in coordinates if id(c.parameter) in held)
             self.optimizers[optimizer] = names
             for each in coordinates:
-                if not each.active:  # some optimizers make the state of all when they are built
+                if not each.drawn:  # some optimizers make the state of all when they are built
                     optimizer.state.pop(each.parameter, None)
         else:
             check_held(coordinates, optimizer, held, self.optimizers[optimizer])
@@ -191,6 +188,7 @@ class Clock:
             for parameter in held.values():
                 parameter.grad = None
             return
+        self.unmoved.before(held.values(), self.step)
         by_hand = [(c, g) for c in coordinates if (g := self._unmeasured(c)) is not None]
         for (each, _), norm in zip(by_hand, norms([g for _, g in by_hand]), strict=True):
             each.norm = norm
@@ -216,6 +214,7 @@ class Clock:
             return
         for each in self.driving:
             self.stepped |= {id(p) for group in each.param_groups for p in group["params"]}
+        self.unmoved.after()
         self._carry(optimizer)
         if not {id(each.parameter) for each in self.decision.coordinates} <= self.stepped:
             return
@@ -261,39 +260,3 @@ class Clock:
                 decay = each.mapped.weight_decay if each.mapped else 0.0
                 decay = decay and decay * rate_of(optimizer, group)
                 copies.write(site, each, self.step, decay, taken)
-
-
-# -- torch's hooks ---------------------------------------------------------------------------------
-
-
-def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any:
-    """Run what is due before `optimizer.step()`; return its arguments if they shall be others."""
-    if not LISTENING:
-        return None
-    _, where = itertools.islice(calls(), 2)  # the step: an error ends it, and not its caller
-    scale, listening = loss_scale_now(), list(LISTENING)
-    closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
-    for clock in listening:
-        clock.begin(optimizer, where, scale, callable(closure))
-    if not callable(closure):
-        return None
-
-    def computed() -> Any:
-        with torch.enable_grad():
-            found = closure()
-        for clock in listening:
-            clock.computed(optimizer)
-        return found
-
-    given = {k: v for k, v in (kwargs or {}).items() if k != "closure"}
-    return (args[0], computed, *args[2:]), given
-
-
-def after_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-    """Run what is due after `optimizer.step()`."""
-    for clock in list(LISTENING):
-        clock.end(optimizer)
-
-
-register_optimizer_step_pre_hook(before_step)
-register_optimizer_step_post_hook(after_step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -192,12 +192,12 @@ class Dispatch(Forward):
 
     def _anchored(self, output: Any) -> Any:
         """Return an output that backward can begin at, also where it depends on nothing trained:
-        a layer was dropped, or no token came to an expert."""
-        active = [each for each in self.surgery.decision.coordinates if each.active]
-        if not active or any(isinstance(t, Tensor) and t.requires_grad for t in leaves(output)):
+        a layer was dropped, no token came to an expert, or this round's weights are frozen."""
+        open = [each for each in self.surgery.decision.coordinates if not each.frozen]
+        if not open or any(isinstance(t, Tensor) and t.requires_grad for t in leaves(output)):
             return output
         self.surgery.clock.note_idle()
-        return each_leaf(partial(anchor, active[0].read), output)
+        return each_leaf(partial(anchor, open[0].read), output)
 
     def _capture_alone(self, lost: Sequence[Site]) -> None:
         """Capture the modules of weights that a forward has lost by themselves, if they can be."""
@@ -225,13 +225,14 @@ class Dispatch(Forward):
         """Return the output of a training forward."""
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
         most = captures.STRUCTURES
+        shown = nullcontext() if self.backend is not None else self.surgery.binding.as_applied()
 
         def forward() -> Any:
             self.pieces = 0
             return captured(*args, **kwargs)
 
         try:
-            with dynamo.capturing(most), running(self):
+            with dynamo.capturing(most), running(self), shown:
                 output = driving[0].drive(forward, self.surgery.clock) if driving else forward()
         except dynamo.LimitHit as error:
             raise CaptureError(

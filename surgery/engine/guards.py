@@ -55,6 +55,17 @@ def hooked(name: str) -> ModelError:
     )
 
 
+def unfrozen(names: Sequence[str], passes: Sequence[str]) -> ModelError:
+    """Return the error for weights that were switched on and that no pass trains."""
+    return ModelError(
+        f"requires_grad of {listed(names)} was switched on after surgery.apply, and "
+        f"{' and '.join(passes)} does not train it. Switch on what is trained only, "
+        "for c in surgery.coordinates(model): model.get_parameter(c.weight).requires_grad_(True), "
+        "and the rest off. To train more: surgery.remove(model), requires_grad_(True), then "
+        "surgery.apply(model, ...) with targets= or always= that name it."
+    )
+
+
 def replaced(names: Sequence[str]) -> ModelError:
     """Return the error for modules that are others than those that surgery was applied to."""
     return ModelError(

@@ -11,6 +11,7 @@ import torch
 
 from surgery.compat.dynamo import name_of_backend
 from surgery.engine.surgery import Surgery
+from surgery.engine.unmoved import Unmoved
 from surgery.errors import listed
 from surgery.memory import Bytes, device_of, loss_of, measure, megabytes, state_bytes
 from surgery.reports.holding import bytes_of
@@ -35,8 +36,10 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     if dispatch.backend is not None:
         lines.append(("compiled by", name_of_backend(dispatch.backend)))
     if clock.idle:
-        text = f"{clock.idle:,}: what was trained then was not used (a layer was dropped)"
+        text = f"{clock.idle:,}: what was trained then was not used, or is frozen"
         lines.append(("forwards without a gradient", text))
+    if clock.unmoved.share >= 0.01:
+        lines.append(("lost to rounding", _lost(clock.unmoved)))
     unused = surgery.coverage.unused
     if unused:
         lines.append(("unused by every forward", listed(unused)))
@@ -57,6 +60,14 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
 
 def _taken(count: int) -> str:
     return f"{megabytes(count)} kept for backward, at the shapes that were captured"
+
+
+def _lost(unmoved: Unmoved) -> str:
+    return (
+        f"in step {unmoved.step:,}, {unmoved.share:.0%} of the entries of 16-bit weights that had "
+        "a gradient did not move: steps of less than half their last digit are lost. Train float32 "
+        "weights under autocast, or by misa, lisa or badam, which step float32 copies"
+    )
 
 
 def _with_activations(

@@ -22,7 +22,7 @@ def norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
         return []
     double = any(grad.dtype == torch.float64 for grad in grads)
     dtype = torch.float64 if double else torch.float32
-    own = [shards.local(grad) for grad in grads]
+    own = [_entries(grad) for grad in grads]
     found = autograd.norms(own, dtype)
     cut = [place for place, grad in enumerate(grads) if shards.is_cut(grad)]
     if cut:
@@ -45,7 +45,7 @@ def finite(coordinates: Sequence[Coordinate]) -> bool:
             known.append(each.norm)
         else:
             changed.append(grad)
-    own = [shards.local(grad) for grad in changed]
+    own = [_entries(grad) for grad in changed]
     # A sum is finite only if all entries are; on CPU it takes half the time of a norm.
     large = [g for g in own if g.numel() > _LARGE and not plan_of(g.device).whole]
     known += [grad.sum(dtype=wide(grad)) for grad in large]
@@ -59,3 +59,9 @@ def finite(coordinates: Sequence[Coordinate]) -> bool:
         return good
     bad = torch.tensor([float(not good)], device=cut[0].device)
     return not bool(shards.add_up(bad, cut))
+
+
+def _entries(grad: Tensor) -> Tensor:
+    """Return what a rank holds of a gradient; of a sparse one, the entries that are there."""
+    own = shards.local(grad)
+    return own.coalesce().values() if own.is_sparse else own

@@ -23,11 +23,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def found(weight: Any) -> Perturbation | None:
-    """Return what stands beside a weight, and note that a graph has read it."""
+    """Return what stands beside a weight, and note that a graph has read it.
+
+    None for one that its user has frozen: it would add to slopes, and not be moved.
+    """
     if is_fake(weight) or not isinstance(weight, Tensor):
         return None
     site = read(weight)
-    return None if site is None else site.beside(Perturbation)
+    return site.beside(Perturbation) if site is not None and site.coordinates[0].active else None
 
 
 def perturb(weight: Tensor) -> Tensor:
