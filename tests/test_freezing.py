@@ -161,3 +161,22 @@ def test_going_back_without_the_optimizer_frees_the_state_of_what_is_not_trained
         assert set(active) == first
         held = {id(p) for p, state in optimizer.state.items() if state}
         assert held <= {id(p) for p in active.values()}
+
+
+def test_what_peft_switches_on_behind_disable_adapter_is_no_one_unfreezing():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["up"], r=2)
+    model = peft.get_peft_model(make("plain"), config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    surgery.apply(model, "misa", budget=0.5, targets=r".*base_layer.*")
+    optimizer = sgd(model)
+    step(model, optimizer)
+    with torch.no_grad(), model.disable_adapter():
+        loss_of(model, inputs_of("plain"))
+    step(model, optimizer)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert adapters and not any(p.requires_grad or p.grad is not None for p in adapters)
+    adapters[0].requires_grad_(True)  # a user's own doing
+    with pytest.raises(surgery.ModelError, match="was switched on after surgery.apply"):
+        step(model, optimizer)

@@ -69,6 +69,20 @@ def has_peft() -> bool:
     return "peft" in sys.modules
 
 
+def of_adapters(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that PEFT has put into a model: `disable_adapter` switches
+    requires_grad of their weights off, and on again behind it."""
+    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if layers is None:
+        return set()
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, layers.BaseTunerLayer):
+            inner = set(module.get_base_layer().modules())
+            found |= set(module.modules()) - inner
+    return found
+
+
 def wants_gradients(model: nn.Module) -> str | None:
     """Return the name of a module of PEFT that reads gradients of its weights between steps."""
     adalora: Any = sys.modules.get("peft.tuners.adalora")

@@ -126,6 +126,13 @@ class Binding:
             if (p := modules.held(owner, key)) is not None
             if p.requires_grad and id(p) not in trained
         ]
+        if on and hf.has_peft():
+            adapters = hf.of_adapters(decision.model)
+            of_adapters = [(owner, key) for owner, key, _ in decision.flags if owner in adapters]
+            if set(of_adapters) <= set(on):  # all of them, as it does behind `disable_adapter`
+                for owner, key in of_adapters:
+                    getattr(owner, key).requires_grad_(False)
+                on = [each for each in on if each not in set(of_adapters)]
         if on:
             names = {module: name for name, module in decision.model.named_modules()}
             found = [".".join(filter(None, (names.get(o, ""), key))) for o, key in on]
