@@ -178,5 +178,5 @@ def test_what_peft_switches_on_behind_disable_adapter_is_no_one_unfreezing():
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     assert adapters and not any(p.requires_grad or p.grad is not None for p in adapters)
     adapters[0].requires_grad_(True)  # a user's own doing
-    with pytest.raises(surgery.ModelError, match="was switched on after surgery.apply"):
+    with pytest.raises(surgery.ModelError, match=r"was switched on after surgery\.apply"):
         step(model, optimizer)

@@ -77,8 +77,9 @@ def of_adapters(model: nn.Module) -> set[nn.Module]:
         return set()
     found: set[nn.Module] = set()
     for module in model.modules():
+        layer: Any = module
         if isinstance(module, layers.BaseTunerLayer):
-            inner = set(module.get_base_layer().modules())
+            inner = set(layer.get_base_layer().modules())
             found |= set(module.modules()) - inner
     return found
 
