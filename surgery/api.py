@@ -14,10 +14,11 @@ from surgery.engine import hearing
 from surgery.engine.decide import decide
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import OptimizerError
+from surgery.errors import OptimizerError, OptionError
 from surgery.kernels.plan import Compile
 from surgery.ranks import rank_of_world
 from surgery.reports import code, measured
+from surgery.reports.fitting import fit
 from surgery.reports.table import Report
 from surgery.weights.coordinate import Coordinates
 from surgery.weights.sites import describe
@@ -34,7 +35,8 @@ def apply(
     """Rewrite a model in place, so that it trains by the given passes in any plain loop.
 
     model: a PyTorch or Hugging Face model with its weights loaded. spec: the name of a pass, an
-    instance from `passes`, or a list of these. Each pass says after which others it rewrites the
+    instance from `passes`, or a list of these; "auto": what `surgery.fit` recommends, whose options
+    follow (`batch=`, `memory=` or `device=`). Each pass says after which others it rewrites the
     graph (`Method.after`); those that do not name each other do it in the order given. options: of
     a pass given by name. backend: of torch.compile ("inductor", "aot_eager", or a function), which
     compiles the rewritten graphs; for passes whose nodes are the same in every step. compile: the
@@ -45,6 +47,12 @@ def apply(
     All or nothing: an error of any kind leaves the model as it was. Raises OptionError,
     TargetError, ModelError, ConflictError (all SurgeryError).
     """
+    if isinstance(spec, str) and spec == "auto":
+        if "batch" not in options:
+            raise OptionError(
+                'surgery.apply(model, "auto", batch=batch, memory="24GiB") needs both.'
+            )
+        return fit(model, **options).apply(model)
     Surgery(decide(model, resolve(spec, options), backend, compile=compile)).install()
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from surgery.cli import listing, planning
+from surgery.cli import fitting, listing, planning
 
 app = typer.Typer(
     add_completion=False,
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("list")(listing.list_passes)
 app.command("plan")(planning.plan_of)
+app.command("fit")(fitting.fit_of)
 
 
 def main() -> None:

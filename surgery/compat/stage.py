@@ -67,7 +67,8 @@ class Stage(TorchDispatchMode):
         self.keys: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.next = 0
         self.depth = 0  # inside of functions that run as one launch
-        self.results: dict[object, Callable[[], Any] | None] = {}
+        self.inside = 0  # floating-point operations of products in there
+        self.results: dict[object, tuple[Callable[[], Any] | None, int]] = {}
 
     def ignore_compile_internals(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let Dynamo capture, and run what it has captured."""
@@ -100,7 +101,9 @@ class Stage(TorchDispatchMode):
         known = [t.untyped_storage() in self.keys for t in made]
         for t in made:
             self.see(t, func.name())
-        if not self.depth and not _moves_nothing(func, all(known)):
+        if self.depth:
+            self.inside += _flops(func, args, options, result)
+        elif not _moves_nothing(func, all(known)):
             given = [t for t in pytree.tree_leaves((args, options)) if self._ours(t)]
             self._tell(func.name(), _flops(func, args, options, result), given, made)
         return result
@@ -112,8 +115,9 @@ class Stage(TorchDispatchMode):
         """
         given = [t for t in pytree.tree_leaves(args) if self._ours(t)]
         known = (key, *map(_layout, args))
-        again = self.results.get(known)
+        again, flops = self.results.get(known, (None, 0))
         if again is None:
+            before, self.inside = self.inside, 0
             self.depth += 1
             self.watcher.opened()
             try:
@@ -121,12 +125,13 @@ class Stage(TorchDispatchMode):
             finally:
                 self.depth -= 1
                 self.watcher.closed()
-            self.results[known] = _recipe(result, given)
+            flops, self.inside = self.inside, self.inside + before
+            self.results[known] = _recipe(result, given), flops
         else:
             result = again()
         if not self.depth:
             made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
-            self._tell(name, 0, given, made)
+            self._tell(name, flops, given, made)
         return result
 
     def _tell(self, name: str, flops: int, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:

@@ -77,6 +77,20 @@ class Capture:
 CAPTURES: weakref.WeakValueDictionary[Any, Capture] = weakref.WeakValueDictionary()
 
 
+_kept: list[Capture] | None = None
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Keep captures inside: one surgery after another comes to models of one kind."""
+    global _kept
+    before, _kept = _kept, []
+    try:
+        yield
+    finally:
+        _kept = before
+
+
 def capture_of(model: nn.Module) -> Capture | None:
     """Return the capture of the forward of a model's class, for models like this one.
 
@@ -95,6 +109,8 @@ def capture_of(model: nn.Module) -> Capture | None:
     found = CAPTURES.get(kind)
     if found is None:
         found = CAPTURES[kind] = Capture(forward)
+    if _kept is not None:
+        _kept.append(found)
     return found
 
 

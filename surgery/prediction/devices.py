@@ -27,7 +27,7 @@ class Device:
     launch: float = 5e-6
     block: int = 512
     workspace: int = 8 << 20
-    reached: tuple[float, float] = (0.8, 0.8)
+    reached: tuple[float, float] = (0.68, 0.68)
 
     @property
     def accelerator(self) -> bool:

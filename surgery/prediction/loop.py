@@ -29,7 +29,8 @@ class Loop:
     """The loop around a model, as far as its memory is concerned.
 
     loss: of (model, batch). optimizer: makes one of parameters. clip: norm that gradients are
-    clipped to. autocast: dtype. device: None counts bytes as on a CPU.
+    clipped to. autocast: dtype. device: None counts bytes as on a CPU. prepare: is given the model
+    before anything else.
     """
 
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -37,6 +38,7 @@ class Loop:
     clip: float | None = None
     autocast: torch.dtype | None = None
     device: Device | None = None
+    prepare: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,10 @@ class Step:
     milliseconds: float | None
     launches: int
 
+    def most(self, phase: Phase) -> int:
+        """Return the most bytes at a time in one phase."""
+        return max((sum(held.values()) for when, held in self.course if when == phase), default=0)
+
 
 def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], loop: Loop) -> Step:
     """Play the second step of a run, when the optimizer has its state.
@@ -65,6 +71,8 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
     stage = Stage(timeline)
     with staged(stage), _sizes_of(loop.device), torch.random.fork_rng([]):
         copy, inputs = skeleton(model), hollow(batch)
+        if loop.prepare is not None:
+            loop.prepare(copy)
         timeline.call("batch", map(stage.key_of, _tensors(inputs.values())))
         timeline.call("weights", map(stage.key_of, [*copy.parameters(), *copy.buffers()]))
         surgery = Surgery(decide(copy, passes, compile=_compiling(loop.device))) if passes else None
