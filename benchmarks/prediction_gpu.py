@@ -50,7 +50,7 @@ def llama(checkpointing: bool, lora: bool) -> Any:
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        model: Any = LlamaForCausalLM(config).bfloat16().train()
         model.tie_weights()
         if lora:
             from peft import LoraConfig, get_peft_model

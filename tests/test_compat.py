@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, tensors
+from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, stage, tensors
 
 
 class Two(nn.Module):
@@ -599,10 +599,90 @@ def test_products_are_added_wider_where_torch_says_so():
     assert "ScalarType out_dtype" in schema, "addmm has no out_dtype= any more"
 
 
+class Seen:
+    """A stage.Watcher that counts; stage.staged plays."""
+
+    def __init__(self) -> None:
+        self.alive, self.ran_flops, self.open = {}, 0, 0
+
+    def came(self, key, size, operation):
+        self.alive[key] = size, stage.place_in_backward()
+
+    def went(self, key):
+        del self.alive[key]
+
+    def opened(self):
+        self.open += 1
+
+    def closed(self):
+        self.open -= 1
+
+    def ran(self, operation, flops, dtype, traffic):
+        self.ran_flops += flops
+
+
+def test_a_stage_sees_storages_come_and_go():
+    look = "Look at torch.utils.weak and at UntypedStorage: they are freed otherwise now."
+    seen = Seen()
+    with stage.staged(stage.Stage(seen)):
+        assert stage.current() is not None
+        x, w = torch.randn(8, 16), nn.Parameter(torch.randn(16, 16))
+        first = stage.place_in_forward()
+        y = (x @ w).relu()
+        assert stage.place_in_forward() > first, "autograd counts its nodes otherwise"
+        assert tensors.is_played(y) and not tensors.is_fake(y)
+        held = sum(size for size, _ in seen.alive.values())
+        assert held == 4 * (8 * 16 + 16 * 16 + 8 * 16), look  # relu keeps its result only
+        loss = y.sum()
+        loss.backward()
+        assert w.grad is not None
+        places = [place for _, place in seen.alive.values() if place is not None]
+        assert places and min(places) >= first, "_current_autograd_node knows no place any more"
+        assert bool((w.grad > 0).all()) and loss.item() == 1.0  # what only data could tell
+        del y, loss
+        assert sum(size for size, _ in seen.alive.values()) == 4 * (8 * 16 + 2 * 16 * 16), look
+        product = 2 * 8 * 16 * 16
+        assert seen.ran_flops == 2 * product, "look at torch.utils.flop_counter.flop_registry"
+    assert stage.current() is None and seen.open == 0
+
+
+def test_what_runs_as_one_leaves_nothing_but_its_results():
+    seen = Seen()
+    here = stage.Stage(seen)
+    with stage.staged(here):
+        x = torch.ones(64)
+        for _ in range(2):
+            y = here.one("twice", "key", lambda x: (x + 1).exp() * 2, (x,))
+            assert y.shape == (64,)
+        assert sorted(size for size, _ in seen.alive.values()) == [256, 256]
+        assert tensors.address(x[1:]) == tensors.address(x) + 4 != tensors.address(y)
+    real = torch.ones(2)
+    assert tensors.address(real) == real.data_ptr()
+
+
+def test_what_is_special_about_a_module_and_whose_it_is():
+    """modules.is_special, hf.of_adapters: hooks in dicts by torch's names, PEFT's layers."""
+    peft = pytest.importorskip("peft")
+    model = Two()
+    assert not any(modules.is_special(module) for module in model.modules())
+    for put in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        handle = getattr(model.layers[0], f"register_{put}_hook")(lambda *_: None)
+        assert modules.is_special(model.layers[0]), f"where are {put} hooks?"
+        handle.remove()
+    model.layers[0].forward = model.layers[0].forward
+    assert modules.is_special(model.layers[0])
+    del model.layers[0].forward
+    assert not hf.of_adapters(model)
+    model = peft.get_peft_model(Two(), peft.LoraConfig(target_modules=["layers.0"], r=2))
+    found = {name for name, m in model.named_modules() if m in hf.of_adapters(model)}
+    assert "base_model.model.layers.0.lora_A.default" in found
+    assert not any("base_layer" in name or "layers.1" in name for name in found)
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    for module in (autograd, dynamo, fsdp, hf, inductor, modules, tensors):
+    for module in (autograd, dynamo, fsdp, hf, inductor, modules, stage, tensors):
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
             if public:

@@ -17,6 +17,7 @@ what a GraphModule keeps when it is copied          modules.keep
 parameters, children and hooks of a module          modules
 a callback at the end of backward; versions; norms  autograd
 storages, fake tensors, trees, wrapper subclasses   tensors
+a step played without memory: storages, places      stage
 FSDP2's sharded and whole parameters                fsdp.twins             torch < 2.13: (3)
 modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
