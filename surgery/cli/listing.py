@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from dataclasses import fields
 from typing import Annotated, Any
@@ -39,9 +40,10 @@ def _all(known: list[str]) -> Table:
     table = Table("saves", "pass", "what it is")
     for saves in sorted(groups, key=lambda saves: (-len(saves), saves)):
         for i, name in enumerate(groups[saves]):
-            words = _said(inspect.getmodule(registered()[name])).splitlines()
+            said = _said(inspect.getmodule(registered()[name]))
+            first = re.split(r"\.\s", said, maxsplit=1)[0]  # what follows is where it is from
             told = ", ".join(saves) or "not said"
-            table.add_row("" if i else told, name, escape(words[0]) if words else "")
+            table.add_row("" if i else told, name, escape(first))
         table.add_section()
     return table
 
