@@ -34,17 +34,12 @@ def test_only_answers_of_a_chat_are_learned(tokenizer):
     assert every.rows[0].labels == whole
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, monkeypatch):
     messages = [{"role": r, "content": "cat"} for r in ("user", "assistant") * 2]
-    before, tokenizer.chat_template = (
-        tokenizer.chat_template,
-        "{{ messages|length }}" + commands.CHAT,
-    )
-    try:
-        with pytest.raises(surgery.OptionError, match=r"record 1: .*--learn all"):
-            rows_of([{"messages": messages}], tokenizer)
-    finally:
-        tokenizer.chat_template = before
+    template = "{{ messages|length }}" + commands.CHAT
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(surgery.OptionError, match=r"record 1: .*--learn all"):
+        rows_of([{"messages": messages}], tokenizer)
 
 
 def test_completions_are_learned_and_prompts_not(tokenizer):
