@@ -62,7 +62,7 @@ def test_batches_are_padded_and_masked(tokenizer):
     batch = found.batch([0, 1])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"][0, 3:].tolist() == [UNLEARNED] * 2
-    assert found.learned(batch) == 2 + 4
+    assert found.learned([0, 1]) == 2 + 4
 
 
 def test_every_epoch_visits_every_row_once():

@@ -16,22 +16,26 @@ from torch import Tensor, nn
 import surgery
 from surgery import noise
 from surgery.cli.metrics import Metrics, memory_of
+from surgery.cli.processes import agreed
 from surgery.cli.rows import Rows, places_of
 from surgery.cli.settings import Settings
 from surgery.cli.stopping import Stopping
+from surgery.ranks import add_up, rank_of_world
 
 CHECKPOINT, SHAPE = "checkpoint", "config"  # of the folder of a run
 
 
 @dataclass(kw_only=True)
 class Loop:
-    """A model under surgery and what trains it. steps: of the whole run. step: those made so far.
+    """A model under surgery and what trains it. outer: what wraps it for several processes, or
+    itself. steps: of the whole run. step: those made so far.
 
     Everything that a step depends on is a function of its number: rows, dropout, rate. So a save
     of `surgery.save` is all that is needed to go on.
     """
 
     model: Any
+    outer: Any
     settings: Settings
     rows: Rows
     held: Rows
@@ -58,7 +62,10 @@ class Loop:
         end. told: is told each step's numbers.
         """
         saved = self.step
-        while self.step < self.steps and stop.number is None:
+        while self.step < self.steps:
+            stop.number = agreed(stop.number, self._device)
+            if stop.number is not None:
+                break
             values = self._make_step()
             self.metrics.add(**values)
             told(values)
@@ -81,8 +88,8 @@ class Loop:
         for start in range(0, len(self.held.rows), self.settings.batch):
             places = range(start, min(start + self.settings.batch, len(self.held.rows)))
             batch = self.held.batch(places)
-            output = self._forward(batch)
-            learned = self.held.learned(batch)
+            output = self._forward(self.model, batch)
+            learned = self.held.learned(places)
             total += output.loss.item() * learned
             count += learned
             if self.held.classes:
@@ -94,16 +101,20 @@ class Loop:
     def _make_step(self) -> dict[str, Any]:
         began = time.perf_counter()
         own = self.settings
-        torch.manual_seed(noise.bits(own.seed, "dropout", self.step))
-        places = places_of(self.step, own.accumulate, own.batch, len(self.rows.rows), own.seed)
-        batches = [self.rows.batch(each) for each in places]
-        learned = [self.rows.learned(batch) for batch in batches]
-        losses: list[Tensor] = []
-        for batch, count in zip(batches, learned, strict=True):
-            # Of all labels of the step, as one large batch would have it.
-            loss = self._forward(batch).loss * (count / max(1, sum(learned)))
+        rank, world = rank_of_world()
+        torch.manual_seed(noise.bits(own.seed, "dropout", self.step, rank))
+        joint = own.batch * world
+        places = list(places_of(self.step, own.accumulate, joint, len(self.rows.rows), own.seed))
+        learned = sum(map(self.rows.learned, places))
+        mean = torch.zeros((), device=self._device)
+        for each in places:
+            part = each[rank * own.batch : (rank + 1) * own.batch]
+            # Of all labels of the step, as one large batch would have it; ranks are averaged.
+            share = self.rows.learned(part) / learned * world
+            loss = self._forward(self.outer, self.rows.batch(part)).loss * share
             loss.backward()
-            losses.append(loss.detach())
+            mean += loss.detach() / world
+        add_up(mean)
         if own.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), own.clip)
         rate = self.scheduler.get_last_lr()[0]
@@ -111,19 +122,18 @@ class Loop:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
-        loss = torch.stack(losses).sum().item()
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        tokens = sum(len(self.rows.rows[place].ids) for each in places for place in each)
         return {
             "step": self.step,
-            "loss": loss,
+            "loss": mean.item(),
             "lr": rate,
             "tokens_per_second": tokens / (time.perf_counter() - began),
             "memory": memory_of(self._device),
         }
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> Any:
+    def _forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         with self._autocast():
-            return self.model(**{key: value.to(self._device) for key, value in batch.items()})
+            return model(**{key: value.to(self._device) for key, value in batch.items()})
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.settings.autocast is None:

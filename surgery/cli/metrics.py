@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surgery.cli.processes import is_first
 from surgery.cli.settings import write
 
 FILE, PICTURE = "metrics.jsonl", "loss.png"
@@ -21,11 +22,16 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / FILE
+        self.lines: list[dict[str, Any]] = []
+        if not is_first():
+            return
         self.lines = [line for line in lines_of(self.path) if line["step"] <= step]
         write(self.path, "".join(map(_line, self.lines)))
 
     def add(self, **values: Any) -> None:
-        """Append a line; what is not a number is null."""
+        """Append a line, on the first process; what is not a number is null."""
+        if not is_first():
+            return
         line = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()

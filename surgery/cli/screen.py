@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from surgery.cli.processes import is_first
 from surgery.errors import SurgeryError
 
 BAD_INPUT, OUT_OF_MEMORY = 2, 3  # exit codes
@@ -22,12 +23,12 @@ NOISY = ("torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
 
 def out() -> Console:
     """Return the console for what a command was asked for; it follows NO_COLOR and FORCE_COLOR."""
-    return Console()
+    return Console(quiet=not is_first())
 
 
 def err() -> Console:
     """Return the console for everything else."""
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not is_first())
 
 
 class Commands(TyperGroup):
@@ -50,7 +51,8 @@ def complain(error: Exception, *more: str) -> None:
     """Print an error in one red line; it is as long as it is."""
     said = " ".join(" ".join([str(error), *more]).split())
     # Escaped: targets=["..."] and pip's extras are no markup.
-    err().print(
+    # Of any process: on the others than the first, it may be theirs alone.
+    Console(stderr=True).print(
         f"[red]{type(error).__name__}: {escape(said)}[/red]", highlight=False, soft_wrap=True
     )
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.cli.processes import is_first
 from surgery.errors import OptionError
 
 FILE = "train.json"
@@ -17,7 +18,7 @@ FILE = "train.json"
 class Settings:
     """Options of `surgery train` that its numbers depend on.
 
-    passes: as given, or the exact ones. batch: rows of a forward; accumulate of them are a step.
+    passes: as given, or the exact ones. batch: rows of a forward on a process; accumulate of them are a step.
     data, evaluation: SHA-256 of the files beside their names. held_out: rows of the data that are
     kept for evaluation, if there is no file for it.
     """
@@ -47,6 +48,8 @@ class Settings:
     autocast: str | None
     device: str
     seed: int
+    processes: int
+    wrap: str
 
 
 def digest(path: Path) -> tuple[str, str]:
@@ -69,8 +72,9 @@ def keep(settings: Settings, folder: Path) -> None:
         if path.exists():
             check(json.loads(path.read_text()), new, folder)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(new, indent=2) + "\n")
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            write(path, json.dumps(new, indent=2) + "\n")
     except OSError as error:
         raise OptionError(f"--out {folder} cannot be used: {error.strerror}.") from error
     except json.JSONDecodeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import surgery
-from surgery.cli import loading, metrics
+from surgery.cli import loading, metrics, processes
 from surgery.cli.given import dtype_of, optimizer_of, passes_of
 from surgery.cli.loop import CHECKPOINT, SHAPE, Loop, rate
 from surgery.cli.planning import MODEL
@@ -64,6 +63,7 @@ def train(
     autocast: Annotated[str | None, typer.Option(help="bfloat16, for forward.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; a GPU if there is one.")] = None,
     seed: int = 0,
+    wrap: Annotated[str, typer.Option(help="Under torchrun: ddp, or fsdp2.")] = "ddp",
     evaluate_every: Annotated[int, typer.Option(help="Steps; 0: at the end only.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps; 0: at the end only.")] = 100,
 ) -> None:
@@ -71,15 +71,11 @@ def train(
     _choice("--task", task, EXACT)
     _choice("--learn", learn, ("answers", "all"))
     _choice("--schedule", schedule, ("cosine", "constant"))
+    _choice("--wrap", wrap, processes.WRAPS)
     _no_float16(dtype, autocast)
     _at_least(1, batch=batch, accumulate=accumulate, length=length, steps=steps)
     _at_least(0, warmup=warmup, held_out=held_out)
     _at_least(0, evaluate_every=evaluate_every, save_every=save_every, epochs=epochs)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError(
-            "surgery train runs in one process. On several, use a loop of your own: the docs' page "
-            "Several processes."
-        )
     own = Settings(
         model=model,
         tokenizer=tokenizer,
@@ -106,45 +102,69 @@ def train(
         autocast=autocast,
         device=_device(device),
         seed=seed,
+        processes=processes.world(),
+        wrap=wrap,
     )
-    make, passes = optimizer_of(optimizer, lr=lr), passes_of(own.passes)
+    with processes.joined(own.device) as here:
+        _run(own, here, data, evaluation, folder, evaluate_every, save_every)
+
+
+def _run(
+    own: Settings,
+    here: str,
+    data: Path,
+    evaluation: Path | None,
+    folder: Path,
+    evaluate_every: int,
+    save_every: int,
+) -> None:
+    make, passes = optimizer_of(own.optimizer, lr=own.lr), passes_of(own.passes)
+    first, screen = processes.is_first(), out()
     with err().status("reading the data"):
-        words = loading.tokenizer_of(tokenizer or model)
+        words = loading.tokenizer_of(own.tokenizer or own.model)
         rows, held = _rows(own, words, data, evaluation)
     keep(own, folder)
-    with err().status(f"loading {model}"):
-        trained = loading.weights_of(model, dtype, rows.classes, rows.pad, seed)
+    with err().status(f"loading {own.model}"):
+        trained = loading.weights_of(own.model, own.dtype, rows.classes, rows.pad, own.seed)
         largest = max(max(row.ids) for row in [*rows.rows, *held.rows])
-        loading.check_length(trained, length, largest)
-        if not (folder / SHAPE).exists():
+        loading.check_length(trained, own.length, largest)
+        if first and not (folder / SHAPE).exists():
             loading.keep_shape(trained, words, folder / SHAPE)
-        surgery.apply(trained.to(own.device), passes)
+        caches = getattr(trained.config, "use_cache", None)
+        trained.config.use_cache = False  # under FSDP2, each block would be captured by itself
+        surgery.apply(trained.to(here), passes)
+        outer = processes.wrapped(trained, own.wrap)
     stepping = make(trained.parameters())
-    count = steps or max(1, math.ceil(epochs * len(rows.rows) / (batch * accumulate)))
+    each = own.batch * own.accumulate * own.processes
+    count = own.steps or max(1, math.ceil(own.epochs * len(rows.rows) / each))
+    factor = rate(own.schedule, own.warmup, count)
     loop = Loop(
         model=trained,
+        outer=outer,
         settings=own,
         rows=rows,
         held=held,
         steps=count,
         optimizer=stepping,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(stepping, rate(schedule, warmup, count)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(stepping, factor),
         folder=folder,
     )
     _say_what(loop, passes)
     with Stopping() as stop, _progress(loop) as told:
         loop.run(evaluate_every, save_every, told, stop)
-    drawn = metrics.picture(loop.metrics.lines, folder / metrics.PICTURE)
+    drawn = not first or metrics.picture(loop.metrics.lines, folder / metrics.PICTURE)
     if loop.step < count:
-        out().print(
+        screen.print(
             f"stopped: step {loop.step} of {count} is in {folder / CHECKPOINT}. Repeat the command "
             "to go on.",
             soft_wrap=True,
         )
         raise typer.Exit(stop.code)
+    if caches is not None:
+        trained.config.use_cache = caches
     surgery.export(trained, folder / EXPORTED)
-    words.save_pretrained(folder / EXPORTED)
-    screen = out()
+    if first:
+        words.save_pretrained(folder / EXPORTED)
     screen.print(f"trained: {folder / EXPORTED}, for from_pretrained", soft_wrap=True)
     if not drawn:
         screen.print("no loss.png: pip install matplotlib", soft_wrap=True)
