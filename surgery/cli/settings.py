@@ -18,7 +18,8 @@ FILE = "train.json"
 class Settings:
     """Options of `surgery train` that its numbers depend on.
 
-    passes: as given, or the exact ones. batch: rows of a forward on a process; accumulate of them are a step.
+    passes: as given, or the exact ones. batch: rows of a forward on one process; accumulate of them
+    are a step.
     data, evaluation: SHA-256 of the files beside their names. held_out: rows of the data that are
     kept for evaluation, if there is no file for it.
     """
