@@ -34,6 +34,8 @@ class BAdam:
     what is trained of 16-bit weights, as in `Misa`.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     order: Literal["random", "ascending", "descending"] = "random"
     period: int = 50
     precision: Precision = "auto"

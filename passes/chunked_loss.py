@@ -39,6 +39,8 @@ class ChunkedLoss:
     `logits=None` while gradients are on. tokens: of a chunk (default: 24 MiB of logits).
     """
 
+    saves = ("activations",)
+
     keep_logits: bool = False
     tokens: int | None = None
 

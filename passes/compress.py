@@ -59,6 +59,8 @@ class Compress:
     matching rules (default: all). An activation that anything else keeps as well stays as it is.
     """
 
+    saves = ("activations",)
+
     bits: Literal[4, 8] = 8
     targets: Targets = None
     seed: int = 0

@@ -35,6 +35,8 @@ class Lisa:
     `Misa`.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     layers: int = 2
     period: int = 20
     precision: Precision = "auto"

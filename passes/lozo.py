@@ -34,6 +34,8 @@ class Lozo(Decaying):
     rank: r. period: steps that V is kept for. noise: of vectors, and of matrices too thin for r.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     rank: int = 2
     period: int = 50
 

@@ -19,3 +19,5 @@ from surgery.passkit import Decaying, register
 @dataclass(frozen=True, kw_only=True)
 class Mezo(Decaying):
     """Options of MeZO: those of `ZerothOrder` and `Decaying`."""
+
+    saves = ("gradients", "optimizer", "activations")

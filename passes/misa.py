@@ -59,6 +59,8 @@ class Misa:
     (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     budget: float = 0.03
     period: int = 50
     eta: float = 1.0

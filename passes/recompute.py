@@ -40,6 +40,8 @@ CHEAP = SIMPLE | {"contiguous", "dropout", "flatten", "normalize", "reshape", "v
 class Recompute:
     """Exact: no options. Gradients are eager's to rounding, the loss is bit-identical."""
 
+    saves = ("activations",)
+
     def start(self, model: nn.Module) -> Recomputation:
         """Return the state of the pass on a model; changes nothing."""
         return Recomputation()

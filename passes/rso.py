@@ -55,6 +55,8 @@ class Rso:
     densely). Everything else is frozen.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     rank: int = 64
     period: int = 200
     projection: Literal["gaussian", "orthonormal"] = "gaussian"

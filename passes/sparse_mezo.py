@@ -44,6 +44,8 @@ class SparseMezo(ZerothOrder):
     "magnitude", or "random", the control: as many entries, fixed, at random.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     keep_fraction: float = 0.2
     threshold: Literal["fixed", "period"] = "fixed"
     period: int = 200

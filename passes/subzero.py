@@ -35,6 +35,8 @@ class SubZero(Decaying):
     for r.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     rank: int = 24
     period: int = 1000
 

@@ -59,6 +59,8 @@ class Velora:
     more than `groups` inputs are trained densely). Everything else is frozen.
     """
 
+    saves = ("gradients", "optimizer", "activations")
+
     groups: int = 64
     init: Literal["mean", "random"] = "mean"
     period: int | None = None

@@ -622,6 +622,7 @@ class Seen:
 
 
 def test_a_stage_sees_storages_come_and_go():
+    """On tensors that tensors.playing takes for real ones."""
     look = "Look at torch.utils.weak and at UntypedStorage: they are freed otherwise now."
     seen = Seen()
     with stage.staged(stage.Stage(seen)):

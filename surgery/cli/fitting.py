@@ -1,40 +1,64 @@
-"""`surgery fit MODEL --memory 24GiB --device rtx4090`: what fits, from a config alone."""
+"""`surgery fit MODEL --memory 24GiB --device rtx4090`: what to turn on, from a config alone."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from surgery.errors import SurgeryError
-from surgery.reports.fitting import Goal, Row, fit
+from surgery.cli.given import dtype_of, optimizer_of
+from surgery.cli.planning import MODEL
+from surgery.cli.screen import err, out
+from surgery.reports.fitting import Fit, Row, fit
 
 
 def fit_of(
-    model: Annotated[str, typer.Argument(help="A hub id or a folder with a config.json.")],
-    memory: Annotated[
-        str | None, typer.Option(help="Such as 24GiB; default: the device's.")
-    ] = None,
+    model: Annotated[str, MODEL],
+    memory: Annotated[str | None, typer.Option(help="Such as 24GiB; or the device's.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as h100 or rtx4090.")] = None,
     goal: Annotated[str, typer.Option(help="full, adapter or forwards.")] = "full",
-    batch: int = 1,
-    length: int = 512,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    optimizer: Annotated[str | None, typer.Option(help="Such as sgd:momentum=0.9.")] = None,
+    autocast: Annotated[str | None, typer.Option(help="A dtype, for forward.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what to turn on so that training fits: every sensible composition, predicted."""
-    console = Console()
-    try:
-        with console.status("playing one step of each composition ...") as status:
+    """Say what to turn on so that training fits; exit code 1 if nothing does."""
+    with err().status("playing a step of each composition ...") as status:
 
-            def told(row: Row) -> None:
-                status.update(f"{row.title}: {'fits' if row.fits else 'does not fit'} ...")
+        def told(row: Row) -> None:
+            status.update(f"{row.title}: {'fits' if row.fits else 'does not fit'} ...")
 
-            wanted: Goal = goal  # pyright: ignore[reportAssignmentType]
-            found = fit(model, (batch, length), memory, device=device, goal=wanted, told=told)
-    except (SurgeryError, ModuleNotFoundError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
-    console.print(found)
+        wanted: Any = goal
+        found = fit(
+            model,
+            (batch, length),
+            memory,
+            device=device,
+            goal=wanted,
+            optimizer=None if optimizer is None else optimizer_of(optimizer),
+            autocast=dtype_of(autocast),
+            clip=clip,
+            told=told,
+        )
+    if as_json:
+        print(json.dumps(as_object(found), indent=2))
+    else:
+        out().print(found)
     if found.best is None:
         raise typer.Exit(1)
+
+
+def as_object(found: Fit) -> dict[str, Any]:
+    """Return what was found as JSON has it."""
+    best = None if found.best is None else asdict(found.best) | {"lines": found.best.lines}
+    return {
+        "title": found.title,
+        "memory": found.memory,
+        "rows": [asdict(row) for row in found.rows],
+        "best": best,
+        "nearest": asdict(found.nearest),
+    }

@@ -1,57 +1,56 @@
-"""`surgery plan MODEL --pass misa budget=0.01`: memory, from a config alone."""
+"""`surgery plan MODEL --pass misa:budget=0.01 --pass recompute`: memory, from a config alone."""
 
 from __future__ import annotations
 
-import ast
+import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from surgery.errors import OptionError, SurgeryError, extra
+from surgery.cli.given import dtype_of, optimizer_of, passes_of
+from surgery.cli.screen import out
 from surgery.reports.predicted import plan
+from surgery.reports.table import Report
+
+MODEL = typer.Argument(help="A hub id, a folder, or a config.json.")
+PASSES = typer.Option("--pass", help="A pass: misa, or misa:budget=0.01,period=20. Repeat it.")
 
 
 def plan_of(
-    model: Annotated[str, typer.Argument(help="A hub id or a folder with a config.json.")],
-    options: Annotated[list[str] | None, typer.Argument(help="Options of the pass: k=v.")] = None,
-    method: Annotated[str, typer.Option("--pass", help="Name of a pass.")] = "misa",
-    batch: int = 1,
-    length: int = 512,
+    model: Annotated[str, MODEL],
+    options: Annotated[list[str] | None, typer.Argument(help="Of a single pass: k=v.")] = None,
+    method: Annotated[list[str], PASSES] = ["misa"],  # noqa: B006 - typer copies it
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    device: Annotated[str | None, typer.Option(help="Such as h100: its blocks, its time.")] = None,
+    optimizer: Annotated[str, typer.Option(help="Of torch.optim: sgd:momentum=0.9.")] = "adamw",
+    autocast: Annotated[str | None, typer.Option(help="A dtype, for forward.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the memory of training, from the config alone: no weights are loaded."""
-    console = Console()
-    try:
-        skeleton = _skeleton(model)
-        ids = torch.empty(batch, length, dtype=torch.long, device="meta")
-        inputs = {"input_ids": ids, "labels": ids}
-        console.print(plan(skeleton, inputs, method, **_parsed(options or [])))
-    except (SurgeryError, ModuleNotFoundError) as error:
-        said = escape(str(error))  # targets=["..."] and pip's extras are no markup
-        console.print(f"[red]{type(error).__name__}[/red]: {said}", highlight=False)
-        raise typer.Exit(2) from error
+    found = plan(
+        model,
+        (batch, length),
+        passes_of(method, options or ()),
+        device=device,
+        optimizer=optimizer_of(optimizer),
+        autocast=dtype_of(autocast),
+        clip=clip,
+    )
+    if as_json:
+        print(json.dumps(as_object(found), indent=2))
+    else:
+        out().print(found)
 
 
-def _skeleton(model: str) -> Any:
-    """Return a model without weights."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ModuleNotFoundError as error:
-        raise extra("hf", "configs of Hugging Face models are read by transformers") from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).train()
-
-
-def _parsed(options: list[str]) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise OptionError(f"{option!r} is not of the form name=value, such as budget=0.01.")
-        try:
-            parsed[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[name] = value
-    return parsed
+def as_object(report: Report) -> dict[str, Any]:
+    """Return a report as JSON has it; bytes and milliseconds are plain numbers."""
+    return {
+        "title": report.title,
+        "lines": [list(line) for line in report.lines],
+        "before": asdict(report.before),
+        "after": asdict(report.after),
+        "holders": [asdict(holder) for holder in report.holders],
+    }

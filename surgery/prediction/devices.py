@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +72,24 @@ def device_named(name: str | None) -> Device | None:
             f"Known are {', '.join(KNOWN)}; None counts bytes as on a CPU, and no time."
         )
     return found
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {f"{prefix}ib": 1 << (10 * (i + 1)) for i, prefix in enumerate("kmgt")}
+
+
+def memory_of(memory: int | str | None, device: Device | None) -> int:
+    """Return bytes, from a number or words such as "24GiB"; by default the device's.
+
+    Raises OptionError.
+    """
+    if memory is None:
+        if device is None:
+            raise OptionError('say how much memory there is: memory="24GiB", or device="rtx4090".')
+        return device.memory
+    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(memory))
+    if found is None or found[2].lower() not in _UNITS or found[1].count(".") > 1:
+        raise OptionError(
+            f'memory={memory!r} is no number of bytes: write 24e9, "24GB" or "24GiB".'
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])

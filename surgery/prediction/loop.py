@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -69,7 +70,13 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
     """
     timeline = Timeline(loop.device)
     stage = Stage(timeline)
-    with staged(stage), _sizes_of(loop.device), torch.random.fork_rng([]):
+    with (
+        warnings.catch_warnings(),
+        staged(stage),
+        _sizes_of(loop.device),
+        torch.random.fork_rng([]),
+    ):
+        warnings.simplefilter("ignore")  # of a run that is none
         copy, inputs = skeleton(model), hollow(batch)
         if loop.prepare is not None:
             loop.prepare(copy)

@@ -25,23 +25,35 @@ def model_of(source: Source) -> nn.Module:
         return source
     if isinstance(source, nn.Module):
         return source
+    config = config_of(source)
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
         raise extra("hf", "configs of Hugging Face models are read by transformers") from error
-    config: Any = source
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        try:
-            config = AutoConfig.from_pretrained(path if path.exists() else str(source))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{str(source)!r} is neither a model, nor a folder with a config.json, nor an id "
-                f"that the hub answers to: {' '.join(str(error).split())[:200]}"
-            ) from error
     dtype = getattr(config, "dtype", None)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def config_of(source: str | os.PathLike[str] | Any) -> Any:
+    """Return the config of a folder, of a file of one, or of an id of the hub; a config itself.
+
+    Raises ModelError if there is none, or one that transformers cannot read.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise extra("hf", "configs of Hugging Face models are read by transformers") from error
+    path = Path(source)
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else str(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{str(source)!r} is neither a model, nor a folder with a config.json, nor an id "
+            f"that the hub answers to: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def batch_for(model: nn.Module, batch: Mapping[str, Any] | tuple[int, int]) -> Mapping[str, Any]:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
+from surgery.catalogue import resolve
+from surgery.compat.stage import Stage, staged
+from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
+from surgery.prediction.skeleton import hollow, skeleton
+from surgery.prediction.sources import Source, batch_for, model_of
+from surgery.prediction.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +62,20 @@ def _marked(code: str, signs: dict[str, str]) -> str:
         sign = signs.get(made[1]) if made else None
         lines.append(f"{line}  # <- {sign}" if sign else line)
     return "\n".join(lines)
+
+
+def foreseen(model: Source, batch: Mapping[str, Any] | tuple[int, int], spec: Any) -> list[Graph]:
+    """Return the graphs that `surgery.graphs` would after a forward, without data or arithmetic.
+
+    model, batch: as `surgery.plan` takes them. Raises what `apply` and the model's forward raise.
+    """
+    plain = model_of(model)
+    with staged(Stage(Timeline(None))), torch.random.fork_rng([]):
+        copy, inputs = skeleton(plain), hollow(batch_for(plain, batch))
+        surgery = Surgery(decide(copy, resolve(spec, {}), compile=False))
+        surgery.install()
+        try:
+            copy(**inputs)
+            return graphs(surgery)
+        finally:
+            surgery.uninstall()

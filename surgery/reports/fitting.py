@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,7 +18,7 @@ from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
 from surgery.errors import ModelError, OptionError, SurgeryError
 from surgery.memory import loss_of, storage_bytes
-from surgery.prediction.devices import Device, device_named
+from surgery.prediction.devices import device_named, memory_of
 from surgery.prediction.loop import Loop, Making, Step, foresee
 from surgery.prediction.sources import Source, batch_for, model_of
 
@@ -160,7 +158,7 @@ def fit(
     *,
     device: str | None = None,
     goal: Goal = "full",
-    optimizer: Making = torch.optim.AdamW,
+    optimizer: Making | None = None,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
     clip: float | None = None,
     autocast: torch.dtype | None = None,
@@ -168,17 +166,17 @@ def fit(
 ) -> Fit:
     """Play all sensible compositions of a goal, and recommend one that fits.
 
-    model, batch, optimizer, loss, clip, autocast, device: as `surgery.plan` takes them. memory:
-    bytes, or such as "24GiB"; default: of the device. goal: "full" trains all weights, "adapter"
-    those that require gradients already, "forwards" needs no backward. told: is given each row as
-    it is found.
+    model, batch, loss, clip, autocast, device: as `surgery.plan` takes them. optimizer: too;
+    default: AdamW, SGD for "forwards". memory: bytes, or such as "24GiB"; default: the device's.
+    goal: "full" trains all weights, "adapter" those that require gradients already, "forwards"
+    needs no backward. told: is given each row as it is found.
 
     Exact passes come first, methods only where none of these fits; of those that fit with a tenth
     to spare, the fastest is recommended, without a device the first. Changes nothing. Raises
     OptionError for an unknown goal, device or unit, or less memory than the weights take.
     """
     known = device_named(device)
-    size = _bytes_of(memory, known)
+    size = memory_of(memory, known)
     if goal not in GROUPS:
         raise OptionError(f"goal={goal!r} must be one of {', '.join(map(repr, GROUPS))}.")
     model = model_of(model)
@@ -191,9 +189,7 @@ def fit(
     given = batch_for(model, batch)
     loop = Loop(
         loss=loss or (lambda model, batch: loss_of(model(**batch))),
-        optimizer=functools.partial(torch.optim.SGD, lr=1e-3)
-        if goal == "forwards" and optimizer is torch.optim.AdamW
-        else optimizer,
+        optimizer=optimizer or (torch.optim.SGD if goal == "forwards" else torch.optim.AdamW),
         clip=clip,
         autocast=autocast,
         device=known,
@@ -279,23 +275,6 @@ def _filled(row: Row, step: Step, batch: Mapping[str, Any], memory: int) -> Row:
 
 def _checkpoint(model: Any) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {f"{prefix}ib": 1 << (10 * (i + 1)) for i, prefix in enumerate("kmgt")}
-
-
-def _bytes_of(memory: int | str | None, device: Device | None) -> int:
-    if memory is None:
-        if device is None:
-            raise OptionError('say how much memory there is: memory="24GiB", or device="rtx4090".')
-        return device.memory
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(memory))
-    if found is None or found[2].lower() not in _UNITS or found[1].count(".") > 1:
-        raise OptionError(
-            f'memory={memory!r} is no number of bytes: write 24e9, "24GB" or "24GiB".'
-        )
-    return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def _gib(count: int) -> str:
