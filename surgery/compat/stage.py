@@ -32,6 +32,15 @@ _ANSWERS: dict[Any, Callable[[Any], Any]] = {
 }
 
 
+def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **options: Any) -> Tensor:
+    """A CPU takes any floating dtype; what torch knows of its shapes, bfloat16 alone."""
+    like = aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *args, **options)
+    return torch.empty_strided(like.shape, like.stride(), dtype=a.dtype, device=a.device)
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+
+
 class Watcher(Protocol):
     """Who is told what happens on a stage."""
 
@@ -96,7 +105,7 @@ class Stage(TorchDispatchMode):
         answer = _ANSWERS.get(func)
         if answer is not None and self._ours(args[0]):
             return answer(args[0])
-        result = func(*args, **options)
+        result = _STAND_INS.get(func, func)(*args, **options)
         made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
         known = [t.untyped_storage() in self.keys for t in made]
         for t in made:

@@ -45,6 +45,11 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.fake_mode is not _played.get()
 
 
+def is_playing() -> bool:
+    """Whether a step is played on tensors without memory."""
+    return _played.get() is not None
+
+
 def is_played(value: Any) -> bool:
     """Whether a value is a tensor without memory that a step is played on."""
     return isinstance(value, FakeTensor) and value.fake_mode is _played.get()
