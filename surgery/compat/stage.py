@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgery.compat.tensors import playing
+from surgery.compat.hf import fakes_taken_for_real
+from surgery.compat.tensors import is_fake, playing
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def staged(stage: Stage) -> Iterator[None]:
     """Play what is run inside on a stage."""
     token = _stage.set(stage)
     try:
-        with playing(stage.mode), stage:
+        with playing(stage.mode), fakes_taken_for_real(is_fake), stage:
             yield
     finally:
         _stage.reset(token)

@@ -51,7 +51,9 @@ def memory(steps: Mapping[str, Step], target: Target) -> None:
         kinds = [kind for kind in get_args(Kind) if any(held.get(kind) for _, held in course)]
         heights = [[held.get(kind, 0) / GB for _, held in course] for kind in kinds]
         places = range(len(course))
-        axes.stackplot(places, heights, labels=kinds, colors=[COLOURS[k] for k in kinds], step="pre")
+        axes.stackplot(
+            places, heights, labels=kinds, colors=[COLOURS[k] for k in kinds], step="pre"
+        )
         axes.axhline(step.peak / GB, color="black", linewidth=0.8, linestyle=":")
         phases = [phase for phase, _ in course]
         for i, phase in enumerate(phases):
@@ -112,7 +114,9 @@ def modules_over_rounds(rounds: Sequence[Collection[str]], target: Target) -> No
     figure = _figure(7.0, 1.0 + 0.14 * len(names))
     axes = figure.subplots()
     axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    shares = [f"{name}  {sum(row) / len(rounds):.0%}" for name, row in zip(names, cells, strict=True)]
+    shares = [
+        f"{name}  {sum(row) / len(rounds):.0%}" for name, row in zip(names, cells, strict=True)
+    ]
     axes.set_yticks(range(len(names)), shares, fontsize=5)
     axes.set_xlabel("round")
     _write(figure, target)
