@@ -22,13 +22,13 @@ from torch.fx import GraphModule
 
 from surgery.compat import dynamo, fsdp, modules
 from surgery.compat.tensors import each as each_leaf
-from surgery.compat.tensors import is_playing, leaves
+from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
 from surgery.engine import captures
 from surgery.engine.captures import Capture, capture_of, is_running, running
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
-from surgery.engine.exhausted import explained, noted
+from surgery.engine.exhausted import remembered
 from surgery.engine.finding import Forward
 from surgery.engine.guards import check_layout, check_wrapping, joined, unreached
 from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leaves
@@ -141,10 +141,7 @@ class Dispatch(Forward):
             return self.plain(*args, **kwargs)
         backend = dynamo.outer_backend()
         if backend is None:
-            if is_playing():
-                return self._train(args, kwargs)
-            noted(self.model, self.surgery, args, kwargs)
-            with explained("forward"):
+            with remembered(self.surgery, args, kwargs):
                 return self._train(args, kwargs)
         if self.backend is None:
             check_backend(self.surgery.decision.methods, backend)

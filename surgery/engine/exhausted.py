@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compat.failures import hear, is_out_of_memory
-from surgery.compat.tensors import each
+from surgery.compat.tensors import each, is_playing
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
@@ -49,6 +49,17 @@ _last: list[Callable[[], Call | None]] = []
 def explain_by(explain: Explain) -> None:
     """Say who writes the note, of the last forward and the part of the step."""
     _EXPLAIN[:] = [explain]
+
+
+@contextmanager
+def remembered(surgery: Surgery, args: Any, kwargs: Any) -> Iterator[None]:
+    """Note a training forward, and explain an error of the allocator out of it."""
+    if is_playing():
+        yield
+        return
+    noted(surgery.decision.model, surgery, args, kwargs)
+    with explained("forward"):
+        yield
 
 
 def noted(model: nn.Module, surgery: Surgery | None, args: Any, kwargs: Any) -> None:
