@@ -106,7 +106,8 @@ class Stage(TorchDispatchMode):
         answer = _ANSWERS.get(func)
         if answer is not None and self._ours(args[0]):
             return answer(args[0])
-        result = _STAND_INS.get(func, func)(*args, **options)
+        run: Any = _STAND_INS.get(func, func)
+        result = run(*args, **options)
         made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
         known = [t.untyped_storage() in self.keys for t in made]
         for t in made:
