@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
 from surgery.compat import autograd, dynamo, failures, fsdp, hf, inductor, modules, stage, tensors
+from surgery.engine import exhausted
 
 
 class Two(nn.Module):
@@ -681,6 +682,7 @@ def test_what_is_special_about_a_module_and_whose_it_is():
 
 def test_errors_are_heard_where_they_leave_backward_and_step():
     heard = []
+    exhausted._last.clear()  # or the library would explain the errors, of another test's model
     hear = failures.hear.__wrapped__  # once more, beside the library's own
     engine, patch = torch.autograd._engine_run_backward, torch.optim.Optimizer._patch_step_function
 
@@ -732,6 +734,8 @@ def test_parameters_are_held_as_ever_again():
     assert not tensors.is_playing()
     with tensors.playing(tensors.fakes()):
         assert tensors.is_playing()
+        with tensors.off_stage():
+            assert torch.ones(1).item() == 1, "_disable_current_modes does not disable them"
 
 
 def test_every_function_of_compat_has_a_canary():

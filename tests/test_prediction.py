@@ -20,7 +20,9 @@ import passes
 import surgery
 from surgery.engine.captures import CAPTURES
 from surgery.engine.clock import LISTENING
+from surgery.kernels import directions
 from surgery.memory import loss_of, measure
+from surgery.zeroth_order import direction
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -159,6 +161,27 @@ def test_a_plan_leaves_no_trace(spec, no_captures):
     assert (len(LISTENING), torch.is_grad_enabled()) == (listening, grad)
     gc.collect()
     assert len(CAPTURES) == 0  # they go with the models that they serve
+
+
+@pytest.mark.parametrize("name", ["mezo", "lozo", "subzero"])
+def test_what_a_process_keeps_is_real_after_a_plan(name):
+    """A table of quantiles without memory once served the real steps that came later."""
+    directions._quantiles.cache_clear()
+    direction._number.cache_clear()
+    options = {"optimizer": partial(SGD, lr=1e-3)}
+    model, tokens = make("plain"), torch.zeros(2, 6, dtype=torch.long)
+    surgery.plan(
+        model, {"tokens": tokens}, name, loss=lambda m, b: m(b["tokens"], b["tokens"]), **options
+    )
+    surgery.apply(model, name)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = model(tokens, tokens)
+    loss.backward()
+    optimizer.step()
+    assert type(loss.detach()) is torch.Tensor
+    surgery.remove(model)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=False))
 
 
 class Picks(nn.Module):
