@@ -167,6 +167,22 @@ def folding(part: dict[str, Any]) -> str:
     return markdown(["", *(f"lr {float(rate):g}" for rate in rates)], rows)
 
 
+def predictions(part: dict[str, Any]) -> str:
+    """Predicted peaks of whole steps beside measured ones."""
+    rows = [
+        [
+            name,
+            f"{row['predicted_megabytes']:,.2f} MB",
+            f"{row['measured_megabytes']:,.2f} MB",
+            f"{100 * row['off']:+.2f} %",
+            row["phase"],
+            f"{row['seconds']:.0f} s",
+        ]
+        for name, row in part.items()
+    ]
+    return markdown(["", "predicted", "measured", "off", "the peak is in", "prediction took"], rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -179,6 +195,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         cost,
         losses,
         folding,
+        predictions,
     )
 }
 

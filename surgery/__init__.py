@@ -30,6 +30,7 @@ from surgery.errors import OptionError as OptionError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TargetError as TargetError
 from surgery.errors import extra as _extra
+from surgery.reports.exhausted import explain_oom as explain_oom
 from surgery.reports.fitting import fit as fit
 from surgery.reports.predicted import plan as plan
 from surgery.weights.coordinate import Coordinates as Coordinates

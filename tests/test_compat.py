@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from surgery.compat import autograd, dynamo, fsdp, hf, inductor, modules, stage, tensors
+from surgery.compat import autograd, dynamo, failures, fsdp, hf, inductor, modules, stage, tensors
+from surgery.engine import exhausted
 
 
 class Two(nn.Module):
@@ -680,10 +681,68 @@ def test_what_is_special_about_a_module_and_whose_it_is():
     assert not any("base_layer" in name or "layers.1" in name for name in found)
 
 
+def test_errors_are_heard_where_they_leave_backward_and_step():
+    heard = []
+    exhausted._last.clear()  # or the library would explain the errors, of another test's model
+    hear = failures.hear.__wrapped__  # once more, beside the library's own
+    engine, patch = torch.autograd._engine_run_backward, torch.optim.Optimizer._patch_step_function
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise MemoryError("of the step")
+
+    def raising(grad: torch.Tensor) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    weight = nn.Parameter(torch.ones(2))
+    try:
+        hear(lambda error: heard.append(("backward", error)), lambda e: heard.append(("step", e)))
+        weight.register_hook(raising)
+        with pytest.raises(RuntimeError):
+            weight.sum().backward()
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(weight.sum(), weight)
+        optimizer = Broken([weight], lr=0.1)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    finally:
+        torch.autograd._engine_run_backward = engine
+        torch.optim.Optimizer._patch_step_function = patch
+    assert [where for where, _ in heard] == ["backward", "backward", "step"], (
+        "failures.hear: look at _engine_run_backward and Optimizer._patch_step_function"
+    )
+    assert all(failures.is_out_of_memory(error) for _, error in heard)
+    assert not failures.is_out_of_memory(RuntimeError("of shapes"))
+    assert failures.passing(abs, heard.append)(-1) == 1
+
+
+def test_transformers_asks_whether_a_tensor_is_fake():
+    from transformers.utils import import_utils
+
+    with tensors.fakes():
+        x = torch.ones(1)
+    assert import_utils.is_tracing(x), "hf.fakes_taken_for_real has nothing to do"
+    with hf.fakes_taken_for_real(lambda t: False):
+        assert not import_utils.is_tracing(x), "hf.fakes_taken_for_real is not asked any more"
+    assert import_utils.is_tracing(x)
+
+
+def test_parameters_are_held_as_ever_again():
+    owner, listed = nn.Linear(2, 2), []
+    modules.hold_current(owner, lambda: listed.append(1))
+    modules.hold_as_ever(owner)
+    assert type(owner._parameters) is dict and not listed
+    assert not tensors.is_playing()
+    with tensors.playing(tensors.fakes()):
+        assert tensors.is_playing()
+        with tensors.off_stage():
+            assert torch.ones(1).item() == 1, "_disable_current_modes does not disable them"
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    for module in (autograd, dynamo, fsdp, hf, inductor, modules, stage, tensors):
+    for module in (autograd, dynamo, failures, fsdp, hf, inductor, modules, stage, tensors):
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
             if public:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -62,6 +63,25 @@ def steps_of_trainer(calls: Iterable[FrameType]) -> int:
         if isinstance(caller, module.Trainer):
             return caller.state.global_step
     return 0
+
+
+@contextmanager
+def fakes_taken_for_real(is_fake: Callable[[Any], bool]) -> Iterator[None]:
+    """Let transformers look into tensors without memory, but for those that `is_fake` names.
+
+    Of a fake tensor it believes that a graph is traced, which must do for any mask; a step that is
+    played must go the way of a real one.
+    """
+    module: Any = sys.modules.get("transformers.utils.import_utils")
+    before = getattr(module, "is_fake_tensor", None)
+    if before is None:
+        yield
+        return
+    module.is_fake_tensor = is_fake
+    try:
+        yield
+    finally:
+        module.is_fake_tensor = before
 
 
 def has_peft() -> bool:

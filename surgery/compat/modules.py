@@ -92,6 +92,12 @@ def hold_current(owner: nn.Module, update: Callable[[], None]) -> None:
         owner.__dict__["_parameters"] = _Current(update)
 
 
+def hold_as_ever(owner: nn.Module) -> None:
+    """Undo `hold_current`."""
+    if isinstance(owner._parameters, _Current):
+        owner.__dict__["_parameters"] = dict(dict.items(owner._parameters))
+
+
 def look_up(owner: nn.Module, name: str) -> Any:
     """Return what is meant by the first part of a dotted name: as if there were modules."""
     held = owner.__dict__

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgery.compat.tensors import playing
+from surgery.compat.hf import fakes_taken_for_real
+from surgery.compat.tensors import is_fake, playing
 
 T = TypeVar("T")
 
@@ -30,6 +31,15 @@ _ANSWERS: dict[Any, Callable[[Any], Any]] = {
     aten._local_scalar_dense.default: lambda t: _one(t.dtype),
     aten.equal.default: lambda t: True,
 }
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **options: Any) -> Tensor:
+    """A CPU takes any floating dtype; what torch knows of its shapes, bfloat16 alone."""
+    like = aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *args, **options)
+    return torch.empty_strided(like.shape, like.stride(), dtype=a.dtype, device=a.device)
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
 
 
 class Watcher(Protocol):
@@ -96,7 +106,8 @@ class Stage(TorchDispatchMode):
         answer = _ANSWERS.get(func)
         if answer is not None and self._ours(args[0]):
             return answer(args[0])
-        result = func(*args, **options)
+        run: Any = _STAND_INS.get(func, func)
+        result = run(*args, **options)
         made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
         known = [t.untyped_storage() in self.keys for t in made]
         for t in made:
@@ -152,7 +163,7 @@ def staged(stage: Stage) -> Iterator[None]:
     """Play what is run inside on a stage."""
     token = _stage.set(stage)
     try:
-        with playing(stage.mode), stage:
+        with playing(stage.mode), fakes_taken_for_real(is_fake), stage:
             yield
     finally:
         _stage.reset(token)

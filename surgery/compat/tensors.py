@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 
 def storage_of(t: Tensor) -> int:
@@ -43,6 +43,17 @@ def playing(mode: FakeTensorMode) -> Iterator[None]:
 def is_fake(value: Any) -> bool:
     """Whether a value is a tensor without memory of a dry run; not one to play a step on."""
     return isinstance(value, FakeTensor) and value.fake_mode is not _played.get()
+
+
+def is_playing() -> bool:
+    """Whether a step is played on tensors without memory."""
+    return _played.get() is not None
+
+
+def off_stage() -> AbstractContextManager[Any]:
+    """Make real tensors inside, also where a step is played or a graph is traced: what a process
+    keeps for later must not be without memory."""
+    return _disable_current_modes()
 
 
 def is_played(value: Any) -> bool:

@@ -28,6 +28,7 @@ from surgery.engine import captures
 from surgery.engine.captures import Capture, capture_of, is_running, running
 from surgery.engine.compile import check_backend, compiled
 from surgery.engine.coverage import again
+from surgery.engine.exhausted import remembered
 from surgery.engine.finding import Forward
 from surgery.engine.guards import check_layout, check_wrapping, joined, unreached
 from surgery.engine.leaves import Leaf, can_be_leaf, outside_of_blocks, put_leaves
@@ -140,7 +141,8 @@ class Dispatch(Forward):
             return self.plain(*args, **kwargs)
         backend = dynamo.outer_backend()
         if backend is None:
-            return self._train(args, kwargs)
+            with remembered(self.surgery, args, kwargs):
+                return self._train(args, kwargs)
         if self.backend is None:
             check_backend(self.surgery.decision.methods, backend)
             self.backend, self._captured = backend, None

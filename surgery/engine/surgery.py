@@ -13,6 +13,7 @@ from surgery.engine.clock import Clock
 from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.dispatch import Dispatch
+from surgery.engine.exhausted import hear_steps
 from surgery.engine.finding import disown, own_later
 from surgery.engine.finding import own as own_modules
 from surgery.weights.table import TABLE, table_of
@@ -55,6 +56,7 @@ class Surgery:
             self.dispatch.install()
             self.bind()
             own_modules(self)
+            hear_steps()
         except BaseException:
             self.uninstall()
             raise

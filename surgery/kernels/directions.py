@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from surgery.compat.tensors import off_stage
+
 WORDS = 64  # whose bits stand one after the other: long rows to vectorise over
 BLOCK = 64 * WORDS  # signs in them
 
@@ -138,8 +140,9 @@ def rows_moved(
 @lru_cache
 def _quantiles(device: str) -> Tensor:
     """Return 65,536 equally likely values of the normal distribution, scaled to variance 1."""
-    found = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
-    return (found / found.square().mean().sqrt()).float().to(device)
+    with off_stage():
+        found = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
+        return (found / found.square().mean().sqrt()).float().to(device)
 
 
 def normals(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -90,6 +91,7 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
                 trained = [p for p in copy.parameters() if p.requires_grad]
                 optimizer = _made(loop, trained)
                 _step(copy, inputs, optimizer, loop, timeline, stage)
+                gc.collect()  # captures leave circles behind, with tensors in them
                 timeline.begin()
                 start = timeline.live()
                 state = [v for held in optimizer.state.values() for v in held.values()]
@@ -176,20 +178,14 @@ def _naming(model: nn.Module, surgery: Surgery | None, timeline: Timeline) -> It
         ):
             yield
         return
-    handles, path = [], [""]
+    handles = []
     for name, module in model.named_modules():
-
-        def enter(module: nn.Module, args: Any, name: str = _numbered(name)) -> None:
-            path.append(name)
-            timeline.at(name)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            path.pop()
-            timeline.at(path[-1])
-
+        # No stack, nor always_call=True: a checkpoint ends the forward that it repeats by an error,
+        # and the frames of a hook that runs on errors would keep what it has made alive.
+        inside, outside = _numbered(name), _numbered(name.rpartition(".")[0])
         handles += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
+            module.register_forward_pre_hook(lambda *_, where=inside: timeline.at(where)),
+            module.register_forward_hook(lambda *_, where=outside: timeline.at(where)),
         ]
     try:
         yield
@@ -206,7 +202,9 @@ class _Named(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.op not in ("placeholder", "output"):
             self.timeline.at(_numbered(module_of(n)))
-        return super().run_node(n)
+        result = super().run_node(n)
+        # What nobody uses is freed at once by the code of a graph, and kept by an Interpreter.
+        return result if n.users or n.op == "output" else None
 
 
 def _numbered(path: str) -> str:

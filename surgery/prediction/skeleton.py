@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.compat import modules
 from surgery.compat.tensors import is_wrapper
+from surgery.engine.surgery import Surgery
 from surgery.errors import ModelError
+from surgery.weights.table import TABLE
+
+# Of tensors on a stage, whatever the device of a model: on meta, attention takes its mathematical
+# form.
+HERE = "cpu"
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -18,16 +25,49 @@ def skeleton(model: nn.Module) -> nn.Module:
 
     Raises ModelError, naming a weight of a kind that has its own idea of memory.
     """
-    memo: dict[int, Any] = {}
+    return _copied(model, {}, {}, HERE)
+
+
+def _copied(
+    model: nn.Module, memo: dict[int, Any], flags: Mapping[int, bool], device: str
+) -> nn.Module:
+    """flags: `requires_grad` of parameters, by their ids, where it is another."""
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or is_wrapper(parameter):
             raise ModelError(
                 f"{name} is a {type(parameter).__name__}, whose memory is not that of its shape"
             )
-        memo[id(parameter)] = nn.Parameter(_hollow(parameter), parameter.requires_grad)
+        required = flags.get(id(parameter), parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(_hollow(parameter, device), required)
     for _, buffer in model.named_buffers():
-        memo[id(buffer)] = _hollow(buffer)
+        memo[id(buffer)] = _hollow(buffer, device)
     return copy.deepcopy(model, memo)
+
+
+def without_surgery(surgery: Surgery) -> nn.Module:
+    """Return a copy of the model of a surgery as it would be without, on the meta device.
+
+    What the surgery holds is neither copied nor changed.
+    """
+    model, dispatch = surgery.decision.model, surgery.dispatch
+    memo: dict[int, Any] = {}
+    for own in (surgery, *vars(surgery).values(), *dispatch.leaves.values()):
+        memo[id(own)] = own
+    table = modules.child(model, TABLE)
+    if table is not None:
+        memo[id(table)] = table
+    flags = {id(parameter): required for parameter, required in surgery.flags()}
+    copied = _copied(model, memo, flags, "meta")
+    modules.take_child(copied, TABLE)
+    for module in [model, *dispatch.leaves]:
+        memo[id(module)].__dict__.pop("forward", None)
+    if dispatch.replaced is not None:
+        copied.__dict__["forward"] = copy.deepcopy(dispatch.replaced, memo)
+    for module in surgery.decision.workarounds.off:
+        memo[id(module)].gradient_checkpointing = True
+    for module in copied.modules():
+        modules.hold_as_ever(module)
+    return copied
 
 
 def hollow(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +75,5 @@ def hollow(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _hollow(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _hollow(t: Tensor) -> Tensor:
-    # On the CPU whatever the device: on meta, attention takes its mathematical form.
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+def _hollow(t: Tensor, device: str = HERE) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)

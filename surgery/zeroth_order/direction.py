@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from surgery import noise
 from surgery.compat.modules import held
+from surgery.compat.tensors import off_stage
 from surgery.graph.linear import rows_of
 from surgery.kernels import directions, plan
 from surgery.kernels.fused import launch
@@ -219,4 +220,5 @@ def number(value: float, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
+    with off_stage():
+        return torch.full((), value, dtype=dtype, device=device)

@@ -1,0 +1,216 @@
+"""What plan says of a step's peak, beside the allocator of a real run."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from laws import PASSES
+from models import adapt, batch, build, make
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import passes
+import surgery
+from surgery.engine.captures import CAPTURES
+from surgery.engine.clock import LISTENING
+from surgery.kernels import directions
+from surgery.memory import loss_of, measure
+from surgery.zeroth_order import direction
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+EXACT = [passes.Recompute(), passes.ChunkedLoss()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    spec: Any
+    family: str = "llama"
+    dtype: torch.dtype = torch.float32
+    change: Callable[[Any], Any] = lambda model: model
+    options: dict[str, Any] = field(default_factory=dict)  # of plan: of the loop
+
+    def model(self) -> nn.Module:
+        return self.change(build(self.family).to(self.dtype))
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        made = batch(self.family, rows=2, length=32)
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in made.items()}
+
+
+def checkpointed(model: Any) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+CASES = {  # each costs a capture, and one more beside real tensors
+    "misa": Case(spec=passes.Misa(budget=0.5)),
+    "exact ones, clipped": Case(spec=EXACT, options={"clip": 1.0}),
+    "velora, autocast": Case(spec=passes.Velora(groups=4), options={"autocast": BF16}),
+    "rso, fused AdamW": Case(
+        spec=passes.Rso(rank=4), options={"optimizer": partial(AdamW, fused=True)}
+    ),
+    "badam, bfloat16, foreach": Case(
+        spec=passes.BAdam(), dtype=BF16, options={"optimizer": partial(AdamW, foreach=True)}
+    ),
+    "mezo, SGD": Case(spec=passes.Mezo(), options={"optimizer": partial(SGD, lr=1e-3)}),
+    "checkpointing": Case(spec=passes.Misa(budget=0.5), change=checkpointed),
+    "LoRA": Case(spec=passes.Recompute(), change=lambda model: adapt(model, "on every Linear")),
+    "GPT-2, dropout": Case(spec=passes.Recompute(), family="gpt2"),
+    "BERT": Case(spec=passes.Misa(budget=0.5), family="bert"),
+    "ViT": Case(spec=passes.Compress(), family="vit"),
+    "Mixtral": Case(spec=passes.Recompute(), family="mixtral"),
+}
+
+
+def really(case: Case, spec: Any) -> tuple[int, str]:
+    """Train two steps; return the peak of the second, from before there was a model, and where."""
+    held: list[Any] = []
+
+    def forward() -> Any:
+        dtype = case.options.get("autocast")
+        with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+            return loss_of(held[0](**held[1]))
+
+    def backward(loss: list[Any]) -> None:
+        loss.pop().backward()
+
+    def step() -> None:
+        if "clip" in case.options:
+            nn.utils.clip_grad_norm_(held[0].parameters(), case.options["clip"])
+        held[2].step()
+        held[2].zero_grad()
+
+    def begin() -> None:
+        held.extend([case.model(), case.batch()])
+        if spec is not None:
+            surgery.apply(held[0], spec, compile=False)
+        make = case.options.get("optimizer", AdamW)
+        held.append(make([p for p in held[0].parameters() if p.requires_grad]))
+        backward([forward()])
+        step()
+        gc.collect()
+
+    gc.collect()  # what is freed meanwhile would count
+    live = measure(begin, CPU).live
+    peaks = {}
+    loss: list[Any] = []
+    for phase, call in (
+        ("forward", lambda: loss.append(forward())),
+        ("backward", lambda: backward(loss)),
+        ("step", step),
+    ):
+        found = measure(call, CPU)
+        peaks[phase] = live + found.peak
+        live += found.live
+    phase = max(peaks, key=lambda each: peaks[each])
+    return peaks[phase], phase
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_the_allocators(name):
+    case = CASES[name]
+    planned = surgery.plan(case.model(), case.batch(), case.spec, compile=False, **case.options)
+    for side, spec in ((planned.before, None), (planned.after, case.spec)):
+        peak, phase = really(case, spec)
+        assert side.peak == pytest.approx(peak, rel=0.03), spec
+        assert side.phase == phase
+    assert sum(holder.bytes for holder in planned.holders) == planned.after.peak
+
+
+def test_holders_are_named_by_module_and_operation():
+    found = surgery.plan(build("llama"), batch("llama", length=32), "recompute")
+    by_kind: dict[str, int] = {}
+    for each in found.holders:
+        by_kind[each.kind] = by_kind.get(each.kind, 0) + each.bytes
+    assert by_kind["weights"] == found.after.parameters + sum(
+        b.numel() * b.element_size() for b in build("llama").buffers()
+    )
+    own = [each for each in found.holders if each.kind in ("activations", "temporaries")]
+    assert any(each.where.startswith("model.layers.*.") for each in own)
+    assert all(each.made_by for each in own)
+    assert "at the peak, " in str(found)
+
+
+@pytest.mark.parametrize("spec", [PASSES["misa"], PASSES["mezo"]])
+def test_a_plan_leaves_no_trace(spec, no_captures):
+    model, inputs = build("gpt2"), batch("gpt2")
+    model.transformer.wte.weight.requires_grad_(False)
+    flags = [(p, p.requires_grad, p.grad, p._version) for p in model.parameters()]
+    hooks = [
+        (dict(m._forward_hooks), dict(m._forward_pre_hooks), sorted(m.__dict__))
+        for m in model.modules()
+    ]
+    generator, listening, grad = torch.get_rng_state(), len(LISTENING), torch.is_grad_enabled()
+    surgery.plan(model, inputs, spec())
+    for parameter, required, gradient, version in flags:
+        assert (parameter.requires_grad, parameter.grad) == (required, gradient)
+        assert parameter._version == version
+    assert hooks == [
+        (dict(m._forward_hooks), dict(m._forward_pre_hooks), sorted(m.__dict__))
+        for m in model.modules()
+    ]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert (len(LISTENING), torch.is_grad_enabled()) == (listening, grad)
+    gc.collect()
+    assert len(CAPTURES) == 0  # they go with the models that they serve
+
+
+@pytest.mark.parametrize("name", ["mezo", "lozo", "subzero"])
+def test_what_a_process_keeps_is_real_after_a_plan(name):
+    """A table of quantiles without memory once served the real steps that came later."""
+    directions._quantiles.cache_clear()
+    direction._number.cache_clear()
+    options = {"optimizer": partial(SGD, lr=1e-3)}
+    model, tokens = make("plain"), torch.zeros(2, 6, dtype=torch.long)
+    surgery.plan(
+        model, {"tokens": tokens}, name, loss=lambda m, b: m(b["tokens"], b["tokens"]), **options
+    )
+    surgery.apply(model, name)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = model(tokens, tokens)
+    loss.backward()
+    optimizer.step()
+    assert type(loss.detach()) is torch.Tensor
+    surgery.remove(model)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=False))
+
+
+class Picks(nn.Module):
+    """How many entries it computes with depends on what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.blocks[0](x)
+        return y[y > 0].sum()
+
+
+def test_a_forward_that_depends_on_data_is_named_and_the_rest_is_there():
+    found = surgery.plan(Picks(), {"x": torch.ones(2, 4)}, "recompute")
+    lines = [text for label, text in found.lines if label == "peak not predicted"]
+    assert len(lines) == 2 and "without the passes" in lines[0] and "with the passes" in lines[1]
+    assert found.after.peak is None and found.after.parameters == 80 and not found.holders
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "h1000"}, "device='h1000' is not known Did you mean"),
+        ({"batch": (0, 8)}, "neither keyword arguments"),
+    ],
+)
+def test_refused(options, said):
+    given = {"batch": (1, 8)} | options
+    with pytest.raises(surgery.OptionError, match=said):
+        surgery.plan(make("plain"), given.pop("batch"), "recompute", **given)
