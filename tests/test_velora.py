@@ -306,10 +306,9 @@ def test_it_says_where_it_saves_nothing():
 
 
 def test_it_warns_of_some_readers_of_an_input():
-    model = surgery.apply(make("llama"), passes.Velora(groups=4, targets=["v_proj"]))
-    for name in ("q_proj", "k_proj"):
-        for layer in model.model.layers:
-            layer.self_attn.get_submodule(name).weight.requires_grad_(True)
+    beside = passes.Misa(budget=1.0, targets=["q_proj", "k_proj"])
+    spec = [passes.Velora(groups=4, targets=["v_proj"]), beside]
+    model = surgery.apply(make("llama"), spec)
     with pytest.warns(UserWarning, match=r"v_proj.weight .its input is kept for linear"):
         loss_of(model, inputs_of("llama"))
 

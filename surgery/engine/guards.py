@@ -58,7 +58,8 @@ def hooked(name: str) -> ModelError:
 def unfrozen(names: Sequence[str], passes: Sequence[str]) -> ModelError:
     """Return the error for weights that were switched on and that no pass trains."""
     return ModelError(
-        f"requires_grad of {listed(names)} was switched on after surgery.apply, and "
+        f"requires_grad of {listed(names)} was switched on after surgery.apply (or a tied weight "
+        "was untied: load_state_dict(assign=True) does that, tie it again), and "
         f"{' and '.join(passes)} does not train it. Switch on what is trained only, "
         "for c in surgery.coordinates(model): model.get_parameter(c.weight).requires_grad_(True), "
         "and the rest off. To train more: surgery.remove(model), requires_grad_(True), then "
