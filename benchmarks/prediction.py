@@ -29,8 +29,8 @@ import surgery
 from benchmarks.common import run_parts
 from surgery.catalogue import resolve
 from surgery.engine.captures import CAPTURES
-from surgery.memory import loss_of, measure
-from surgery.prediction.loop import Loop, foresee
+from surgery.memory import measure
+from surgery.prediction.loop import Loop, foresee, own_loss
 
 ROWS, LENGTH, VOCAB = 2, 256, 2048
 DECODER = dict(
@@ -172,12 +172,8 @@ def batch_of(family: str, run: Run) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    return loss_of(model(**batch))
-
-
 def predicted(family: str, run: Run) -> dict[str, Any]:
-    loop = Loop(loss=loss, optimizer=run.optimizer, clip=run.clip, autocast=run.autocast)
+    loop = Loop(optimizer=run.optimizer, clip=run.clip, autocast=run.autocast)
     with torch.device("meta"):
         model = model_of(family, run)
     batch = batch_of(family, run)
@@ -199,7 +195,7 @@ def measured(family: str, run: Run) -> dict[str, int]:
         model, batch, optimizer = kept
         dtype = run.autocast
         with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
-            value = loss(model, batch)
+            value = own_loss(model, batch)
         value.backward()
         del value
         if run.clip is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import load, save
+from benchmarks.gpu.rows import LLAMA
 from surgery.catalogue import resolve
 from surgery.prediction.devices import device_named
 from surgery.prediction.loop import Loop, foresee
@@ -40,15 +41,7 @@ ROWS: dict[str, tuple[tuple[str, ...], bool, bool, tuple[float, float] | None]] 
 def llama(checkpointing: bool, lora: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**LLAMA)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config).bfloat16().train()
         model.tie_weights()
@@ -82,11 +75,7 @@ def main() -> None:
                 llama(checkpointing, lora),
                 {"input_ids": ids, "labels": ids},
                 resolve(list(passes), {}) if passes else (),
-                Loop(
-                    loss=lambda model, batch: model(**batch).loss,
-                    optimizer=make,
-                    device=device_named(device),
-                ),
+                Loop(optimizer=make, device=device_named(device)),
             )
             found = {
                 "peak_gib": round(step.peak / 2**30, 2),

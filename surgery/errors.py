@@ -51,6 +51,11 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def in_a_line(error: BaseException | str, most: int | None = None) -> str:
+    """Return what an error says in one line, cut at so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def extra(name: str, why: str) -> ModuleNotFoundError:
     """Return the error for what needs more packages than the base installation."""
     return ModuleNotFoundError(f'{why}: pip install "model-surgery[{name}]"')

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ModelError, OptionError, extra
+from surgery.errors import ModelError, OptionError, extra, in_a_line
 from surgery.prediction.sources import config_of
 
 
@@ -24,8 +24,7 @@ def tokenizer_of(source: str) -> Any:
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:  # of tokenizers' own, of any kind
         raise ModelError(
-            f"no tokenizer in {place!r}: {' '.join(str(error).split())[:200]} Name one: "
-            "--tokenizer=..."
+            f"no tokenizer in {place!r}: {in_a_line(error, 200)} Name one: --tokenizer=..."
         ) from error
 
 
@@ -58,9 +57,7 @@ def weights_of(source: str, dtype: str, classes: tuple[str, ...], pad: int, seed
                 source, config=config, dtype=chosen, ignore_mismatched_sizes=bool(classes)
             )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ModelError(f"{source!r} cannot be loaded: {in_a_line(error, 300)}") from error
     return model.train()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -13,6 +12,7 @@ import torch
 
 from surgery.cli.processes import is_first
 from surgery.cli.settings import write
+from surgery.reports.pictures import loss_at
 
 FILE, PICTURE = "metrics.jsonl", "loss.png"
 
@@ -57,22 +57,19 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> bool:
-    """Draw the losses over the steps; return False, and draw nothing, without matplotlib."""
+    """Draw the losses over the steps, if there are any; return False without matplotlib."""
+    keys = {"training": "loss", "evaluation": "evaluation"}
+    found = {
+        name: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        for name, key in keys.items()
+    }
+    found = {name: points for name, points in found.items() if points}
+    if not found:  # stopped before its first step
+        return True
     try:
-        figures = importlib.import_module("matplotlib.figure")
+        loss_at(found, path, marked=["evaluation"])
     except ModuleNotFoundError:
         return False
-    figure = figures.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, mark in (("loss", "training", ""), ("evaluation", "evaluation", "o")):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=mark, label=label)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
-    made = path.with_name(f".{path.name}.partial")
-    figure.savefig(made, format="png", dpi=150)
-    made.replace(path)
     return True
 
 

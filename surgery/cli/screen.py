@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from surgery.cli.processes import is_first
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, in_a_line
 
 BAD_INPUT, OUT_OF_MEMORY = 2, 3  # exit codes
 # Who says things on import or loading that are no user's business: torchao that kernels of other
@@ -49,7 +49,7 @@ class Commands(TyperGroup):
 
 def complain(error: Exception, *more: str) -> None:
     """Print an error in one red line; it is as long as it is."""
-    said = " ".join(" ".join([str(error), *more]).split())
+    said = in_a_line(" ".join([str(error), *more]))
     # Escaped: targets=["..."] and pip's extras are no markup.
     # Of any process: on the others than the first, it may be theirs alone.
     Console(stderr=True).print(
@@ -73,5 +73,5 @@ def quieten() -> None:
 
 
 def _warn(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    said = " ".join(str(message).split())
+    said = in_a_line(str(message))
     err().print(f"[yellow]warning: {escape(said)}[/yellow]", highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.compat.failures import hear, is_out_of_memory
 from surgery.compat.tensors import each, is_playing
+from surgery.errors import in_a_line
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
@@ -102,7 +103,7 @@ def add(error: BaseException, phase: str) -> None:
     try:
         text = _EXPLAIN[0](call, phase)
     except Exception as other:  # of the model's own code: the user's error must not be lost
-        said = " ".join(str(other).split())[:200]
+        said = in_a_line(other, 200)
         text = f"what held it cannot be told, since the step cannot be played: {said}"
     error.add_note(TITLE + text)
 

@@ -19,11 +19,17 @@ from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
 from surgery.graph.reading import module_of
 from surgery.kernels import plan
+from surgery.memory import loss_of
 from surgery.prediction.devices import Device
 from surgery.prediction.skeleton import hollow, skeleton
 from surgery.prediction.timeline import Holder, Kind, Phase, Timeline
 
 Making = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the loss that a model computes itself."""
+    return loss_of(model(**batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class Loop:
     before anything else.
     """
 
-    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] = own_loss
     optimizer: Making = torch.optim.AdamW
     clip: float | None = None
     autocast: torch.dtype | None = None
@@ -72,35 +78,24 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
     timeline = Timeline(loop.device)
     stage = Stage(timeline)
     with (
-        warnings.catch_warnings(),
-        staged(stage),
+        warnings.catch_warnings(action="ignore"),  # of a run that is none
         _sizes_of(loop.device),
-        torch.random.fork_rng([]),
+        put_on(stage, model, batch, passes, _compiling(loop.device), loop.prepare) as played,
     ):
-        warnings.simplefilter("ignore")  # of a run that is none
-        copy, inputs = skeleton(model), hollow(batch)
-        if loop.prepare is not None:
-            loop.prepare(copy)
+        copy, inputs, surgery = played
         timeline.call("batch", map(stage.key_of, _tensors(inputs.values())))
         timeline.call("weights", map(stage.key_of, [*copy.parameters(), *copy.buffers()]))
-        surgery = Surgery(decide(copy, passes, compile=_compiling(loop.device))) if passes else None
-        if surgery is not None:
-            surgery.install()
-        try:
-            with _naming(copy, surgery, timeline):
-                trained = [p for p in copy.parameters() if p.requires_grad]
-                optimizer = _made(loop, trained)
-                _step(copy, inputs, optimizer, loop, timeline, stage)
-                gc.collect()  # captures leave circles behind, with tensors in them
-                timeline.begin()
-                start = timeline.live()
-                state = [v for held in optimizer.state.values() for v in held.values()]
-                timeline.call("optimizer", map(stage.key_of, _tensors(state)))
-                timeline.call("weights", map(stage.key_of, copy.parameters()))
-                activations = _step(copy, inputs, optimizer, loop, timeline, stage)
-        finally:
-            if surgery is not None:
-                surgery.uninstall()
+        with _naming(copy, surgery, timeline):
+            trained = [p for p in copy.parameters() if p.requires_grad]
+            optimizer = _made(loop, trained)
+            _step(copy, inputs, optimizer, loop, timeline, stage)
+            gc.collect()  # captures leave circles behind, with tensors in them
+            timeline.begin()
+            start = timeline.live()
+            state = [v for held in optimizer.state.values() for v in held.values()]
+            timeline.call("optimizer", map(stage.key_of, _tensors(state)))
+            timeline.call("weights", map(stage.key_of, copy.parameters()))
+            activations = _step(copy, inputs, optimizer, loop, timeline, stage)
     peak, phase, holders = timeline.peak()
     workspace = loop.device.workspace if loop.device is not None else 0
     return Step(
@@ -113,6 +108,31 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
         milliseconds=1e3 * timeline.seconds if loop.device is not None else None,
         launches=timeline.launches,
     )
+
+
+@contextmanager
+def put_on(
+    stage: Stage,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    passes: Sequence[Any],
+    compile: plan.Compile = False,
+    prepare: Callable[[Any], Any] | None = None,
+) -> Iterator[tuple[nn.Module, dict[str, Any], Surgery | None]]:
+    """Give a copy of a model and a batch on a stage, with passes applied, while it plays."""
+    with staged(stage), torch.random.fork_rng([]):
+        copy, inputs = skeleton(model), hollow(batch)
+        if prepare is not None:
+            prepare(copy)
+        if not passes:
+            yield copy, inputs, None
+            return
+        surgery = Surgery(decide(copy, passes, compile=compile))
+        surgery.install()
+        try:
+            yield copy, inputs, surgery
+        finally:
+            surgery.uninstall()
 
 
 def _step(

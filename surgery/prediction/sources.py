@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from surgery.errors import ModelError, OptionError, extra
+from surgery.errors import ModelError, OptionError, extra, in_a_line
 
 Source: TypeAlias = "nn.Module | str | os.PathLike[str] | Any"  # Any: a PretrainedConfig
 
@@ -26,10 +26,8 @@ def model_of(source: Source) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     config = config_of(source)
-    try:
-        from transformers import AutoModelForCausalLM
-    except ModuleNotFoundError as error:
-        raise extra("hf", "configs of Hugging Face models are read by transformers") from error
+    from transformers import AutoModelForCausalLM
+
     dtype = getattr(config, "dtype", None)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
@@ -52,7 +50,7 @@ def config_of(source: str | os.PathLike[str] | Any) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{str(source)!r} is neither a model, nor a folder with a config.json, nor an id "
-            f"that the hub answers to: {' '.join(str(error).split())[:200]}"
+            f"that the hub answers to: {in_a_line(error, 200)}"
         ) from error
 
 

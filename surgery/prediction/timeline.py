@@ -29,6 +29,10 @@ class Holder:
     count: int
     bytes: int
 
+    def __str__(self) -> str:
+        made = f": {self.made_by} in {self.where or 'the model'}" if self.made_by else ""
+        return f"{self.count} x {self.kind}{made}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Storage:

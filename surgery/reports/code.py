@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from surgery.catalogue import resolve
-from surgery.compat.stage import Stage, staged
-from surgery.engine.decide import decide
+from surgery.compat.stage import Stage
 from surgery.engine.surgery import Surgery
-from surgery.prediction.skeleton import hollow, skeleton
+from surgery.prediction.loop import put_on
 from surgery.prediction.sources import Source, batch_for, model_of
 from surgery.prediction.timeline import Timeline
 
@@ -69,13 +67,9 @@ def foreseen(model: Source, batch: Mapping[str, Any] | tuple[int, int], spec: An
 
     model, batch: as `surgery.plan` takes them. Raises what `apply` and the model's forward raise.
     """
-    plain = model_of(model)
-    with staged(Stage(Timeline(None))), torch.random.fork_rng([]):
-        copy, inputs = skeleton(plain), hollow(batch_for(plain, batch))
-        surgery = Surgery(decide(copy, resolve(spec, {}), compile=False))
-        surgery.install()
-        try:
-            copy(**inputs)
-            return graphs(surgery)
-        finally:
-            surgery.uninstall()
+    plain, stage = model_of(model), Stage(Timeline(None))
+    with put_on(stage, plain, batch_for(plain, batch), resolve(spec, {})) as played:
+        copy, inputs, surgery = played
+        assert surgery is not None  # `resolve` returns a pass at least
+        copy(**inputs)
+        return graphs(surgery)

@@ -93,8 +93,7 @@ explain_by(explain)
 
 
 def _told(holder: Holder) -> str:
-    made = f": {holder.made_by} in {holder.where or 'the model'}" if holder.made_by else ""
-    return f"{megabytes(holder.bytes)}: {holder.count} x {holder.kind}{made}"
+    return f"{megabytes(holder.bytes)}: {holder}"
 
 
 def _ways(

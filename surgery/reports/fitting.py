@@ -16,10 +16,10 @@ from surgery.catalogue import resolve
 from surgery.engine import captures
 from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
-from surgery.errors import ModelError, OptionError, SurgeryError
-from surgery.memory import loss_of, storage_bytes
+from surgery.errors import ModelError, OptionError, SurgeryError, in_a_line
+from surgery.memory import storage_bytes
 from surgery.prediction.devices import device_named, memory_of
-from surgery.prediction.loop import Loop, Making, Step, foresee
+from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
 from surgery.prediction.sources import Source, batch_for, model_of
 
 Goal = Literal["full", "adapter", "forwards"]
@@ -188,7 +188,7 @@ def fit(
         )
     given = batch_for(model, batch)
     loop = Loop(
-        loss=loss or (lambda model, batch: loss_of(model(**batch))),
+        loss=loss or own_loss,
         optimizer=optimizer or (torch.optim.SGD if goal == "forwards" else torch.optim.AdamW),
         clip=clip,
         autocast=autocast,
@@ -243,9 +243,9 @@ def _played(
             step = foresee(model, batch, passes, replace(loop, prepare=prepare))
             row = _filled(row, step, batch, memory)
         except SurgeryError as error:  # of a pass that this model is not for
-            row = replace(row, note=" ".join(str(error).split())[:160])
+            row = replace(row, note=in_a_line(error, 160))
         except Exception as error:  # of a model's own code, of any kind
-            said = " ".join(str(error).split())[:120]
+            said = in_a_line(error, 120)
             row = replace(row, note=f"cannot be played: {type(error).__name__}: {said}")
         if told is not None:
             told(row)

@@ -127,11 +127,20 @@ def loss(losses: Mapping[str, Sequence[float]], target: Target, every: int = 1) 
 
     Raises ModuleNotFoundError without matplotlib, OptionError for no losses.
     """
+    loss_at({n: [(every * (i + 1), v) for i, v in enumerate(r)] for n, r in losses.items()}, target)
+
+
+def loss_at(
+    losses: Mapping[str, Sequence[tuple[int, float]]], target: Target, marked: Collection[str] = ()
+) -> None:
+    """Draw losses at the steps that they are of. losses: name -> (step, loss). marked: names of
+    those with a mark at each. Raises as `loss` does."""
     _some([value for run in losses.values() for value in run], "losses")
     figure = _figure(7.0, 4.0)
     axes = figure.subplots()
-    for name, values in losses.items():
-        axes.plot([every * (i + 1) for i in range(len(values))], values, label=name, linewidth=1)
+    for name, points in losses.items():
+        mark = "o" if name in marked else ""
+        axes.plot(*zip(*points, strict=True), marker=mark, label=name, linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(fontsize=7)

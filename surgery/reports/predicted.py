@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
 from surgery.engine.decide import decide
+from surgery.errors import in_a_line
 from surgery.kernels.plan import Compile
-from surgery.memory import Bytes, loss_of
+from surgery.memory import Bytes
 from surgery.prediction.devices import device_named
-from surgery.prediction.loop import Loop, Making, Step, foresee
+from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
 from surgery.prediction.sources import Source, batch_for, model_of
 from surgery.reports.holding import bytes_of
 from surgery.reports.table import Report
@@ -56,7 +57,7 @@ def plan(
     weights = [p for p in model.parameters() if p.requires_grad]
     before, after = bytes_of(decision, weights)
     loop = Loop(
-        loss=loss or (lambda model, batch: loss_of(model(**batch))),
+        loss=loss or own_loss,
         optimizer=optimizer,
         clip=clip,
         autocast=autocast,
@@ -89,7 +90,7 @@ def _played(
         return foresee(model, batch, passes, loop)
     except Exception as error:  # of a model's own code, of any kind
         what = "with the passes" if passes else "without the passes"
-        said = " ".join(str(error).split())[:300]
+        said = in_a_line(error, 300)
         reason = f"a step {what} cannot be played without data: {type(error).__name__}: {said}"
         lines.append(("peak not predicted", reason))
         return None

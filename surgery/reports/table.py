@@ -47,10 +47,7 @@ class Report:
         if self.holders:
             table.add_section()
         for held in self.holders[:LARGEST_KINDS]:
-            where = f": {held.made_by} in {held.where or 'the model'}" if held.made_by else ""
-            table.add_row(
-                f"at the peak, {megabytes(held.bytes)}", f"{held.count} x {held.kind}{where}"
-            )
+            table.add_row(f"at the peak, {megabytes(held.bytes)}", str(held))
         return table
 
     def __str__(self) -> str:
