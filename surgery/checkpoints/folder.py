@@ -15,6 +15,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,16 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises CheckpointError if there is none, or one that is damaged, foreign or of a newer format.
     """
-    record = read_record(folder)
-    about = record["state"]
+    while True:
+        record = read_record(folder)
+        try:
+            return record, _read_state(folder, record["state"])
+        except (FileNotFoundError, CheckpointError):
+            if read_record(folder)["state"] == record["state"]:  # else another save took its place
+                raise
+
+
+def _read_state(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     file = folder / about["file"]
     if not file.is_file():
         raise CheckpointError(f"{file} is missing, which {RECORD} names. Use another save.")
@@ -98,7 +107,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         values = json.loads(opened.metadata()["values"])
         # Copied, to lie as torch lays tensors: else sums over them (LBFGS) have other last bits.
         tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    return record, decode(values, tensors)
+    return decode(values, tensors)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -142,8 +151,9 @@ def _tidy(folder: Path, here: str) -> None:
     if not any(folder.glob(f"{PARTIAL}.*")):  # of one that saves now, there would be
         used = _used(folder)
         for file in unnamed:  # one of somebody else's does not bear the name of what it holds
-            if file.name != used and file.name == _named(_hash(file)):
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another save may be tidying too
+                if file.name != used and file.name == _named(_hash(file)):
+                    file.unlink()
 
 
 def _runs(process: int) -> bool:
