@@ -52,7 +52,7 @@ def apply(
             raise OptionError(
                 'surgery.apply(model, "auto", batch=batch, memory="24GiB") needs both.'
             )
-        return fit(model, **options).apply(model)
+        return fit(model, **options).apply(model, backend=backend, compile=compile)
     Surgery(decide(model, resolve(spec, options), backend, compile=compile)).install()
     return model
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -133,6 +135,73 @@ def test_base_and_adapters_written_apart_are_the_live_model(kind, tmp_path):
     surgery.export(model, tmp_path)
     base = loaded(transformers.AutoModelForCausalLM, tmp_path)
     same_outputs(model, PeftModel.from_pretrained(base, tmp_path / "adapters"), "llama")
+
+
+Q = {"target_modules": ["q_proj"]}
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+SMALL = {"num_vectors": 8, "vector_length": 4, "r": 4}
+KINDS = {
+    "a norm saved": LoraConfig(**Q, modules_to_save=["norm"]),
+    "biases": LoraConfig(**Q, bias="all"),
+    "ranks": LoraConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
+    "tokens alone": peft.TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]),
+    "adaption prompt": peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1
+    ),
+    "prefix projection": PrefixTuningConfig(
+        **PROMPT, prefix_projection=True, encoder_hidden_size=8
+    ),
+    "p-tuning": peft.PromptEncoderConfig(**PROMPT, encoder_hidden_size=8),
+    "adalora": peft.AdaLoraConfig(**Q, total_step=9),
+    "c3a": peft.C3AConfig(**Q, block_size=4),
+    "fourier": peft.FourierFTConfig(**Q, n_frequency=9),
+    "hra": peft.HRAConfig(**Q, r=4),
+    "ln": peft.LNTuningConfig(target_modules=["norm"]),
+    "loha": peft.LoHaConfig(**Q),
+    "lokr": peft.LoKrConfig(**Q),
+    "oft": peft.OFTConfig(**Q, oft_block_size=4),
+    "vb-lora": peft.VBLoRAConfig(**Q, **SMALL),
+    "vb-lora, largest": peft.VBLoRAConfig(**Q, **SMALL, save_only_topk_weights=True),
+    "vera": peft.VeraConfig(**Q, r=4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_every_kind_of_adapter_is_written_whole_beside_its_base(kind, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(make("llama"), copy.deepcopy(KINDS[kind]))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn_like(weight), alpha=0.01)
+    plain = make("llama").state_dict()
+    surgery.export(surgery.apply(model, "recompute"), tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(plain)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    ids = {"input_ids": batch("llama")["input_ids"]}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**ids).logits, model.eval()(**ids).logits)
+
+
+def test_what_peft_does_not_write_is_an_error_and_leaves_the_old_export(tmp_path, monkeypatch):
+    model = surgery.apply(adapt(make("llama"), "lora"), "recompute")
+    surgery.export(model, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    named = peft.peft_model.get_peft_model_state_dict
+
+    def forgetful(*args, **options):
+        return {k: v for k, v in named(*args, **options).items() if "up_proj.lora_B" not in k}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.peft_model, "get_peft_model_state_dict", forgetful)
+        with pytest.raises(surgery.CheckpointError, match=r"up_proj\.lora_B.* not written it"):
+            surgery.export(model, tmp_path)
+    inner = model.get_base_model().model.layers[0].self_attn.q_proj
+    inner.kept, inner.base_layer = inner.base_layer, None  # a kind that nobody knows yet
+    with pytest.raises(surgery.CheckpointError, match=r"PEFT holds .*q_proj\.kept\.weight"):
+        surgery.export(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_adapters_that_are_merged_already_are_not_added_twice(tmp_path):

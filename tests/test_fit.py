@@ -39,11 +39,12 @@ def test_exact_passes_come_first_and_the_fastest_that_fits_is_recommended(found)
 def test_what_fits_is_what_is_applied_and_the_peak_is_real():
     peaks = {row.title: row.peak for row in surgery.fit(small(), BATCH, "1GB").rows if row.peak}
     room = int((peaks["as it is"] + min(peaks.values())) / 2 / 0.9)
-    model = surgery.apply(small(), "auto", batch=BATCH, memory=room)
+    model = surgery.apply(small(), "auto", batch=BATCH, memory=room, compile=False)
     chosen = surgery.fit(small(), BATCH, room)
     assert chosen.best is not None and chosen.best.title != "as it is"
     assert chosen.best.peak <= 0.9 * room and not chosen.rows[0].fits
-    assert [p.name for p in state_of(model).decision.passes] == [*chosen.best.spec]
+    decision = state_of(model).decision
+    assert [p.name for p in decision.passes] == [*chosen.best.spec] and decision.compile is False
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step():
@@ -80,6 +81,11 @@ def test_where_nothing_fits_the_nearest_is_named():
 def test_bad_input(options, said):
     with pytest.raises(surgery.OptionError, match=said):
         surgery.fit(make("llama"), inputs_of("llama"), **options)
+
+
+def test_a_backend_without_a_graph_is_refused():
+    with pytest.raises(surgery.OptionError, match=r"no graph for backend='inductor'"):
+        surgery.apply(small(), "auto", batch=BATCH, memory="1GB", backend="inductor")
 
 
 def test_auto_needs_a_batch():

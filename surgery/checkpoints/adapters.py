@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgery.api import remove
@@ -14,7 +15,7 @@ from surgery.errors import CheckpointError, OptionError, listed
 
 # What a module of PEFT has put itself around.
 # Around tokens it has two names, and the state of one.
-_INNER = ("base_layer", "token_adapter", "original_module")
+_INNER = ("base_layer", "token_adapter", "original_module", "model")
 
 
 def are_on(model: nn.Module) -> bool:
@@ -22,9 +23,13 @@ def are_on(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def _is_pefts(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
 def _inner_of(module: nn.Module) -> str | None:
     """Return under which name a module of PEFT holds what it is around; None for others."""
-    if not type(module).__module__.startswith("peft."):
+    if not _is_pefts(module):
         return None
     return next((n for n in _INNER if isinstance(getattr(module, n, None), nn.Module)), None)
 
@@ -35,14 +40,26 @@ def _wrappers(base: nn.Module) -> dict[str, str]:
     return {name: inner for name, inner in found if inner is not None}
 
 
-def base_state(base: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a base by its own keys, without what PEFT has put into it."""
+def base_state(model: Any) -> dict[str, Tensor]:
+    """Return the state of a PEFT model's base by the base's own keys, without what PEFT has put in.
+
+    Raises CheckpointError if PEFT holds weights of the base where they are not looked for.
+    """
+    base: nn.Module = model.get_base_model()
     wrappers = _wrappers(base)
-    found = {}
+    others = {name for name, m in base.named_modules() if _is_pefts(m)} - set(wrappers)
+    found, lost = {}, []
     for key, value in base.state_dict().items():
-        plain = _plain(key, wrappers)
-        if plain is not None:
+        plain, parts = _plain(key, wrappers), key.split(".")
+        if plain is not None and not any(key.startswith(f"{name}.") for name in others):
             found[plain] = value
+        elif not any(part in model.peft_config or part.startswith("adaption_") for part in parts):
+            lost.append(key)
+    if lost:
+        raise CheckpointError(
+            f"PEFT holds {listed(lost)} in a way that this library does not know, so the base "
+            "would lack it. surgery.save keeps it; please report the kind of adapter."
+        )
     return found
 
 
@@ -79,6 +96,35 @@ def check_apart(model: Any) -> None:
             "written apart would add them twice. Call model.unmerge_adapter() first, or export "
             "with merge=True."
         )
+
+
+@torch.no_grad()
+def check_written(model: Any, folder: Path) -> None:
+    """Raise CheckpointError unless every trained tensor of PEFT's is in a file of the folder."""
+    base = model.get_base_model()
+    wrappers = _wrappers(base)
+    own = {id(p) for key, p in base.named_parameters() if _plain(key, wrappers) is not None}
+    written: dict[torch.Size, list[Tensor]] = {}
+    for file in folder.rglob("*.safetensors"):
+        for tensor in load_file(file).values():
+            written.setdefault(tensor.shape, []).append(tensor)
+    for name, weight in model.named_parameters():
+        if id(weight) in own or not weight.requires_grad or _is_written_otherwise(model, name):
+            continue
+        if not any(torch.equal(t, weight.to(t)) for t in written.get(weight.shape, ())):
+            raise CheckpointError(
+                f"{name} is trained, and PEFT has not written it with the adapters. The old export "
+                "is untouched. surgery.save keeps it; merge=True adds it to the base."
+            )
+
+
+def _is_written_otherwise(model: Any, name: str) -> bool:
+    """Whether PEFT writes what it makes of a weight: prompts are computed, ranks cut, the largest
+    of many kept."""
+    return "prompt_encoder" in name.split(".") or any(
+        config.peft_type == "ADALORA" or getattr(config, "save_only_topk_weights", False)
+        for config in model.peft_config.values()
+    )
 
 
 def merged(model: Any) -> Any:

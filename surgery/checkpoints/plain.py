@@ -95,8 +95,9 @@ def _write(model: Any, made: Path, folder: Path, merge: bool, shards: str) -> No
         adapters.check_merged(model, made)
     else:
         base = model.get_base_model()
-        _write_plain(base, made, adapters.base_state(base), shards)
+        _write_plain(base, made, adapters.base_state(model), shards)
         model.save_pretrained(made / ADAPTERS)
+        adapters.check_written(model, made / ADAPTERS)
         for config in (made / ADAPTERS).rglob("adapter_config.json"):
             content = json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}
             if isinstance(content.get("init_lora_weights"), str):

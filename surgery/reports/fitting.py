@@ -13,10 +13,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from surgery.catalogue import resolve
+from surgery.compat.dynamo import Backend
 from surgery.engine import captures
 from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
 from surgery.errors import ModelError, OptionError, SurgeryError, in_a_line
+from surgery.kernels.plan import Compile
 from surgery.memory import storage_bytes
 from surgery.prediction.devices import device_named, memory_of
 from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
@@ -113,8 +115,13 @@ class Fit:
     nearest: Row
     memory: int
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Apply the recommended composition to a model. Raises ModelError if none fits."""
+    def apply(
+        self, model: nn.Module, *, backend: Backend | None = None, compile: Compile = "auto"
+    ) -> nn.Module:
+        """Apply the recommended composition to a model. Raises ModelError if none fits.
+
+        backend, compile: as `surgery.apply` takes them.
+        """
         if self.best is None:
             raise ModelError(
                 f"nothing fits into {_gib(self.memory)} with {SPARE:.0%} to spare. The nearest is "
@@ -124,7 +131,13 @@ class Fit:
         if self.best.checkpointing:
             _checkpoint(model)
         if self.best.spec:
-            Surgery(decide(model, resolve(list(self.best.spec), {}))).install()
+            passes = resolve(list(self.best.spec), {})
+            Surgery(decide(model, passes, backend, compile=compile)).install()
+        elif backend is not None:
+            raise OptionError(
+                "the recommended composition has no pass, so there is no graph for "
+                f"backend={backend!r} to compile. Leave it out, or call torch.compile(model)."
+            )
         return model
 
     def __rich__(self) -> Table:
