@@ -209,7 +209,24 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(llama, text, tmp_path, mo
     assert "lr was 0.01 and is 0.5" in said and "another --out" in said
 
 
-def test_the_first_signal_is_noted_and_the_second_acts():
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as at a terminal: jobs in the background are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(interrupts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping.Stopping() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        assert stop.number is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_first_signal_is_noted_and_the_second_acts(interrupts):
     with stopping.Stopping() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT and stop.code == 130

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import inspect
 import logging
 import pickle
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,23 @@ def test_other_shapes_are_no_other_capture():
         run(torch.randn(3, 4))
         run(torch.randn(7, 4))
     assert len(graphs) == 1, "dynamic=True specialises shapes now"
+
+
+def test_a_captures_caches_go_with_it():
+    """Dynamo keeps a code by what it made of it, and that in the code's own cache."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(weakref.ref(graph))
+        return graph.forward
+
+    run = dynamo.capture(Two.forward, backend, 8)
+    with dynamo.capturing(8):
+        run(Two(), torch.randn(2, 4))
+    assert made and made[0]() is not None
+    del run
+    gc.collect()
+    assert made[0]() is None, "look at torch._C._dynamo.eval_frame.reset_code"
 
 
 def test_an_error_of_ours_in_a_backend_comes_out_as_itself():

@@ -10,7 +10,10 @@ HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopping:
-    """Within it, the first signal is only noted, in `number`; the next acts as it always does."""
+    """Within it, the first signal is only noted, in `number`; the next acts as it always does.
+
+    A signal that the process was started to ignore (a shell's background job, Ctrl-C) stays so.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -18,12 +21,13 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         for number in HEARD:
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for number in HEARD:
-            signal.signal(number, self._before[number])
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -6,6 +6,7 @@ a sentence that says what to look at. Nothing else of this library touches a pri
 what is needed                                      where                  what differs by version
 --------------------------------------------------  ---------------------  -----------------------
 a capture with caches and a limit of its own        dynamo.capture         torch < 2.13: (1)
+a capture's caches let go with it                   dynamo.capture
 Dynamo's settings and errors while it captures      dynamo.capturing       torch < 2.13: (2)
 the backend of a torch.compile around us, by name   dynamo.outer_backend
 the operator of a captured checkpoint, its policy   dynamo.CHECKPOINT
@@ -23,8 +24,8 @@ modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
 what transformers does for reentrant checkpoints    hf.Workarounds
 
-(1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the function gets a
-    code object of its own, and the limit stands in a patched config.
+(1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the limit stands in a
+    patched config.
 (2) Dynamo logs its settings sorted, and functions in `ignore_logging_functions` cannot be: its
     log is switched off while we capture.
 (3) One `_fsdp_param_group` in place of several.

@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -15,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 import torch._dynamo.utils
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
@@ -55,14 +56,17 @@ def capture(
 ) -> Callable[..., Any]:
     """Return a forward that gives each graph that Dynamo makes of it to a backend.
 
-    It shares no cache with other captures of the same code. most: captures of one frame before
-    `capturing` raises LimitHit.
+    It shares no cache with other captures of the same code, and the cache goes with it. most:
+    captures of one frame before `capturing` raises LimitHit.
     """
-    if _isolates():
-        return torch.compile(  # pyright: ignore[reportCallIssue]
-            forward, backend=backend, dynamic=True, recompile_limit=most, isolate_recompiles=True
-        )
-    return torch.compile(with_own_code(forward), backend=backend, dynamic=True)
+    own = with_own_code(forward)
+    options = {"recompile_limit": most, "isolate_recompiles": True} if _isolates() else {}
+    made: Any = torch.compile(own, backend=backend, dynamic=True, **options)
+    code = getattr(own, "__code__", None)  # of a method: its function's
+    if code is not None:
+        # Dynamo knows a code by what it made of it, which the code's own cache keeps: for ever.
+        weakref.finalize(made, reset_code, code).atexit = False
+    return made
 
 
 @contextmanager

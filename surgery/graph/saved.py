@@ -23,6 +23,24 @@ from surgery.weights.sites import site_of, stand_in
 GENERATOR = 5056  # bytes of the CPU generator's state, kept to draw the same masks again
 
 
+class _Storages:
+    """The storages that were met, by address, with their bytes."""
+
+    def __init__(self) -> None:
+        self.size: dict[int, int] = {}
+        self._kept: list[Any] = []  # an address must not be used again
+
+    def of(self, values: Iterable[Any]) -> set[int]:
+        found = set()
+        for value in values:
+            if isinstance(value, Tensor):
+                storage, key = value.untyped_storage(), storage_of(value)
+                self._kept.append(storage)
+                self.size[key] = storage.nbytes()
+                found.add(key)
+        return found
+
+
 class Saved(Interpreter):
     """The account of one graph.
 
@@ -43,27 +61,29 @@ class Saved(Interpreter):
         self.module: GraphModule
         self.saves: dict[Node, set[int]] = {}
         self.outputs: dict[Node, set[int]] = {}
-        self.size: dict[int, int] = {}
+        self._storages = _Storages()
+        self.size = self._storages.size
         self.free: set[int] = set()
         self.bodies: dict[Node, tuple[Any, ...]] = {}
         self.mode = mode or fakes(real=True)
-        self._kept: list[Any] = []  # an address must not be used again
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would hand out fakes later
         try:
             with self.mode, torch.enable_grad():
                 self.inputs = [_fake(self.mode, value, now) for value in inputs]
-                self.free |= set(self._seen(self.inputs))
+                self.free |= self._storages.of(self.inputs)
                 self.run(*self.inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
 
     def run_node(self, n: Node) -> Any:
-        saved = self.saves.setdefault(n, set())
+        saved, of = self.saves.setdefault(n, set()), self._storages.of
 
         def pack(tensor: Tensor) -> Tensor:
-            saved.update(self._seen([tensor]))
-            return tensor
+            # Autograd holds this, in C++, for as long as a result lives. Did it hold the account,
+            # which has the results, Python could never take the two away.
+            saved.update(of([tensor]))
+            return tensor.detach()
 
         args, options = (), {}
         if n.target is checkpointed:
@@ -74,12 +94,12 @@ class Saved(Interpreter):
         if n in self.bodies and not any(_needs_gradient(value) for value in leaves(result)):
             saved.clear()  # a checkpoint of nothing that is trained lets its inputs go
         elif n in self.bodies:
-            saved.update(self._seen(args[1:]))  # kept by the checkpoint itself
+            saved.update(of(args[1:]))  # kept by the checkpoint itself
             if options.get("preserve_rng_state", True):
                 state = -len(self.bodies)  # not the address of any storage
                 self.size[state] = GENERATOR
                 saved.add(state)
-        self.outputs[n] = set(self._seen(leaves(result)))
+        self.outputs[n] = of(leaves(result))
         if n.op == "get_attr":
             self.free |= self.outputs[n]
         return result
@@ -117,14 +137,6 @@ class Saved(Interpreter):
     def total(self) -> int:
         """Bytes that are alive after forward for the sake of backward, outside of checkpoints."""
         return self.bytes(storage for saved in self.saves.values() for storage in saved)
-
-    def _seen(self, values: Iterable[Any]) -> Iterable[int]:
-        for value in values:
-            if isinstance(value, Tensor):
-                storage, key = value.untyped_storage(), storage_of(value)
-                self._kept.append(storage)
-                self.size[key] = storage.nbytes()
-                yield key
 
 
 def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
