@@ -101,19 +101,21 @@ def test_other_shapes_are_no_other_capture():
 
 def test_a_captures_caches_go_with_it():
     """Dynamo keeps a code by what it made of it, and that in the code's own cache."""
-    made = []
+    made, symbols = [], []
 
     def backend(graph, inputs):
         made.append(weakref.ref(graph))
+        symbols.append(dynamo.fake_mode_of(inputs).shape_env)
         return graph.forward
 
     run = dynamo.capture(Two.forward, backend, 8)
     with dynamo.capturing(8):
         run(Two(), torch.randn(2, 4))
-    assert made and made[0]() is not None
+    assert made[0]() is not None and symbols[0].fake_tensor_cache
     del run
     gc.collect()
     assert made[0]() is None, "look at torch._C._dynamo.eval_frame.reset_code"
+    assert not symbols[0].fake_tensor_cache, "look at ShapeEnv.fake_tensor_cache"
 
 
 def test_an_error_of_ours_in_a_backend_comes_out_as_itself():
