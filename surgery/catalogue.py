@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from surgery.contract.registry import comes_first, registered
-from surgery.errors import OptionError, near_misses
+from surgery.errors import OptionError, listed, near_misses
 
 GROUP = "surgery.passes"  # of entry points
 
@@ -33,7 +33,8 @@ def resolve(spec: Any, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
     Raises OptionError for an unknown name, an unknown option or a bad value.
     """
-    specs = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+    one = isinstance(spec, str | Mapping | Set) or not isinstance(spec, Iterable)
+    specs = [spec] if one else list(spec)
     if not specs:
         raise OptionError(f"no pass given. Known passes: {', '.join(_all())}.")
     if options and (len(specs) > 1 or not isinstance(specs[0], str)):
@@ -72,6 +73,14 @@ def _one(entry: Any, options: Mapping[str, Any]) -> Any:
                 raise OptionError(
                     f"{entry} has no option {option!r}.{near_misses(option, names)} {has}"
                 )
+        needed = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        missing = [name for name in needed if name not in options]
+        if missing:
+            example = ", ".join(f"{name}=..." for name in missing)
+            raise OptionError(
+                f"{entry} has no default for {listed(missing)}. Give it: surgery.apply(model, "
+                f'"{entry}", {example}).'
+            )
         return cls(**options)
     known = list(_known().values())
     if type(entry) in known:

@@ -172,6 +172,12 @@ def test_the_backend_of_an_outer_compile_is_found():
     assert dynamo.name_of_backend("inductor") == "inductor"
 
 
+def test_a_model_with_torch_compile_around_it_is_known():
+    assert dynamo.is_around(torch.compile(Two())) and not dynamo.is_around(Two()), (
+        "dynamo.is_around: torch.compile(model) returns no torch._dynamo.OptimizedModule"
+    )
+
+
 def test_backends_are_known_by_name():
     assert "inductor" in dynamo.backends() and "aot_eager" in dynamo.backends(hidden=True)
     assert callable(dynamo.backend_named("eager")), "torch._dynamo.backends.registry has moved"

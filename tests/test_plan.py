@@ -40,6 +40,16 @@ def test_plan_refuses_what_apply_refuses_with_the_same_words(row):
     assert planned == applied
 
 
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return make("plain")
+
+
+def taken(model: nn.Module) -> nn.Module:
+    model.add_module("surgery_coordinates", nn.Linear(2, 2))
+    return model
+
+
 def wrapped(model: nn.Module) -> nn.Module:
     return nn.DataParallel(model)
 
@@ -51,13 +61,20 @@ def wrapped(model: nn.Module) -> nn.Module:
         lambda model: surgery.apply(model, "recompute"),
         lambda model: nn.Identity(),
         lambda model: 3,
+        lambda model: torch.compile(model),
+        lambda model: made_for_inference(),
+        lambda model: torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)),
+        taken,
     ],
-    ids=["wrapped", "applied already", "no parameters", "no module"],
+    ids=["wrapped", "applied already", "no parameters", "no module"]
+    + ["compiled", "inference", "scripted", "a child of the table's name"],
 )
 def test_plan_refuses_the_models_that_apply_refuses(spoil):
     model = spoil(make("plain"))
+    before = list(model.modules()) if isinstance(model, nn.Module) else []
     planned = said_by(surgery.plan, model, None, "misa", budget=0.5)
     assert planned == said_by(surgery.apply, model, "misa", budget=0.5)
+    assert not before or list(model.modules()) == before
 
 
 def test_a_backend_that_apply_refuses():
@@ -112,3 +129,33 @@ def test_a_plan_of_misa_over_rso_counts_what_is_drawn():
     applied = surgery.apply(make("plain"), spec)
     active = {id(c.parameter): c.parameter for c in surgery.coordinates(applied) if c.active}
     assert found.after.gradients == sum(4 * p.numel() for p in active.values())
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(x))).sum()
+
+
+@pytest.mark.parametrize("spec", ["recompute", "badam"])
+def test_a_forward_that_holds_its_model_is_planned_on_a_copy(spec):
+    """`deepcopy` leaves a function as it is: the copy's forward would run the model itself."""
+    model, plain = Small(), Small()
+    own = model.forward
+    model.__dict__["forward"] = lambda x: own(x)
+    batch = {"x": torch.ones(2, 4)}
+    found = surgery.plan(model, batch, spec)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.after.peak == surgery.plan(plain, batch, spec).after.peak
+
+
+def test_a_compiled_part_is_planned_as_it_is_before():
+    """Its machine code would read memory that is not there."""
+    model, plain = Small(), Small()
+    model.up = torch.compile(model.up)  # pyright: ignore[reportAttributeAccessIssue]
+    batch = {"x": torch.ones(2, 4)}
+    found = surgery.plan(model, batch, "recompute")
+    assert found.before.peak == surgery.plan(plain, batch, "recompute").before.peak

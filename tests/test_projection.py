@@ -256,3 +256,28 @@ def test_coordinates_stay_wide_when_the_model_moves(kind):
         wide = torch.promote_types(dtype, torch.float32)
         assert {c.parameter.dtype for c in surgery.coordinates(model)} == {wide}
     assert state_of(model).clock.step == 3
+
+
+def test_a_linear_that_names_its_arguments_is_one():
+    """`F.linear(x, weight=W)`: what works on Linears reaches it, and its gradients are the same."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x):
+            x = nn.functional.linear(x, bias=self.up.bias, weight=self.up.weight)
+            return nn.functional.linear(input=x.relu(), weight=self.down.weight).square().sum()
+
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(3, 8)
+    model(x).backward()
+    dense = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    surgery.apply(model, passes.Rso(rank=4))
+    model(x).backward()
+    for c in surgery.coordinates(model):
+        e = torch.randn_like(c.parameter)
+        expected = (dense[c.weight] * c.expand(e)).sum()
+        torch.testing.assert_close((c.parameter.grad * e).sum(), expected, rtol=1e-4, atol=1e-4)

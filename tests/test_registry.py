@@ -7,16 +7,20 @@ import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from models import make
 from torch import nn
 
 import passes
 import surgery
 from surgery import catalogue
+from surgery.contract.options import to_json
 from surgery.contract.registry import _PASSES
-from surgery.passkit import register
+from surgery.engine.decide import decide
+from surgery.passkit import EVERY, Method, check_types, register
 
 
 @pytest.fixture
@@ -131,6 +135,121 @@ def test_what_is_no_pass_cannot_be_registered(made, message):
     with pytest.raises(surgery.OptionError, match=message):
         surgery.register("strange")(made())
     assert "strange" not in _PASSES
+
+
+@pytest.mark.parametrize("name", ["auto", "", 3, "a,b:c", "*", nn.Linear])
+def test_a_name_that_nobody_could_ask_for_is_refused(name):
+    with pytest.raises(surgery.OptionError, match="cannot be the name of a pass"):
+        surgery.register(name)
+
+
+@pytest.fixture
+def a_pass():
+    """Make a pass, for one test, of a function that returns its state."""
+    before = dict(_PASSES)
+
+    def made(state, name="strange"):
+        @surgery.register(name)
+        @dataclass(frozen=True, kw_only=True)
+        class Strange:
+            def start(self, model: nn.Module):
+                return state()
+
+        Strange.__qualname__ = name
+        return Strange()
+
+    yield made
+    _PASSES.clear()
+    _PASSES.update(before)
+
+
+def state(name="strange", **attributes):
+    """Make the class of a state."""
+    hooks = {"rewrite": lambda self, graph, inputs, saved: None}
+    return type("State", (Method,), hooks | {"name": name} | attributes)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda: None, r"strange: Strange\.start\(model\) returns a NoneType"),
+        (state, r"returns the class State\. .* surgery\.passkit\.Method"),
+        (lambda: state("other")(), r"called 'other'.*`name: str = 'strange'` in State"),
+        (lambda: state(after="recompute")(), r"one string.*after = \('recompute',\)"),
+        (lambda: state(conflicts=("misa",))(), "conflicts is a tuple"),
+    ],
+    ids=["none", "a class", "another name", "a string", "no reasons"],
+)
+def test_what_start_returns_is_looked_at(a_pass, returned, message):
+    strange = a_pass(returned)
+    for call in (surgery.apply, lambda model, spec: surgery.plan(model, None, spec)):
+        with pytest.raises(surgery.OptionError, match=message):
+            call(make("plain"), strange)
+
+
+def test_a_reason_may_hold_braces(a_pass):
+    strange = a_pass(state(conflicts={"lisa": "of {x: 1} and {other}"}))
+    with pytest.raises(surgery.ConflictError, match=r"of \{x: 1\} and lisa"):
+        surgery.apply(make("plain"), [strange, "lisa"])
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({"after": ("recompute",)}, ["recompute", "strange", "compress"]),
+        ({"after": ("compress",)}, ["recompute", "compress", "strange"]),
+        ({"before": ("recompute",)}, ["strange", "recompute", "compress"]),
+        ({"before": (EVERY,)}, ["strange", "recompute", "compress"]),
+        ({"after": (EVERY, "recompute"), "before": ("compress",)}, ["recompute", "strange"]),
+    ],
+    ids=["behind recompute", "behind compress", "before", "first", "between"],
+)
+def test_a_name_counts_before_every(a_pass, declared, expected):
+    """`recompute` comes after all others, `compress` after it: who names them comes after them."""
+    strange = a_pass(state(**declared))
+    specs = catalogue.resolve(["compress", strange, "recompute"], {})
+    found = [method.name for method in decide(make("plain"), specs).rewriting]
+    assert found[: len(expected)] == expected
+
+
+def test_a_dict_or_a_set_is_no_list_of_passes():
+    for spec in ({"lisa": {"layers": 1}}, {"lisa", "recompute"}):  # options lost, any order
+        with pytest.raises(surgery.OptionError, match="is not a pass"):
+            surgery.apply(make("plain"), spec)
+
+
+def test_an_option_without_a_default_is_asked_for():
+    @surgery.register("needy")
+    @dataclass(frozen=True, kw_only=True)
+    class Needy:
+        k: int
+
+        def start(self, model: nn.Module):
+            raise AssertionError
+
+    with pytest.raises(surgery.OptionError, match=r'no default for k.*"needy", k=\.\.\.'):
+        surgery.apply(make("plain"), "needy")
+    del _PASSES["needy"]
+
+
+def test_types_of_options():
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        name: ClassVar = "options"
+        saves: ClassVar[tuple[str, ...]] = ()
+        pair: tuple[int, str] = (1, "a")
+        any: Any = None
+
+        def __post_init__(self):
+            check_types(self)
+
+    Options(pair=(2, "b"), any=[3])
+    with pytest.raises(surgery.OptionError, match="pair="):
+        Options(pair=("b", 2))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(surgery.OptionError, match="which a save can hold"):
+        Options(any={"a": 1})
+    with pytest.raises(surgery.OptionError, match=r"any=torch\.float32 .* cannot hold"):
+        to_json(Options(any=torch.float32))
 
 
 def test_an_instance_that_was_not_registered_says_how():

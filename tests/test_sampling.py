@@ -11,11 +11,14 @@ import statistics
 import pytest
 import torch
 import transformers
+from models import make
 from torch import nn
 
 import passes
+import surgery
 from passes.misa import Draw
 from surgery.sampling.budget import BudgetSampler
+from surgery.sampling.rounds import Rounds, whole_blocks
 
 
 @functools.cache
@@ -130,3 +133,19 @@ def test_first_draws_follow_p():
         (first[n] - draws * math.exp(p)) ** 2 / (draws * math.exp(p)) for n, p in log_p.items()
     )
     assert square < 16.3  # chi-square with 3 degrees of freedom, 0.1 %
+
+
+def test_what_was_learned_has_a_name_of_its_own():
+    """Else a save would fail, or overwrite the count of rounds."""
+    model = make("plain")
+    units, _ = whole_blocks(model, None, "mine")
+    for learned in ((object(),), {"round": object()}):
+        with pytest.raises(surgery.OptionError, match=r'learned=.*\{"scores": scores\}'):
+            Rounds(
+                name="mine",
+                units=units,
+                period=1,
+                draw=lambda round: [*units],
+                total=1,
+                learned=learned,  # pyright: ignore[reportArgumentType]
+            )

@@ -67,6 +67,16 @@ def test_every_entry_of_a_list_must_match():
         select(make("llama"), ["q_proj", "w_proj"], "targets")
 
 
+def test_what_names_nothing_says_so():
+    with pytest.raises(surgery.TargetError, match=r"targets=\[\] names nothing"):
+        select(make("plain"), [], "targets")
+
+
+def test_a_tied_weight_is_said_to_be_named_by_its_other_name():
+    with pytest.raises(surgery.TargetError, match=r"tied to others.*: embed\.weight"):
+        select(make("plain"), ["head"], "targets")
+
+
 def test_a_string_is_not_the_end_of_a_name():
     with pytest.raises(surgery.TargetError, match=r"Did you mean always=\['norm'\]\?"):
         select(make("llama"), "norm", "always")

@@ -9,6 +9,7 @@ a capture with caches and a limit of its own        dynamo.capture         torch
 a capture's caches let go with it                   dynamo.capture
 Dynamo's settings and errors while it captures      dynamo.capturing       torch < 2.13: (2)
 the backend of a torch.compile around us, by name   dynamo.outer_backend
+what torch.compile(model) returns                   dynamo.is_around
 the operator of a captured checkpoint, its policy   dynamo.CHECKPOINT
 where the nodes of a captured graph come from       dynamo.stack_of
 one function compiled, alone, or only counted       inductor.compiled

@@ -192,6 +192,11 @@ def _settings_logged() -> Callable[[], Any]:
 # -- backends --------------------------------------------------------------------------------------
 
 
+def is_around(module: Any) -> bool:
+    """Whether a module is what `torch.compile(model)` returns, with the model inside."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
 def outer_backend() -> Backend | None:
     """Return the backend of a torch.compile around the model, None if there is none.
 

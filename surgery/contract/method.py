@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from surgery.graph.saved import Saved
 from surgery.weights.coordinate import Coordinate
 
-EVERY = "*"  # in `after` and `conflicts`: all other passes
+EVERY = "*"  # in `after`, `before` and `conflicts`: all other passes
 
 
 class Run(Protocol):
@@ -73,7 +73,8 @@ class Method:
     # -- what it composes with, declared ----------------------------------------------------------
 
     # Names of passes whose rewrites come before this one's, or behind it, if they are applied too.
-    # EVERY: all that do not say so themselves. Others come in the order given.
+    # EVERY: all that do not say so themselves; a name counts before it. Others come in the order
+    # given.
     after: ClassVar[Collection[str]] = ()
     before: ClassVar[Collection[str]] = ()
     # Name of a pass, or EVERY -> why the two cannot be applied together; {other} is the other one.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,8 +11,18 @@ from surgery.errors import OptionError
 
 
 def to_json(options: Any) -> dict[str, Any]:
-    """Return a pass as JSON: its name and all its options. A function is named, not kept."""
+    """Return a pass as JSON: its name and all its options. A function is named, not kept.
+
+    Raises OptionError for what JSON has no form of.
+    """
     values = {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    for name, value in values.items():
+        if isinstance(value, dict | list | str | int | float | None):
+            continue
+        raise OptionError(
+            f"{options.name}: {name}={value!r} is a {type(value).__name__}, which a save cannot "
+            "hold. Make it a number or a string, such as the name of what is meant."
+        )
     return {"name": options.name, "options": values}
 
 
@@ -27,10 +36,17 @@ def _plain(value: Any) -> Any:
 
 def check_types(options: Any) -> None:
     """Raise OptionError if a field of a pass does not hold a value of its annotated type."""
+    known = {field.name for field in dataclasses.fields(options)}
     for name, expected in get_type_hints(type(options)).items():
-        if get_origin(expected) is typing.ClassVar or name not in options.__dataclass_fields__:
+        if name not in known:  # of the class
             continue
         value = getattr(options, name)
+        if isinstance(value, Mapping):
+            raise OptionError(
+                f"{options.name}: {name}={value!r} is a {type(value).__name__}. An option is a "
+                "number, a string or a sequence of these, which a save can hold: make one option "
+                "of each entry."
+            )
         if not _fits(value, expected):
             words = str(expected).replace("typing.", "").replace("collections.abc.", "")
             words = expected.__name__ if isinstance(expected, type) else words
@@ -40,6 +56,8 @@ def check_types(options: Any) -> None:
 
 
 def _fits(value: Any, expected: Any) -> bool:
+    if expected is Any:
+        return True
     origin = get_origin(expected)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(expected))
@@ -47,6 +65,9 @@ def _fits(value: Any, expected: Any) -> bool:
         return value in get_args(expected)
     if origin is Callable:
         return callable(value)
+    if origin is tuple and get_args(expected)[-1] is not Ellipsis:
+        right = isinstance(value, list | tuple) and len(value) == len(get_args(expected))
+        return right and all(map(_fits, value, get_args(expected)))
     if origin is not None:  # Sequence[str]
         entries = isinstance(value, list | tuple | set | frozenset)
         return entries and all(_fits(entry, get_args(expected)[0]) for entry in value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,8 +25,14 @@ def register(name: str) -> Callable[[type[C]], type[C]]:
 
     Packages announce theirs through the entry point group "surgery.passes". The class is a frozen,
     keyword-only dataclass with a method `start(model)` that changes nothing and returns a
-    `surgery.passkit.Method`. Raises OptionError if another class holds the name.
+    `surgery.passkit.Method`. Raises OptionError if another class holds the name, or if it is none.
     """
+
+    if not isinstance(name, str) or name == "auto" or not re.fullmatch(r"\w[\w.-]*", name):
+        raise OptionError(
+            f"{name!r} cannot be the name of a pass. It takes letters, digits, '_', '-' and '.', "
+            'and is not "auto", which is surgery.fit\'s choice: @surgery.register("my_pass").'
+        )
 
     def add(cls: type[C]) -> type[C]:
         while _FIRST:

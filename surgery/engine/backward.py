@@ -54,6 +54,14 @@ class Backward:
         self.first = None
         self.apart.clear()
 
+    def bind(self, *, replicated: Sequence[Coordinate], reduced: Sequence[Site]) -> None:
+        """Note what FSDP2 leaves to us of the gradients."""
+        self.replicated, self.reduced = replicated, reduced
+
+    def used(self) -> None:
+        """Note that a step has used the gradients."""
+        self.pending = False
+
     @contextmanager
     def taken_meanwhile(self) -> Iterator[None]:
         """Let an optimizer take gradients away while the backwards inside are under way."""

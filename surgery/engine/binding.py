@@ -67,8 +67,10 @@ class Binding:
         copies.settle(table, sites, step)
         once = unique(coordinates)
         self.cut = bool(found)
-        self.backward.replicated = replicated(once) if found else ()
-        self.backward.reduced = [s for s in sites if s.copied and shards.is_cut(s.weight())]
+        self.backward.bind(
+            replicated=replicated(once) if found else (),
+            reduced=[s for s in sites if s.copied and shards.is_cut(s.weight())],
+        )
         self.handles += [self.backward.watch(each) for each in once]
         self.handles += [self.backward.watch_weight(site) for site in sites if not site.whole]
         self.bound = True

@@ -203,7 +203,7 @@ class Clock:
         if not self._is_under_way(optimizer):
             return
         self.driving.append(optimizer)
-        self.backward.pending = False
+        self.backward.used()
         if optimizer is not self.under_way[0][0]:
             self.under_way.pop()
             return

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from surgery.compat.dynamo import Backend
+from surgery.compat import modules
+from surgery.compat.dynamo import Backend, is_around
 from surgery.compat.hf import Workarounds
 from surgery.contract.method import EVERY, Method, overrides
+from surgery.contract.registry import registered
 from surgery.engine.compile import check_backend
 from surgery.engine.finding import check_alone, surgery_of
 from surgery.engine.guards import check_layout
@@ -22,6 +25,7 @@ from surgery.errors import ConflictError, ModelError, OptionError
 from surgery.kernels.plan import Compile
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.sites import Site
+from surgery.weights.table import TABLE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,7 +68,7 @@ def decide(
     """
     _check_model(model, data)
     _check_twice(passes)
-    methods = tuple(options.start(model) for options in passes)
+    methods = tuple(_started(options, model) for options in passes)
     _check_conflicts(methods)
     check_backend(methods, backend)
     if compile not in (True, False, "auto"):
@@ -89,6 +93,17 @@ def decide(
 def _check_model(model: nn.Module, data: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"surgery takes an nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"this model is a {type(model).__name__}, whose forward is no Python that could be "
+            "captured. Apply to the module that it was scripted or traced from."
+        )
+    if is_around(model):
+        raise ModelError(
+            "torch.compile is around this model already, and runs what it has compiled of it: no "
+            "rewrite would take effect. Apply first: surgery.apply(model, ...), then "
+            "torch.compile(model)."
+        )
     present = surgery_of(model)
     if present is not None:
         names = ", ".join(options.name for options in present.decision.passes)
@@ -107,6 +122,17 @@ def _check_model(model: nn.Module, data: bool) -> None:
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
+    if modules.child(model, TABLE) is not None:
+        raise ModelError(
+            f"{type(model).__name__} has a child {TABLE!r}, which is the name under which surgery "
+            "lists coordinates. Give the child another name."
+        )
+    made = [name for name, parameter in parameters.items() if parameter.is_inference()]
+    if made:
+        raise ModelError(
+            f"{len(made)} parameters were made under torch.inference_mode(), {made[0]} first, and "
+            "torch never lets those be trained. Build or load the model outside of it."
+        )
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
     if meta and data:
         raise ModelError(
@@ -121,6 +147,37 @@ def _check_twice(passes: Sequence[Any]) -> None:
             raise ConflictError(f"{options.name} is given twice: {options!r}. Leave one out.")
 
 
+def _started(options: Any, model: nn.Module) -> Method:
+    """Return the state of a pass on a model. Raises OptionError if the pass is made wrongly."""
+    method = options.start(model)
+    kind = f"{type(options).__name__}.start(model)"
+    if not isinstance(method, Method):
+        what = method.__name__ if isinstance(method, type) else type(method).__name__
+        what = f"the class {what}" if isinstance(method, type) else f"a {what}"
+        raise OptionError(
+            f"{options.name}: {kind} returns {what}. It returns the state of the pass on this "
+            "model, an instance of a subclass of surgery.passkit.Method."
+        )
+    name = getattr(method, "name", None)
+    if name not in (options.name, *registered()):  # the state may be that of another pass
+        raise OptionError(
+            f"{options.name}: the state that {kind} returns is called {name!r}. Passes find one "
+            f"another by name: write `name: str = {options.name!r}` in {type(method).__name__}."
+        )
+    for what in ("after", "before"):
+        if isinstance(getattr(method, what), str):
+            raise OptionError(
+                f"{options.name}: {what} = {getattr(method, what)!r} is one string. It holds "
+                f"names: {what} = ({getattr(method, what)!r},)."
+            )
+    if not isinstance(method.conflicts, Mapping):
+        raise OptionError(
+            f"{options.name}: conflicts is a {type(method.conflicts).__name__}. It says why: "
+            'conflicts = {"name of the other": "why the two do not go together"}.'
+        )
+    return method
+
+
 def _check_conflicts(methods: Sequence[Method]) -> None:
     for method in methods:
         for other in methods:
@@ -128,29 +185,42 @@ def _check_conflicts(methods: Sequence[Method]) -> None:
             if other is not method and why is not None:
                 raise ConflictError(
                     f"{method.name} and {other.name} cannot be applied together. Of {method.name}: "
-                    f"{why.format(other=other.name)}. Leave one of them out."
+                    f"{why.replace('{other}', other.name)}. Leave one of them out."
                 )
 
 
 def _in_order(methods: Sequence[Method]) -> tuple[Method, ...]:
-    """Return passes so that each comes after those that it names, else in the order given."""
-    waiting, found = list(methods), []
+    """Return passes so that each comes after those that it names, else in the order given.
+
+    Names count before EVERY: who names one that comes after all others comes after them, too.
+    """
+    count = range(len(methods))
+    pairs = [(i, j) for i in count for j in count if i != j]
+    first = {(i, j) for i, j in pairs if _says(methods[i], methods[j])}
+    for k in count:
+        first |= {(i, j) for i in count for j in count if {(i, k), (k, j)} <= first}
+    first |= {(i, j) for i, j in pairs if (j, i) not in first and _ranks(methods[i], methods[j])}
+    waiting, found = [*count], []
     while waiting:
-        ready = [m for m in waiting if not any(_precedes(o, m) for o in waiting if o is not m)]
+        ready = [j for j in waiting if not any((i, j) in first for i in waiting if i != j)]
         if not ready:
-            names = " and ".join(method.name for method in waiting)
+            names = " and ".join(methods[i].name for i in waiting)
             raise ConflictError(
                 f"{names} each want to rewrite after the other (`after` and `before` of their "
                 "states), so they cannot be applied together. Leave one of them out."
             )
-        found.append(ready[0])
+        found.append(methods[ready[0]])
         waiting.remove(ready[0])
     return tuple(found)
 
 
-def _precedes(first: Method, then: Method) -> bool:
-    if first.name in then.after or then.name in first.before:
-        return True
+def _says(first: Method, then: Method) -> bool:
+    """Whether one of two passes names the other, to come in this order."""
+    return first.name in then.after or then.name in first.before
+
+
+def _ranks(first: Method, then: Method) -> bool:
+    """Whether one of two passes comes first because the other comes after all, or it before all."""
     last, foremost = EVERY in then.after, EVERY in first.before
     return (last and EVERY not in first.after) or (foremost and EVERY not in then.before)
 

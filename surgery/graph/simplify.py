@@ -40,6 +40,10 @@ def simplify(graph: GraphModule) -> None:
 
 
 def _name_linears(graph: GraphModule) -> None:
+    for node in graph.graph.find_nodes(op="call_function", target=functional.linear):
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        node.args = tuple(given[k] for k in ("input", "weight", "bias") if k in given)
+        node.kwargs = {}
     for node in [*graph.graph.nodes]:
         called = node.target in (operator.matmul, torch.matmul, "matmul") and not node.kwargs
         if not called or len(node.args) != 2 or not all(isinstance(n, Node) for n in node.args):

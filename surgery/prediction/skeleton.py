@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -41,7 +43,33 @@ def _copied(
         memo[id(parameter)] = nn.Parameter(_hollow(parameter, device), required)
     for _, buffer in model.named_buffers():
         memo[id(buffer)] = _hollow(buffer, device)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType):  # which deepcopy returns as it is
+            module.__dict__["forward"] = _rebound(forward, memo)
+    return copied
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """Return a function whose closure holds the copies of what it holds."""
+    if isinstance(function, MethodType):
+        return MethodType(function.__func__, memo.get(id(function.__self__), function.__self__))
+    if not isinstance(function, FunctionType):
+        return memo.get(id(function), function)
+    if not function.__closure__:
+        return function
+    if id(function) in memo:
+        return memo[id(function)]
+    cells = tuple(CellType() for _ in function.__closure__)
+    parts = (function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    made = memo[id(function)] = FunctionType(*parts, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__ |= function.__dict__
+    for own, held in zip(cells, function.__closure__, strict=True):
+        with suppress(ValueError):  # a name that nothing was given to yet
+            own.cell_contents = _rebound(held.cell_contents, memo)
+    return made
 
 
 def without_surgery(surgery: Surgery) -> nn.Module:

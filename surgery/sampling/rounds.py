@@ -62,7 +62,8 @@ class Rounds(Method):
     units: what is drawn, by name, each a set of coordinates. draw: round -> names of the units to
     train in it; draw(0) runs at once, in `start`, of `plan` on tensors without data too; a resumed
     run does not draw the round that it is in again. always: coordinates trained in every round.
-    scores: of units, from their gradients. learned: what a resumed run needs. ending: see there.
+    scores: of units, from their gradients. learned: name -> what a resumed run needs. ending: see
+    there.
     total: parameters of the model.
     """
 
@@ -80,6 +81,12 @@ class Rounds(Method):
     active: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.learned, Mapping) or {"round", "steps", "active"} & {*self.learned}:
+            raise OptionError(
+                f"{self.name}: learned={self.learned!r} maps names to what has state() and "
+                'restore(state), such as {"scores": scores}; "round", "steps" and "active" are '
+                "taken."
+            )
         for each in self.always:
             each.active = True
         self._activate(self._drawn(0))

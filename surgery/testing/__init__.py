@@ -32,7 +32,8 @@ def check(spec: Any, *, laws: Sequence[str] | None = None, ranks: bool = True, *
     """Run the laws on a pass; raise LawError with every one that it breaks.
 
     spec: an instance, a registered name, or a list of these. laws: some of `LAWS` (default: all).
-    ranks: run it on two processes, too, under DDP and FSDP2. case: fields of `Case`. About half a
+    ranks: run it on two processes, too, under DDP and FSDP2; a script that does so calls this under
+    `if __name__ == "__main__":`, or they would run it again. case: fields of `Case`. About half a
     minute on one core.
     """
     made = Case(spec=spec, **case)

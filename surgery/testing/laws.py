@@ -1,4 +1,4 @@
-"""The laws: true for every pass, each a function of a `Case`; `docs/architecture.md` lists them."""
+"""The laws: true for every pass, each a function of a `Case`; its docstring says what holds."""
 
 from __future__ import annotations
 

@@ -79,7 +79,17 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
     parameters = [name for name, _ in model.named_parameters()]
     hit = matched(model, targets, what)
     chosen = [n for n in parameters if n in hit or n.rpartition(".")[0] in hit]
+    if not hit:
+        raise TargetError(f"{what}={targets!r} names nothing. Leave it out, or name some modules.")
     if not chosen:
+        own = {id(p): name for name, p in model.named_parameters()}
+        modules = dict(model.named_modules())
+        held = [p for name in hit & {*modules} for p in modules[name].parameters(recurse=False)]
+        if held:
+            raise TargetError(
+                f"{what}={targets!r} matches only weights that are tied to others. Name them as "
+                f"those: {listed([own[id(p)] for p in held], 3)}."
+            )
         raise TargetError(
             f"{what}={targets!r} matches only modules that own no parameters, such as "
             f"{listed(sorted(hit), 3)}. Name the projections inside of them."
