@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -89,6 +91,25 @@ def test_a_process_that_is_killed_leaves_one_whole_checkpoint(before, after, tmp
             break
     assert 3 < lives < 39
     assert sorted(f.name for f in tmp_path.iterdir()) == ["now", "run"]
+
+
+def test_into_a_folder_that_is_mounted_from_another_disk(tmp_path, monkeypatch):
+    model = surgery.apply(make("plain"), "badam")
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    left = folder / f".surgery.partial.{platform.node()}.{2**30}.0"  # of a process that is gone
+    left.mkdir()
+    plain = Path.replace
+
+    def replace(path, target):
+        if folder not in path.parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    surgery.export(model, folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", "model.safetensors"]
+    assert [f.name for f in tmp_path.iterdir()] == ["mounted"]
 
 
 def _dying(call):

@@ -22,6 +22,7 @@ from surgery.checkpoints import encoding
 from surgery.checkpoints import folder as saves
 from surgery.checkpoints.contents import (
     about_of,
+    check_whole,
     coordinates_of,
     extra_of,
     optimizer_state,
@@ -72,6 +73,7 @@ def save(
     tensors, state = tensors_of(surgery.decision.model), state_of(surgery)
     about = about_of(surgery, tensors)
     if weights:
+        check_whole(model, surgery.decision.model, "save")
         state["weights"] = encoding.untied(tensors)
         state["extra state of modules"] = extra_of(surgery.decision.model)
     if optimizer is not None:
