@@ -54,7 +54,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    return {name: tensor for name, tensor in both if name in kept and TABLE not in name}
+    return {name: tensor for name, tensor in both if name in kept and TABLE not in name.split(".")}
 
 
 def check_whole(model: nn.Module, inner: nn.Module, what: str) -> None:

@@ -31,7 +31,7 @@ from surgery.checkpoints.contents import (
     sums_of,
     tensors_of,
 )
-from surgery.checkpoints.fits import check, check_sums, for_optimizer, for_scheduler
+from surgery.checkpoints.fits import check, check_sums, check_ties, for_optimizer, for_scheduler
 from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat.tensors import each as each_leaf
 from surgery.engine.finding import applied
@@ -105,6 +105,8 @@ def load(
     check(surgery, about, folder)
     weights = tensors_of(surgery.decision.model)
     check_sums(about["sums"], weights)
+    if "weights" in state:
+        check_ties(weights, state["weights"])
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None and what in state:
             raise CheckpointError(
