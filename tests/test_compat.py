@@ -754,6 +754,22 @@ def test_transformers_asks_whether_a_tensor_is_fake():
     assert import_utils.is_tracing(x)
 
 
+def test_what_transformers_writes_of_a_model_with_adapters_of_its_own(tmp_path):
+    from peft import LoraConfig
+
+    model = make("llama")
+    assert not hf.has_adapters(model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert hf.has_adapters(model), "transformers marks it in another way"
+    with hf.without_adapters(model):
+        model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    assert [f.name for f in (tmp_path / "adapters").glob("*.safetensors")] == [
+        "adapter_model.safetensors"
+    ]
+
+
 def test_parameters_are_held_as_ever_again():
     owner, listed = nn.Linear(2, 2), []
     modules.hold_current(owner, lambda: listed.append(1))

@@ -11,6 +11,7 @@ from laws import PASSES, own, rows, train, weights
 from models import FAMILIES, adapt, batch, make
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 import passes
 import surgery
@@ -99,6 +100,39 @@ def test_a_plain_module(tmp_path):
     assert not unexpected and missing in (["head.weight"], ["embed.weight"])  # tied: saved once
     assert all(torch.equal(p, own(model)[n]) for n, p in other.named_parameters())
     assert "library_name: pytorch" in (tmp_path / "README.md").read_text()
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = make("plain"), nn.Linear(4, 2)
+
+
+def test_weights_around_the_model_that_surgery_was_applied_to_are_not_left_out(tmp_path):
+    model = Classifier()
+    surgery.apply(model.backbone, "badam")
+    for write in (surgery.save, surgery.export):
+        said = rf"Classifier, and its own head.weight, head.bias .* surgery.{write.__name__}"
+        with pytest.raises(surgery.CheckpointError, match=said):
+            write(model, tmp_path / "new")
+        write(model.backbone, tmp_path / write.__name__)
+    assert not (tmp_path / "new").exists()
+    surgery.save(model, tmp_path / "rest", weights=False)  # whoever saves them has them all
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_that_is_no_tensor_is_an_error(tmp_path):
+    model = surgery.apply(nn.Sequential(nn.Linear(4, 4), Counting(4, 2)), "recompute")
+    with pytest.raises(surgery.CheckpointError, match=r"extra state of 1 .* surgery.save keeps it"):
+        surgery.export(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

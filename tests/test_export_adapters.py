@@ -81,6 +81,54 @@ def test_a_merge_that_goes_wrong_is_an_error_and_leaves_the_old_export(tmp_path,
         assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lost_adapter_of_a_16_bit_model_is_an_error(dtype, tmp_path, monkeypatch):
+    model = get_peft_model(
+        make("llama").to(dtype), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    for name, parameter in model.named_parameters():
+        parameter.data *= 0.05 if "lora_B" in name else 1.0  # a few per cent of what the base gives
+    surgery.apply(model, "recompute")
+    surgery.export(model, tmp_path, merge=True)
+    kind = type(model.base_model)
+    monkeypatch.setattr(kind, "merge_and_unload", kind.unload)
+    with pytest.raises(surgery.CheckpointError, match=r"q_proj.* differs"):
+        surgery.export(model, tmp_path, merge=True)
+
+
+def test_a_merge_into_a_base_of_two_dtypes(tmp_path):
+    base = make("llama").bfloat16()
+    for kept in (base.model.norm, base.lm_head):  # as prepare_model_for_kbit_training leaves norms
+        kept.float().weight.data += torch.rand_like(kept.weight)
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = surgery.apply(get_peft_model(base, config), "recompute")
+    head = base.lm_head
+    expected = head.base_layer.weight + head.get_delta_weight("default")
+    surgery.export(model, tmp_path, merge=True)
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], base.model.norm.weight)
+    torch.testing.assert_close(written["lm_head.weight"], expected)
+
+
+def test_adapters_that_transformers_has_put_in_are_written_beside_their_base(tmp_path):
+    model = make("llama")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    surgery.apply(model, "misa", budget=0.5, targets=r".*mlp.*_proj")
+    train(model, "llama", 2)
+    with pytest.raises(surgery.OptionError, match="no way to merge what add_adapter"):
+        surgery.export(model, tmp_path, merge=True)
+    surgery.export(model, tmp_path)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    same_outputs(model, PeftModel.from_pretrained(base, tmp_path / "adapters"), "llama")
+    with pytest.warns(match="multiple adapters"):
+        model.add_adapter(config, "second")
+    with pytest.raises(surgery.CheckpointError, match=r"default, second .* writes one"):
+        surgery.export(model, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_prompts_are_written_beside_the_base(kind, tmp_path):
     config = (PromptTuningConfig if kind == "prompt" else PrefixTuningConfig)(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -89,6 +91,37 @@ def test_a_process_that_is_killed_leaves_one_whole_checkpoint(before, after, tmp
             break
     assert 3 < lives < 39
     assert sorted(f.name for f in tmp_path.iterdir()) == ["now", "run"]
+
+
+def test_shards_that_killed_exports_have_left_are_in_nobodys_way(tmp_path):
+    model = surgery.apply(make("llama"), "recompute")
+    for letter in ("", "b-", "c-", "d-", "e-", "f-", "g-", "g0-"):
+        (tmp_path / f"model-{letter}00001-of-00005.safetensors").write_text("left")
+    before = held(tmp_path)
+    surgery.export(model, tmp_path, max_shard_size="20KB")
+    shards = {f.name for f in tmp_path.glob("*-of-*")} - before.keys()
+    assert shards == {f"model-g1-0000{i}-of-00005.safetensors" for i in range(1, 6)}
+    assert before.items() <= held(tmp_path).items()
+    loaded(transformers.AutoModelForCausalLM, tmp_path)
+
+
+def test_into_a_folder_that_is_mounted_from_another_disk(tmp_path, monkeypatch):
+    model = surgery.apply(make("plain"), "badam")
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    left = folder / f".surgery.partial.{platform.node()}.{2**30}.0"  # of a process that is gone
+    left.mkdir()
+    plain = Path.replace
+
+    def replace(path, target):
+        if folder not in path.parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    surgery.export(model, folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", "model.safetensors"]
+    assert [f.name for f in tmp_path.iterdir()] == ["mounted"]
 
 
 def _dying(call):

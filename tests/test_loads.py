@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -165,3 +166,24 @@ def test_a_load_under_inference_mode_leaves_a_run_that_trains(tmp_path):
         surgery.load(model, tmp_path, optimizer)
     train(model, "plain", 3, optimizer)
     assert state_of(model).clock.step == 6
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied in the save", "tied here"])
+def test_other_ties_than_in_the_save_are_refused(tied, tmp_path):
+    surgery.save(surgery.apply(make("llama", tie_word_embeddings=tied), "badam"), tmp_path)
+    model = surgery.apply(make("llama", seed=3, tie_word_embeddings=not tied), "badam")
+    before = {name: value.clone() for name, value in own(model).items()}
+    with pytest.raises(surgery.CheckpointError, match=r"lm_head\.weight .*tie_word_embeddings"):
+        surgery.load(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in own(model).items())
+
+
+def test_names_that_hold_the_name_of_the_table_are_saved(tmp_path):
+    def made():
+        kept = {"surgery_coordinates_of": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)}
+        return surgery.apply(torch.nn.Sequential(OrderedDict(kept)), "recompute")
+
+    model, other = made(), made()
+    surgery.save(model, tmp_path)
+    surgery.load(other, tmp_path)
+    assert all(torch.equal(value, own(other)[name]) for name, value in own(model).items())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from laws import PASSES, own, state_of
 from models import FAMILIES, QUIET, batch, make
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from transformers.hyperparameter_search import (
     ALL_HYPERPARAMETER_SEARCH_BACKENDS,
@@ -219,3 +220,32 @@ def test_a_search_of_hyperparameters_saves_beside_its_own_checkpoints(named, tmp
             assert torch.equal(alone[name], value), (rate, name)
             assert torch.equal(again[name], value), (rate, name)
     assert not list((tmp_path / "other" / "checkpoint-3").iterdir())
+
+
+def _prompts(model):
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def _opened(model):
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name or "down_proj" in name)
+    return model
+
+
+@pytest.mark.parametrize("adapt", [_prompts, _opened])
+def test_adapters_under_exact_passes_are_resumed(adapt, tmp_path):
+    runs = []
+    for steps in (6, 3, 6):
+        torch.manual_seed(0)  # prompts are drawn
+        model = surgery.apply(adapt(make("llama")), "recompute")
+        folder = tmp_path / ("whole" if not runs else "parts")
+        callback = surgery.TrainerCallback()
+        trainer = trainer_of(
+            model, folder, [callback], save_strategy="steps", save_steps=3, max_steps=steps
+        )
+        trainer.args.lr_scheduler_type = "constant"
+        trainer.train(resume_from_checkpoint=True if len(runs) == 2 else None)
+        runs.append(own(model))
+    assert any(not torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert all(torch.equal(value, runs[2][name]) for name, value in runs[0].items())

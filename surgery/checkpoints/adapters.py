@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgery.api import remove
+from surgery.compat import hf
 from surgery.errors import CheckpointError, OptionError, listed
 
 # What a module of PEFT has put itself around.
@@ -19,8 +20,21 @@ _INNER = ("base_layer", "token_adapter", "original_module", "model")
 
 
 def are_on(model: nn.Module) -> bool:
-    """Whether PEFT is around a model."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    """Whether PEFT is around a model, or its adapters in one, by transformers' `add_adapter`."""
+    around = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return around or hf.has_adapters(model)
+
+
+def base_of(model: Any) -> Any:
+    """Return the model that adapters are on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def of_base(model: Any) -> set[int]:
+    """Return the ids of the weights that are the base's and not PEFT's."""
+    base = base_of(model)
+    wrappers = _wrappers(base)
+    return {id(p) for key, p in base.named_parameters() if _plain(key, wrappers) is not None}
 
 
 def _is_pefts(module: nn.Module) -> bool:
@@ -45,7 +59,7 @@ def base_state(model: Any) -> dict[str, Tensor]:
 
     Raises CheckpointError if PEFT holds weights of the base where they are not looked for.
     """
-    base: nn.Module = model.get_base_model()
+    base: nn.Module = base_of(model)
     wrappers = _wrappers(base)
     others = {name for name, m in base.named_modules() if _is_pefts(m)} - set(wrappers)
     found, lost = {}, []
@@ -79,6 +93,12 @@ def check_mergeable(model: Any) -> None:
     """Raise OptionError if there are no adapters that can be added to a base."""
     if not are_on(model):
         raise OptionError("merge=True adds PEFT adapters to the base, and this model has none.")
+    if hf.has_adapters(model):
+        raise OptionError(
+            "transformers has no way to merge what add_adapter has put into a model. Leave "
+            "merge=True out; PeftModel.from_pretrained(base, folder / 'adapters') of what is "
+            "written then has merge_and_unload()."
+        )
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = type(model.active_peft_config).__name__
         raise OptionError(
@@ -87,8 +107,15 @@ def check_mergeable(model: Any) -> None:
 
 
 def check_apart(model: Any) -> None:
-    """Raise CheckpointError if the base holds already what its adapters add."""
-    base = model.get_base_model()
+    """Raise CheckpointError if the base holds already what its adapters add, or if of several
+    adapters one would be written."""
+    if hf.has_adapters(model) and len(model.peft_config) > 1:
+        raise CheckpointError(
+            f"of the adapters {listed(model.peft_config)} that add_adapter has put into this "
+            "model, transformers writes one. Put them around it, peft.get_peft_model(model, ...), "
+            "or export without the others: model.delete_adapter(name)."
+        )
+    base = base_of(model)
     added = [n for n in _wrappers(base) if getattr(base.get_submodule(n), "merged", False)]
     if added:
         raise CheckpointError(
@@ -101,9 +128,7 @@ def check_apart(model: Any) -> None:
 @torch.no_grad()
 def check_written(model: Any, folder: Path) -> None:
     """Raise CheckpointError unless every trained tensor of PEFT's is in a file of the folder."""
-    base = model.get_base_model()
-    wrappers = _wrappers(base)
-    own = {id(p) for key, p in base.named_parameters() if _plain(key, wrappers) is not None}
+    own = of_base(model)
     written: dict[torch.Size, list[Tensor]] = {}
     for file in folder.rglob("*.safetensors"):
         for tensor in load_file(file).values():
@@ -172,8 +197,11 @@ def check_merged(model: Any, folder: Path) -> None:
         plain = written.get_submodule(_plain(name, wrappers) or name)
         training = live.training
         live.eval()
-        x = _probe(_innermost(live))
-        close = x is None or _close(live(x), plain.to(_device(live)).eval()(x))
+        inner = _innermost(live)
+        x = _probe(inner)
+        loaded = next(plain.parameters(), None)  # in the dtype of the base: a head may have more
+        kept = None if loaded is None else loaded.dtype
+        close = x is None or _close(live(x), plain.to(inner.weight).eval()(x), kept)
         live.train(training)
         if not close:
             raise _differs(name)
@@ -181,7 +209,7 @@ def check_merged(model: Any, folder: Path) -> None:
     for key, value in base.state_dict().items():
         if any(key.startswith(f"{name}.") for name in outer) or key not in there:
             continue
-        if not _close(value, there[key].to(value.device)):
+        if not torch.equal(value.to(there[key]), there[key]):  # no adapter has been added to it
             raise _differs(key)
 
 
@@ -199,18 +227,15 @@ def _probe(module: nn.Module) -> Tensor | None:
     return torch.randn(8, width, generator=drawn).to(weight.device, weight.dtype)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, kept: torch.dtype | None) -> bool:
+    """Whether outputs are the same, of weights that were written and loaded in the dtype `kept`."""
     if a.shape != b.shape:
         return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    # Adapters added to 16-bit weights are rounded with them.
+    # Adapters added to 16-bit weights are rounded with them: half an eps, of eleven kinds. With
+    # more room a lost adapter would pass.
+    eps = max(torch.finfo(each).eps for each in (a.dtype, kept or a.dtype))
     off = float((a.double() - b.double()).norm())
-    return off <= max(64 * torch.finfo(a.dtype).eps, 1e-5) * float(a.double().norm()) + 1e-12
+    return off <= max(2 * eps, 1e-5) * float(a.double().norm()) + 1e-12
 
 
 def _differs(name: str) -> CheckpointError:

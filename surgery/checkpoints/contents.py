@@ -12,7 +12,7 @@ from surgery.checkpoints import encoding
 from surgery.compat.fsdp import own_class
 from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, listed
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate, unique
 from surgery.weights.table import TABLE
@@ -54,7 +54,20 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    return {name: tensor for name, tensor in both if name in kept and TABLE not in name}
+    return {name: tensor for name, tensor in both if name in kept and TABLE not in name.split(".")}
+
+
+def check_whole(model: nn.Module, inner: nn.Module, what: str) -> None:
+    """Raise CheckpointError if a model holds weights outside of the part that would be written."""
+    own = {id(p) for p in inner.parameters()}
+    outside = [name for name, p in model.named_parameters() if id(p) not in own]
+    if outside:
+        kind = type(inner).__name__
+        raise CheckpointError(
+            f"surgery was applied to the {kind} inside of this {type(model).__name__}, and its own "
+            f"{listed(outside)} would not be written. Write these beside (model.state_dict()) and "
+            f"give surgery.{what} the {kind}; or apply surgery to the whole model."
+        )
 
 
 def extra_of(model: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,24 @@ from surgery.errors import CheckpointError, listed
 from surgery.weights import shards
 
 
+def check_ties(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the same weights are tied here as in the save."""
+    here = encoding.untied(own)
+    tied, apart = [n for n in own if n in saved and n not in here], set(here) - set(saved)
+    if apart:
+        raise CheckpointError(
+            f"{listed(sorted(apart))} was tied to another weight in the save, which has no value "
+            "of its own for it, and is not tied here. Tie it as it was: model.tie_weights() with "
+            "config.tie_word_embeddings=True."
+        )
+    if tied:
+        raise CheckpointError(
+            f"{listed(tied)} is tied to another weight here, and has a value of its own in the "
+            "save: one of both would be lost. Build the model as it was: "
+            "config.tie_word_embeddings=False."
+        )
+
+
 def for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved state as this optimizer's load_state_dict takes it. Raises."""
     if saved["kind"] != kind_of(optimizer):

@@ -48,11 +48,12 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
     """
     tensors: dict[str, Tensor] = {}
     values = json.dumps(encode(state, "", tensors))
-    folder, here = folder.resolve(), f"{PARTIAL}.{platform.node()}"
-    partial = folder / f"{here}.{os.getpid()}.{uuid.uuid4().hex}"
+    folder = folder.resolve()
+    partial = partial_in(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder, here)
+        clear(folder)
+        _tidy(folder)
         partial.mkdir()
         save_file(tensors, partial / "state", {"values": values})
         about: dict[str, Any] = {"bytes": (partial / "state").stat().st_size}
@@ -141,12 +142,25 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _tidy(folder: Path, here: str) -> None:
-    """Take away what processes have left that were killed while they saved."""
-    for left in folder.glob(f"{here}.*"):
+def partial_in(folder: Path) -> Path:
+    """Return a folder in a folder for what this process writes and is not whole yet."""
+    return folder / f"{_here()}.{os.getpid()}.{uuid.uuid4().hex}"
+
+
+def clear(folder: Path) -> None:
+    """Take away what processes have left that were killed while they wrote."""
+    for left in folder.glob(f"{_here()}.*"):
         number = left.name.split(".")[-2]
         if not number.isdigit() or not _runs(int(number)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _here() -> str:
+    return f"{PARTIAL}.{platform.node()}"
+
+
+def _tidy(folder: Path) -> None:
+    """Take away states that processes have left which were killed while they saved."""
     unnamed = [*folder.glob(f"{STATE}_*.safetensors")]
     if not any(folder.glob(f"{PARTIAL}.*")):  # of one that saves now, there would be
         used = _used(folder)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _set_apart(made: Path, folder: Path) -> None:
     shards = [each.name for each in made.glob("*.safetensors") if each.name != SINGLE]
     if not any((folder / each).exists() for each in shards):
         return
-    letter = next(c for c in "bcdefg" if not any((folder / _named(s, c)).exists() for s in shards))
+    letters = chain("bcdefg", (f"g{number}" for number in count()))  # killed ones leave theirs
+    letter = next(c for c in letters if not any((folder / _named(s, c)).exists() for s in shards))
     for each in shards:
         (made / each).rename(made / _named(each, letter))
     index = json.loads((made / INDEX).read_text())

@@ -18,11 +18,14 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from surgery.checkpoints import adapters, encoding
+from surgery.checkpoints.contents import check_whole, extra_of
+from surgery.checkpoints.folder import clear, partial_in
 from surgery.checkpoints.placing import CARD, card, place
 from surgery.checkpoints.ranks import on_first_rank
+from surgery.compat import hf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, listed
 from surgery.weights import shards
 
 ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint
@@ -34,14 +37,17 @@ def export(
     """Write a checkpoint that plain transformers loads, with a model card; at any step.
 
     model: a Hugging Face model (config.json, model.safetensors), a plain module (model.safetensors)
-    or a PEFT model: its base, with the base's own keys, and the adapters in `folder/adapters`, for
-    `PeftModel.from_pretrained(base, folder / "adapters")`. merge: the adapters are added to the
-    base instead (in a copy: this takes the memory of a second model). On several ranks all call it.
+    or one with PEFT adapters: its base, with the base's own keys, and the adapters in
+    `folder/adapters`, for `PeftModel.from_pretrained(base, folder / "adapters")`. merge: the
+    adapters are added to the base instead (in a copy: this takes the memory of a second model). On
+    several ranks all call it.
     Raises ModelError if nothing was applied, OptionError if there is nothing to merge,
     CheckpointError if it cannot be written; what was in the folder is then as before.
     """
     surgery, folder = applied(model), Path(folder)
     plain = _unwrapped(model, surgery)
+    check_whole(model, plain, "export")
+    _check_extra(plain)
     if merge:
         adapters.check_mergeable(plain)
     elif adapters.are_on(plain):
@@ -61,10 +67,13 @@ def export(
 def _export(
     model: Any, surgery: Surgery, folder: Path, merge: bool, shards: str, state: Any
 ) -> None:
-    there = folder.resolve()  # files are moved within one disk
+    there = folder.resolve()  # files are moved within one disk: a folder may be a mounted one
     made = there.parent / f".{there.name}.{uuid.uuid4().hex}.partial"
+    if there.is_dir():
+        made = partial_in(there)
     try:
         there.parent.mkdir(parents=True, exist_ok=True)
+        clear(there)
         made.mkdir()  # of the usual mode, which the folder keeps
         try:
             if state is None:
@@ -87,6 +96,17 @@ def _unwrapped(model: nn.Module, surgery: Surgery) -> nn.Module:
     return next(m for m in model.modules() if adapters.are_on(m) or m is surgery.decision.model)
 
 
+def _check_extra(model: nn.Module) -> None:
+    """Raise CheckpointError if modules have extra state that a file of tensors cannot hold."""
+    kept = [n for n, extra in extra_of(model).items() if not isinstance(extra, Tensor)]
+    if kept:
+        names = listed([name or type(model).__name__ for name in kept])
+        raise CheckpointError(
+            f"the extra state of {names} (get_extra_state) is no tensor, and a plain checkpoint "
+            "holds tensors only. surgery.save keeps it; or let get_extra_state return a tensor."
+        )
+
+
 def _write(model: Any, made: Path, folder: Path, merge: bool, shards: str) -> None:
     if not adapters.are_on(model):
         _write_plain(model, made, None, shards)
@@ -94,8 +114,8 @@ def _write(model: Any, made: Path, folder: Path, merge: bool, shards: str) -> No
         _write_plain(adapters.merged(model), made, None, shards)
         adapters.check_merged(model, made)
     else:
-        base = model.get_base_model()
-        _write_plain(base, made, adapters.base_state(model), shards)
+        with hf.without_adapters(model):
+            _write_plain(adapters.base_of(model), made, adapters.base_state(model), shards)
         model.save_pretrained(made / ADAPTERS)
         adapters.check_written(model, made / ADAPTERS)
         for config in (made / ADAPTERS).rglob("adapter_config.json"):

@@ -22,6 +22,7 @@ from surgery.checkpoints import encoding
 from surgery.checkpoints import folder as saves
 from surgery.checkpoints.contents import (
     about_of,
+    check_whole,
     coordinates_of,
     extra_of,
     optimizer_state,
@@ -30,7 +31,7 @@ from surgery.checkpoints.contents import (
     sums_of,
     tensors_of,
 )
-from surgery.checkpoints.fits import check, check_sums, for_optimizer, for_scheduler
+from surgery.checkpoints.fits import check, check_sums, check_ties, for_optimizer, for_scheduler
 from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat.tensors import each as each_leaf
 from surgery.engine.finding import applied
@@ -72,6 +73,7 @@ def save(
     tensors, state = tensors_of(surgery.decision.model), state_of(surgery)
     about = about_of(surgery, tensors)
     if weights:
+        check_whole(model, surgery.decision.model, "save")
         state["weights"] = encoding.untied(tensors)
         state["extra state of modules"] = extra_of(surgery.decision.model)
     if optimizer is not None:
@@ -103,6 +105,8 @@ def load(
     check(surgery, about, folder)
     weights = tensors_of(surgery.decision.model)
     check_sums(about["sums"], weights)
+    if "weights" in state:
+        check_ties(weights, state["weights"])
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None and what in state:
             raise CheckpointError(

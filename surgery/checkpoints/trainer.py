@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback as Callback
 
+from surgery.checkpoints import adapters
 from surgery.checkpoints.folder import RECORD
 from surgery.checkpoints.run import load, save
 from surgery.engine.finding import applied
@@ -49,10 +50,11 @@ class TrainerCallback(Callback):
 
 def _trains_base(model: Any) -> bool:
     """Whether weights are trained that the Trainer does not save: under adapters."""
-    if not hasattr(model, "peft_config"):
+    if not adapters.are_on(model):
         return False
-    prefix = model.base_model.prefix
-    return any(prefix not in site.name for site in applied(model).decision.sites)
+    own, sites = adapters.of_base(model), applied(model).decision.sites
+    trained = [p for p in model.parameters() if p.requires_grad]  # under exact passes alone
+    return any(id(each) in own for each in [site.current() for site in sites] or trained)
 
 
 def _written(args: Any, state: Any) -> Path:

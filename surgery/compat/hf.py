@@ -89,6 +89,24 @@ def has_peft() -> bool:
     return "peft" in sys.modules
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether transformers' own `add_adapter` has put adapters into a model."""
+    return bool(vars(model).get("_hf_peft_config_loaded"))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let `save_pretrained` write a model itself, and not what `add_adapter` has put into it."""
+    loaded = has_adapters(model)
+    if loaded:
+        vars(model)["_hf_peft_config_loaded"] = False
+    try:
+        yield
+    finally:
+        if loaded:
+            vars(model)["_hf_peft_config_loaded"] = True
+
+
 def of_adapters(model: nn.Module) -> set[nn.Module]:
     """Return the modules that PEFT has put into a model: `disable_adapter` switches
     requires_grad of their weights off, and on again behind it."""

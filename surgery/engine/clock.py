@@ -148,13 +148,13 @@ class Clock:
                 check_resumed(optimizer)
             for method in methods:
                 method.check(optimizer)
-            names = frozenset(c.name for c in coordinates if id(c.parameter) in held)
+            names = frozenset(n for n, p in self._steppable().items() if id(p) in held)
             self.optimizers[optimizer] = names
             for each in coordinates:
                 if not each.drawn:  # some optimizers make the state of all when they are built
                     optimizer.state.pop(each.parameter, None)
         else:
-            check_held(coordinates, optimizer, held, self.optimizers[optimizer])
+            check_held(self._steppable(), optimizer, held, self.optimizers[optimizer])
         self.loss_scale = loss_scale
         self.under_way.append((optimizer, where))
         if closure:
@@ -243,6 +243,11 @@ class Clock:
 
     def _steps_us(self, held: dict[int, Tensor]) -> bool:
         return any(id(parameter) in held for parameter in self.model.parameters())
+
+    def _steppable(self) -> dict[str, Tensor]:
+        """Return what optimizers step, by name: under exact passes alone, the weights."""
+        own: dict[str, Tensor] = {c.name: c.parameter for c in self.decision.coordinates}
+        return own or dict(self.model.named_parameters())
 
     def _carry(self, optimizer: Optimizer) -> None:
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}

@@ -115,12 +115,7 @@ def check_membership(
     missing = {id(p.parameter): p.name for p in coordinates if id(p.parameter) not in held}
     if not missing:
         return
-    # Only here, once, on the way to an error: another optimizer may hold the rest.
-    others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    for other in others:
-        for group in other.param_groups:
-            for parameter in group["params"]:
-                missing.pop(id(parameter), None)
+    missing = _held_by_none(missing)
     if missing:
         raise OptimizerError(
             f"{type(optimizer).__name__} steps this model but holds none of "
@@ -132,14 +127,26 @@ def check_membership(
         )
 
 
+def _held_by_none(missing: Mapping[int, str]) -> dict[int, str]:
+    """Return those of some parameters, by id, that no optimizer holds: others may hold the rest."""
+    # Only on the way to an error: this walks over all objects.
+    others = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+    held = {id(p) for other in others for group in other.param_groups for p in group["params"]}
+    return {key: name for key, name in missing.items() if key not in held}
+
+
 def check_held(
-    coordinates: Sequence[Coordinate],
+    present: Mapping[str, Tensor],
     optimizer: Optimizer,
     held: Mapping[int, Tensor],
     before: frozenset[str],
 ) -> None:
-    """Raise OptimizerError if a coordinate that an optimizer has stepped is another object now."""
-    lost = [c.name for c in coordinates if id(c.parameter) not in held and c.name in before]
+    """Raise OptimizerError if a parameter that an optimizer has stepped is another object now.
+
+    present: what is there to step, by name. before: the names of what the optimizer has stepped.
+    """
+    gone = {id(p): name for name, p in present.items() if id(p) not in held and name in before}
+    lost = list(_held_by_none(gone).values()) if gone else []
     if lost:
         raise OptimizerError(
             f"{type(optimizer).__name__} holds parameters that are not the model's any more, and "
