@@ -124,3 +124,41 @@ def test_sparse_gradients_are_those_of_a_plain_model(row):
     assert state_of(ours).decision.methods and not torch.equal(
         own(ours)["embed.weight"], bags(True).embed.weight
     )
+
+
+class Headed(nn.Module):
+    """A head on a trunk that another model has, too."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks, self.out = blocks, nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x).square().mean()
+
+
+@pytest.mark.parametrize(
+    "spec", [passes.Rso(rank=4), passes.Velora(groups=2)], ids=["rso", "velora"]
+)
+def test_an_optimizer_of_another_model_on_the_same_trunk_is_refused(spec):
+    model = bags(False)
+    other = Headed(model.blocks)
+    surgery.apply(model, spec)
+    ours = torch.optim.SGD(model.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(other.parameters(), lr=0.1)
+    model(**batch(0)).backward()
+    ours.step()
+    ours.zero_grad()
+    before = weights(model)
+    other(torch.randn(4, 16)).backward()
+    with pytest.raises(surgery.SurgeryError, match=r"blocks\..*another model shares the weight"):
+        theirs.step()
+    assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
+    # a penalty on a weight is stepped by who holds its coordinates
+    ours.zero_grad()
+    theirs.zero_grad()
+    (model(**batch(1)) + model.blocks[0][0].weight.square().sum()).backward()
+    ours.step()
+    assert state_of(model).clock.step == 2

@@ -39,6 +39,7 @@ class Backward:
     reduced: Sequence[Site] = ()
     pending: bool = False  # whether a backward has ended since the last step
     apart: list[Site] = field(default_factory=list)
+    handed: list[Site] = field(default_factory=list)  # of these, what a step has not used yet
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
@@ -46,6 +47,7 @@ class Backward:
             "replicated": (),
             "reduced": (),
             "apart": [],
+            "handed": [],
             "pending": False,
         }
 
@@ -61,6 +63,7 @@ class Backward:
     def used(self) -> None:
         """Note that a step has used the gradients."""
         self.pending = False
+        self.handed.clear()
 
     @contextmanager
     def taken_meanwhile(self) -> Iterator[None]:
@@ -100,6 +103,7 @@ class Backward:
         first, self.first, self.pending = self.first, None, True
         apart = [*self.apart]
         self.apart.clear()
+        self.handed += apart
         for site in [*apart, *self.reduced]:
             self._hand_on(site)
         if first in [each for site in apart for each in site.coordinates]:

@@ -14,6 +14,7 @@ from surgery.engine.callers import calls
 from surgery.errors import CaptureError, ModelError, OptimizerError, SurgeryError, listed
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate, unique
+from surgery.weights.sites import Site
 
 
 def around(what: str) -> SurgeryError:
@@ -125,6 +126,19 @@ def check_membership(
             "requires_grad off). Build it afterwards, from all: "
             "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
         )
+
+
+def check_apart(handed: Iterable[Site], optimizer: Optimizer, held: Mapping[int, Tensor]) -> None:
+    """Raise OptimizerError if an optimizer would step a weight whose gradient was handed on to
+    coordinates that it does not hold: its loss is another model's."""
+    for site in handed:
+        if id(site.weight()) in held and not any(id(c.parameter) in held for c in site.coordinates):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds {site.name} and none of its coordinates, and "
+                "its gradient has gone to these: another model shares the weight, without surgery. "
+                "Apply it to a model that both are part of, or freeze the weight in the other's "
+                "loss. Nothing was stepped; call zero_grad() of both optimizers."
+            )
 
 
 def _held_by_none(missing: Mapping[int, str]) -> dict[int, str]:
