@@ -47,6 +47,11 @@ def apply(
     All or nothing: an error of any kind leaves the model as it was. Raises OptionError,
     TargetError, ModelError, ConflictError (all SurgeryError).
     """
+    if not isinstance(model, nn.Module) and isinstance(spec, nn.Module):
+        raise OptionError(
+            "the model comes first: surgery.apply(model, "
+            f"{model if isinstance(model, str) else '...'!r})."
+        )
     if isinstance(spec, str) and spec == "auto":
         if "batch" not in options:
             raise OptionError(

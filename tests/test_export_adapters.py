@@ -252,6 +252,17 @@ def test_what_peft_does_not_write_is_an_error_and_leaves_the_old_export(tmp_path
     assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_what_transformers_or_peft_cannot_write_is_an_error_of_ours(merge, tmp_path):
+    options = {"lora_bias": True} if merge else {"layer_replication": [[0, 1], [0, 1]]}
+    model = get_peft_model(make("llama"), LoraConfig(**Q, **options, init_lora_weights=False))
+    surgery.apply(model, "recompute")
+    with pytest.raises(surgery.CheckpointError, match=r"could not be exported: .*surgery\.save"):
+        surgery.export(model, tmp_path / "out", merge=merge)
+    assert not list(tmp_path.iterdir())
+
+
 def test_adapters_that_are_merged_already_are_not_added_twice(tmp_path):
     model = surgery.apply(adapt(make("llama"), "lora"), "recompute")
     model.merge_adapter()

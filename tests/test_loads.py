@@ -187,3 +187,30 @@ def test_names_that_hold_the_name_of_the_table_are_saved(tmp_path):
     surgery.save(model, tmp_path)
     surgery.load(other, tmp_path)
     assert all(torch.equal(value, own(other)[name]) for name, value in own(model).items())
+
+
+def test_what_has_no_state_dict_is_refused_by_name(tmp_path):
+    model = surgery.apply(make("plain"), "badam")
+    optimizer = adamw(model)
+    with pytest.raises(surgery.OptionError, match=r"optimizer= takes one .*Of several, keep"):
+        surgery.save(model, tmp_path, [optimizer])
+    with pytest.raises(surgery.OptionError, match=r"scheduler= takes an object .*float has none"):
+        surgery.save(model, tmp_path, optimizer, 0.1)
+    assert not list(tmp_path.iterdir())
+    surgery.save(model, tmp_path, optimizer)
+    with pytest.raises(surgery.OptionError, match=r"optimizer= takes one"):
+        surgery.load(model, tmp_path, (optimizer,))
+
+
+def test_a_save_in_a_hook_of_the_step_says_to_wait(tmp_path):
+    model = surgery.apply(make("plain"), "badam")
+    optimizer = adamw(model)
+    optimizer.register_step_post_hook(lambda *_: surgery.save(model, tmp_path, optimizer))
+    loss_of(model, inputs_of("plain")).backward()
+    with pytest.raises(surgery.CheckpointError, match=r"step is under way.* has returned"):
+        optimizer.step()
+
+
+def test_the_model_comes_first():
+    with pytest.raises(surgery.OptionError, match=r"comes first: surgery\.apply\(model, 'misa'\)"):
+        surgery.apply("misa", make("plain"))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat import hf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import CheckpointError, listed
+from surgery.errors import CheckpointError, in_a_line, listed
 from surgery.weights import shards
 
 ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint
@@ -84,6 +85,13 @@ def _export(
             place(made, there)
         finally:
             shutil.rmtree(made, ignore_errors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of transformers, PEFT or safetensors, about this model
+        raise CheckpointError(
+            f"this model could not be exported: {in_a_line(error, 300)} The old export is "
+            "untouched. surgery.save keeps all of it."
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not export to {folder}: {error}. Free some space, or give a folder that can be "

@@ -7,7 +7,7 @@ seeds again. The state of torch's own generators (dropout) and of the data loade
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -36,7 +36,7 @@ from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat.tensors import each as each_leaf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, OptionError
 from surgery.weights import shards
 from surgery.weights.copies import accept
 
@@ -57,6 +57,12 @@ def save(
     if there are gradients that no step has used: they are not saved.
     """
     surgery = applied(model)
+    _check_given(optimizer=optimizer, scheduler=scheduler)
+    if surgery.clock.stepping:
+        raise CheckpointError(
+            "an optimizer's step is under way, whose gradients are not used up yet: this is a hook "
+            "of its. Save after step() has returned."
+        )
     if surgery.clock.stepped:
         raise CheckpointError(
             "some of the optimizers of this model have made their step, and others have not. Save "
@@ -101,6 +107,7 @@ def load(
     optimizer or a scheduler that is not given here.
     """
     surgery, folder = applied(model), Path(folder)
+    _check_given(optimizer=optimizer, scheduler=scheduler)
     about, state = saves.read(folder)
     check(surgery, about, folder)
     weights = tensors_of(surgery.decision.model)
@@ -141,6 +148,19 @@ def load(
         shards.take(weights[name], tensor)
     restore(surgery, state)
     return model
+
+
+def _check_given(**given: Any) -> None:
+    for what, each in given.items():
+        if each in (None, False) or hasattr(each, "state_dict"):
+            continue
+        raise OptionError(
+            f"{what}= takes one object with a state_dict, and this is a {type(each).__name__}. Of "
+            f"several, keep the state beside the save: torch.save([o.state_dict() for o in ...], "
+            f'folder / "others.pt").'
+            if isinstance(each, Sequence)
+            else f"{what}= takes an object with a state_dict, and {type(each).__name__} has none."
+        )
 
 
 def saved_passes(folder: str | Path) -> list[Any]:
