@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from test_export import loaded, same_outputs
 from torch import nn
 
+import passes
 import surgery
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scalars that", "ignore:Model config")
@@ -261,6 +262,17 @@ def test_what_transformers_or_peft_cannot_write_is_an_error_of_ours(merge, tmp_p
     with pytest.raises(surgery.CheckpointError, match=r"could not be exported: .*surgery\.save"):
         surgery.export(model, tmp_path / "out", merge=merge)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spec", [passes.Misa(budget=0.5), passes.Rso(rank=2)], ids=["misa", "rso"])
+def test_a_base_that_is_trained_by_coordinates_is_written_with_its_adapters(spec, tmp_path):
+    model = adapt(make("llama"), "lora")
+    for weight in model.parameters():
+        weight.requires_grad_(True)
+    train(surgery.apply(model, spec), "llama", 2)
+    surgery.export(model, tmp_path)
+    base = loaded(transformers.AutoModelForCausalLM, tmp_path)
+    same_outputs(model, PeftModel.from_pretrained(base, tmp_path / "adapters"), "llama")
 
 
 def test_adapters_that_are_merged_already_are_not_added_twice(tmp_path):

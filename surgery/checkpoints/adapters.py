@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.api import remove
 from surgery.compat import hf
 from surgery.errors import CheckpointError, OptionError, listed
+from surgery.weights.table import TABLE
 
 # What a module of PEFT has put itself around.
 # Around tokens it has two names, and the state of one.
@@ -134,7 +135,10 @@ def check_written(model: Any, folder: Path) -> None:
         for tensor in load_file(file).values():
             written.setdefault(tensor.shape, []).append(tensor)
     for name, weight in model.named_parameters():
-        if id(weight) in own or not weight.requires_grad or _is_written_otherwise(model, name):
+        coordinate = TABLE in name.split(".")  # what it stands for is a weight, here or of the base
+        if coordinate or id(weight) in own or not weight.requires_grad:
+            continue
+        if _is_written_otherwise(model, name):
             continue
         if not any(torch.equal(t, weight.to(t)) for t in written.get(weight.shape, ())):
             raise CheckpointError(
