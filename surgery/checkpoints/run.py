@@ -154,12 +154,13 @@ def _check_given(**given: Any) -> None:
     for what, each in given.items():
         if each in (None, False) or hasattr(each, "state_dict"):
             continue
+        kind = type(each).__name__
+        if not isinstance(each, Sequence):
+            raise OptionError(f"{what}= takes an object with a state_dict, and {kind} has none.")
         raise OptionError(
-            f"{what}= takes one object with a state_dict, and this is a {type(each).__name__}. Of "
-            f"several, keep the state beside the save: torch.save([o.state_dict() for o in ...], "
-            f'folder / "others.pt").'
-            if isinstance(each, Sequence)
-            else f"{what}= takes an object with a state_dict, and {type(each).__name__} has none."
+            f"{what}= takes one object with a state_dict, and this is a {kind}. Of several, keep "
+            "the state beside the save: torch.save([o.state_dict() for o in ...], "
+            'folder / "others.pt").'
         )
 
 

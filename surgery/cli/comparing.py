@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from surgery.cli.given import passes_of
-from surgery.cli.planning import MODEL, PASSES
+from surgery.cli.planning import MODEL, PASSES, ROWS, TOKENS
 from surgery.cli.screen import out
 from surgery.errors import OptionError
 from surgery.prediction.sources import config_of, model_of
@@ -22,8 +22,8 @@ COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 def compare(
     model: Annotated[str, MODEL],
     method: Annotated[list[str], PASSES],
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 16,
+    batch: Annotated[int, ROWS] = 1,
+    length: Annotated[int, TOKENS] = 16,
     layers: Annotated[int, typer.Option(help="Keep the first layers only; 0: all.")] = 1,
     context: Annotated[int, typer.Option(help="Lines around what differs.")] = 1,
 ) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from surgery.cli.given import dtype_of, optimizer_of
-from surgery.cli.planning import MODEL
-from surgery.cli.screen import err, out
+from surgery.cli.planning import AUTOCAST, CLIP, JSON, MODEL, ROWS, TOKENS
+from surgery.cli.screen import err, show
 from surgery.reports.fitting import Fit, Row, fit
 
 
@@ -19,12 +18,12 @@ def fit_of(
     memory: Annotated[str | None, typer.Option(help="Such as 24GiB; or the device's.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as h100 or rtx4090.")] = None,
     goal: Annotated[str, typer.Option(help="full, adapter or forwards.")] = "full",
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    batch: Annotated[int, ROWS] = 1,
+    length: Annotated[int, TOKENS] = 512,
     optimizer: Annotated[str | None, typer.Option(help="Such as sgd:momentum=0.9.")] = None,
-    autocast: Annotated[str | None, typer.Option(help="A dtype, for forward.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    autocast: Annotated[str | None, AUTOCAST] = None,
+    clip: Annotated[float | None, CLIP] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Say what to turn on so that training fits; exit code 1 if nothing does."""
     with err().status("playing a step of each composition ...") as status:
@@ -44,10 +43,7 @@ def fit_of(
             clip=clip,
             told=told,
         )
-    if as_json:
-        print(json.dumps(as_object(found), indent=2))
-    else:
-        out().print(found)
+    show(found, as_object(found) if as_json else None)
     if found.best is None:
         raise typer.Exit(1)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from surgery.cli.given import dtype_of, optimizer_of, passes_of
-from surgery.cli.screen import out
+from surgery.cli.screen import show
 from surgery.reports.predicted import plan
 from surgery.reports.table import Report
 
 MODEL = typer.Argument(help="A hub id, a folder, or a config.json.")
+ROWS = typer.Option(help="Rows.")
+TOKENS = typer.Option(help="Tokens of a row.")
+AUTOCAST = typer.Option(help="A dtype, for forward.")
+CLIP = typer.Option(help="Norm that gradients are clipped to.")
+JSON = typer.Option("--json", help="Print JSON.")
 PASSES = typer.Option("--pass", help="A pass: misa, or misa:budget=0.01,period=20. Repeat it.")
 
 
@@ -21,13 +25,13 @@ def plan_of(
     model: Annotated[str, MODEL],
     options: Annotated[list[str] | None, typer.Argument(help="Of a single pass: k=v.")] = None,
     method: Annotated[list[str], PASSES] = ["misa"],  # noqa: B006 - typer copies it
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    batch: Annotated[int, ROWS] = 1,
+    length: Annotated[int, TOKENS] = 512,
     device: Annotated[str | None, typer.Option(help="Such as h100: its blocks, its time.")] = None,
     optimizer: Annotated[str, typer.Option(help="Of torch.optim: sgd:momentum=0.9.")] = "adamw",
-    autocast: Annotated[str | None, typer.Option(help="A dtype, for forward.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    autocast: Annotated[str | None, AUTOCAST] = None,
+    clip: Annotated[float | None, CLIP] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Predict the memory of training, from the config alone: no weights are loaded."""
     found = plan(
@@ -39,10 +43,7 @@ def plan_of(
         autocast=dtype_of(autocast),
         clip=clip,
     )
-    if as_json:
-        print(json.dumps(as_object(found), indent=2))
-    else:
-        out().print(found)
+    show(found, as_object(found) if as_json else None)
 
 
 def as_object(report: Report) -> dict[str, Any]:

@@ -110,13 +110,15 @@ def class_rows(
     strange = sorted(set(labels) - set(classes))
     if strange:
         raise OptionError(f"labels that training does not have: {', '.join(strange)}.")
-    whole = [tokenizer(each).input_ids for each in texts]
-    found = tokenizer(texts, truncation=True, max_length=length).input_ids
+    found = [tokenizer(each).input_ids for each in texts]
+    long = [i for i, ids in enumerate(found) if len(ids) > length]
+    for i in long:  # not by slicing: a tokenizer keeps its marks at the ends
+        found[i] = tokenizer(texts[i], truncation=True, max_length=length).input_ids
     return Rows(
         rows=[Row(ids=i, labels=[classes.index(k)]) for i, k in zip(found, labels, strict=True)],
         pad=_pad(tokenizer),
         classes=classes,
-        cut=sum(len(each) > length for each in whole),
+        cut=len(long),
     )
 
 

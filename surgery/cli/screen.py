@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from typing import Any
@@ -29,6 +30,14 @@ def out() -> Console:
 def err() -> Console:
     """Return the console for everything else."""
     return Console(stderr=True, quiet=not is_first())
+
+
+def show(found: Any, content: Any) -> None:
+    """Print what was asked for: as a table, or its content as JSON if that is given."""
+    if content is None:
+        out().print(found)
+    else:
+        print(json.dumps(content, indent=2))
 
 
 class Commands(TyperGroup):

@@ -16,7 +16,7 @@ import surgery
 from surgery.cli import loading, metrics, processes
 from surgery.cli.given import dtype_of, optimizer_of, passes_of
 from surgery.cli.loop import CHECKPOINT, SHAPE, Loop, rate
-from surgery.cli.planning import MODEL
+from surgery.cli.planning import CLIP, MODEL
 from surgery.cli.records import column, records_of
 from surgery.cli.rows import Rows, class_rows, language_rows, order
 from surgery.cli.screen import err, out
@@ -29,7 +29,7 @@ EXPORTED = "model"
 HELD_OUT = 32  # rows, at most, if nobody says how many
 
 _DATA = typer.Option(help="Text, .jsonl (text, prompt and completion, chats), .csv or .tsv.")
-_OUT = typer.Option(help="Folder of the run: checkpoint, metrics, picture, trained model.")
+_OUT = typer.Option("--out", help="Folder of the run: checkpoint, metrics, picture, trained model.")
 _PASSES = typer.Option("--pass", help="As in plan. Without: the exact ones.")
 _LEARN = typer.Option(help="Of chats and completions: answers, or all.")
 _HELD = typer.Option(help="Rows for evaluation, without a file: a twentieth, at most 32.")
@@ -39,7 +39,7 @@ _PACK = typer.Option(help="One document after another in full rows. Without: tex
 def train(
     model: Annotated[str, MODEL],
     data: Annotated[Path, _DATA],
-    folder: Annotated[Path, typer.Option("--out", help=_OUT.help)],
+    folder: Annotated[Path, _OUT],
     method: Annotated[list[str] | None, _PASSES] = None,
     task: Annotated[str, typer.Option(help="lm, or classify.")] = "lm",
     tokenizer: Annotated[str | None, typer.Option(help="If it is not with the model.")] = None,
@@ -58,7 +58,7 @@ def train(
     warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.")] = 0,
     schedule: Annotated[str, typer.Option(help="cosine, or constant.")] = "cosine",
     optimizer: Annotated[str, typer.Option(help="Of torch.optim: sgd:momentum=0.9.")] = "adamw",
-    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to.")] = None,
+    clip: Annotated[float | None, CLIP] = None,
     dtype: Annotated[str, typer.Option(help="Of weights; auto: the checkpoint's.")] = "auto",
     autocast: Annotated[str | None, typer.Option(help="bfloat16, for forward.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; a GPU if there is one.")] = None,

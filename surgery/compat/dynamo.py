@@ -63,7 +63,7 @@ def capture(
     symbols: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def noting(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        mode = detect_fake_mode(inputs)
+        mode = fake_mode_of(inputs)
         if mode is not None and mode.shape_env is not None:
             symbols.add(mode.shape_env)
         return backend(graph, inputs)

@@ -19,8 +19,8 @@ from surgery.engine.coverage import Coverage
 from surgery.engine.decide import Decision
 from surgery.engine.guards import (
     around,
-    check_apart,
     check_fresh,
+    check_handed,
     check_held,
     check_membership,
     check_resumed,
@@ -141,7 +141,7 @@ class Clock:
         self.refused = not self.forwards and not closure and only_makes_state(optimizer)
         if self.refused:
             return
-        check_apart(self.backward.handed, optimizer, held)
+        check_handed(self.backward.handed, optimizer, held)
         coordinates, methods = self.decision.coordinates, self.decision.methods
         if optimizer not in self.optimizers:
             check_membership(coordinates, optimizer, held)

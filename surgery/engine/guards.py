@@ -128,7 +128,7 @@ def check_membership(
         )
 
 
-def check_apart(handed: Iterable[Site], optimizer: Optimizer, held: Mapping[int, Tensor]) -> None:
+def check_handed(handed: Iterable[Site], optimizer: Optimizer, held: Mapping[int, Tensor]) -> None:
     """Raise OptimizerError if an optimizer would step a weight whose gradient was handed on to
     coordinates that it does not hold: its loss is another model's."""
     for site in handed:
