@@ -151,6 +151,46 @@ def test_what_is_used_and_was_not_reached_still_raises(row):
     assert "layers.3" not in str(error.value)
 
 
+class Cut(nn.Module):
+    """None of its parts can be captured: a function of the user's, or a loop over torch's own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if self.way == "loop":
+                torch._dynamo.graph_break()
+                x = block(x)
+            else:
+                x = self.hidden(block, x)
+        return x.sum()
+
+    @torch.compiler.disable
+    def hidden(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return block(x)
+
+
+@pytest.mark.parametrize("way", ["loop", "function"])
+@pytest.mark.parametrize("row", ["recompute", "compress"])
+def test_an_exact_pass_without_any_graph_raises(row, way):
+    model = surgery.apply(Cut(way), row)
+    with pytest.raises(surgery.CaptureError, match=rf"{row} had no effect.*compiler\.disable"):
+        model(torch.randn(4, 64))
+    surgery.remove(model)
+    model(torch.randn(4, 64)).backward()
+
+
+def test_recompute_says_where_it_has_nothing_to_do():
+    model = surgery.apply(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "recompute")
+    with pytest.raises(surgery.CaptureError, match=r"found nothing to compute again.*Leave"):
+        model(torch.randn(4, 8))
+
+
 # -- only real tensors count -----------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import PASSES
-from models import make
+from laws import PASSES, state_of
+from models import inputs_of, loss_of, make
 from torch import nn
 
 import passes
@@ -159,3 +159,15 @@ def test_a_compiled_part_is_planned_as_it_is_before():
     batch = {"x": torch.ones(2, 4)}
     found = surgery.plan(model, batch, "recompute")
     assert found.before.peak == surgery.plan(plain, batch, "recompute").before.peak
+
+
+@pytest.mark.parametrize("row", ["recompute", "compress", "chunked_loss"])
+def test_what_an_exact_pass_would_do_in_graphs_is_what_it_does(row):
+    model, batch = make("llama"), inputs_of("llama", rows=4, length=32)
+    planned = dict(surgery.plan(model, batch, row).lines)
+    unplayed = dict(surgery.plan(model, None, row).lines)
+    loss_of(surgery.apply(model, row), batch)
+    (method,) = state_of(model).decision.methods
+    said = dict(method.lines())
+    assert said and said.items() <= planned.items()
+    assert not said.keys() & unplayed.keys()  # nothing was captured: no count to speak of

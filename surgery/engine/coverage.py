@@ -13,6 +13,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from surgery.compat.tensors import leaves
 from surgery.engine.decide import Decision
+from surgery.engine.guards import uncaptured
 from surgery.weights.sites import Site
 
 
@@ -63,6 +64,8 @@ class Coverage:
             for site in unused:
                 site.note(reached=False)
         if not self.complete:
+            if self.decision.rewriting and not captures:
+                raise uncaptured(self.decision.model, self.decision.rewriting)
             for method in self.decision.methods:
                 method.check_reached()
         self.complete, self.captures = True, captures

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from surgery.compat import fsdp, hf
+from surgery.contract.method import Method
 from surgery.engine.callers import calls
 from surgery.errors import CaptureError, ModelError, OptimizerError, SurgeryError, listed
 from surgery.weights import shards
@@ -26,6 +27,12 @@ def around(what: str) -> SurgeryError:
     )
 
 
+_UNCAPTURED = (
+    "TORCH_LOGS=graph_breaks names the line where Dynamo gave up; what torch.compiler.disable is "
+    "around is never captured"
+)
+
+
 def unreached(names: Sequence[str]) -> CaptureError:
     """Return the error for weights that a forward uses and the rewrite has not reached."""
     stacked = any("experts" in name for name in names)
@@ -33,8 +40,18 @@ def unreached(names: Sequence[str]) -> CaptureError:
     return CaptureError(
         f"{len(names)} targeted weights were not reached by the rewrite in the first training "
         f"forward: {listed(names)}. Its output depends on them, so the part of the model that "
-        "reads them could not be captured (TORCH_LOGS=graph_breaks names the line): leave them out "
-        f"with targets=... Nothing was trained; surgery.remove(model) restores the model.{way}"
+        f"reads them could not be captured ({_UNCAPTURED}): leave them out with targets=... "
+        f"Nothing was trained; surgery.remove(model) restores the model.{way}"
+    )
+
+
+def uncaptured(model: nn.Module, passes: Sequence[Method]) -> CaptureError:
+    """Return the error for a training forward of which no part was captured."""
+    names = ", ".join(method.name for method in passes)
+    return CaptureError(
+        f"no part of the forward of {type(model).__name__} could be captured, so {names} had no "
+        f"effect ({_UNCAPTURED}). Take torch.compiler.disable or the graph break away; or "
+        "surgery.remove(model)."
     )
 
 

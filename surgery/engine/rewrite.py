@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from surgery.compat.dynamo import CHECKPOINT
 from surgery.contract.method import Method
 from surgery.engine.decide import Decision
+from surgery.errors import OptionError
 from surgery.graph.nodes import checkpointed, gate
 from surgery.graph.reading import placeholders
 from surgery.graph.saved import Saved
@@ -21,6 +22,18 @@ from surgery.graph.simplify import simplify
 from surgery.kernels import plan
 
 LOG = "SURGERY_LOG"  # environment: "passes" prints what each pass does to each captured graph
+
+
+def logged(what: str = "") -> bool:
+    """Whether the environment asks for a log. Raises OptionError if it asks for one unknown."""
+    asked = {word.strip() for word in os.environ.get(LOG, "").split(",")} - {""}
+    unknown = sorted(asked - {"passes"})
+    if unknown:
+        raise OptionError(
+            f"{LOG} asks for {', '.join(map(repr, unknown))}, which is no log. There is one: "
+            f"{LOG}=passes prints what each pass does to each captured graph."
+        )
+    return what in asked
 
 
 def rewrite(
@@ -73,7 +86,7 @@ def _apply(
     added, now = _sign(graph, known, method), Saved(graph, saved.inputs, saved.mode)
     away = saved.total - now.total
     taken[method.name] = taken.get(method.name, 0) + away
-    if "passes" in os.environ.get(LOG, ""):
+    if logged("passes"):
         seconds = time.perf_counter() - start
         print(
             f"surgery: {method.name}: {seconds:.2f} s, {added} nodes added to {len(known)}, "

@@ -16,6 +16,7 @@ from surgery.engine.dispatch import Dispatch
 from surgery.engine.exhausted import hear_steps
 from surgery.engine.finding import disown, own_later
 from surgery.engine.finding import own as own_modules
+from surgery.engine.rewrite import logged
 from surgery.weights.table import TABLE, table_of
 
 
@@ -41,6 +42,7 @@ class Surgery:
 
     def install(self) -> None:
         """Carry the decision out. An error leaves the model as it was."""
+        logged()
         model, sites = self.decision.model, self.decision.sites
         try:
             own = [each for site in sites if not site.whole for each in site.coordinates]

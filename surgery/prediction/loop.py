@@ -53,7 +53,8 @@ class Loop:
 class Step:
     """What a step holds, in bytes. start: before it, optimizer state included. activations: that
     forward leaves for backward. peak: the most at a time, in `phase`. holders: of the peak.
-    course: bytes by kind, after each allocation. milliseconds: None without a device."""
+    course: bytes by kind, after each allocation. milliseconds: None without a device. said: of each
+    pass that rewrites, by its name: what it reports of the graphs that it has rewritten."""
 
     start: int
     activations: int
@@ -63,6 +64,7 @@ class Step:
     course: Sequence[tuple[Phase | None, Mapping[Kind, int]]]
     milliseconds: float | None
     launches: int
+    said: Mapping[str, Sequence[tuple[str, str]]]
 
     def most(self, phase: Phase) -> int:
         """Return the most bytes at a time in one phase."""
@@ -96,6 +98,7 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
             timeline.call("optimizer", map(stage.key_of, _tensors(state)))
             timeline.call("weights", map(stage.key_of, copy.parameters()))
             activations = _step(copy, inputs, optimizer, loop, timeline, stage)
+        said = _said(surgery) if surgery is not None else {}
     peak, phase, holders = timeline.peak()
     workspace = loop.device.workspace if loop.device is not None else 0
     return Step(
@@ -107,6 +110,7 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
         course=timeline.course(),
         milliseconds=1e3 * timeline.seconds if loop.device is not None else None,
         launches=timeline.launches,
+        said=said,
     )
 
 
@@ -162,6 +166,12 @@ def _step(
         optimizer.step()
         optimizer.zero_grad()
     return live
+
+
+def _said(surgery: Surgery) -> dict[str, tuple[tuple[str, str], ...]]:
+    # What trains coordinates reports of steps and rounds, too, and none was made.
+    rewriting = [m for m in surgery.decision.rewriting if not m.coordinates]
+    return {method.name: tuple(method.lines()) for method in rewriting}
 
 
 def _made(loop: Loop, trained: Sequence[nn.Parameter]) -> Optimizer:

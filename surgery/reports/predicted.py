@@ -72,7 +72,9 @@ def plan(
     if device is not None:
         lines.append(("device", device))
     for entry, method in zip(decision.passes, decision.methods, strict=True):
-        lines += [("pass", repr(entry)), *method.lines()]
+        counts = method in decision.rewriting and not method.coordinates  # in graphs: none is here
+        said = now.said[method.name] if counts and now is not None else ()
+        lines += [("pass", repr(entry)), *(said if counts else method.lines())]
     return Report(
         title=f"plan for {type(model).__name__}",
         lines=tuple(lines),
