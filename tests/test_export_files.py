@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -91,6 +92,48 @@ def test_a_process_that_is_killed_leaves_one_whole_checkpoint(before, after, tmp
             break
     assert 3 < lives < 39
     assert sorted(f.name for f in tmp_path.iterdir()) == ["now", "run"]
+
+
+@pytest.mark.parametrize("ending", ["killed", "interrupted"])
+@pytest.mark.parametrize("sizes", [("20KB", "30KB", "20KB"), ("20KB", "50GB", "30KB")])
+def test_what_killed_exports_have_placed_goes_with_the_next(sizes, ending, tmp_path, monkeypatch):
+    model = surgery.apply(make("llama", num_hidden_layers=2), passes.BAdam(period=2))
+    before, during, after = sizes
+    surgery.export(model, tmp_path / "run", max_shard_size=before)
+    (tmp_path / "run" / "model-00007-of-00009.safetensors").write_text("mine")
+    surgery.export(model, tmp_path / "whole", max_shard_size=after)
+    whole = {f.name.replace("-b-", "-") for f in (tmp_path / "whole").iterdir()}
+    plain = Path.replace
+
+    def dying(path, target):
+        nonlocal calls
+        calls += 1
+        if calls > lives:
+            raise KeyboardInterrupt
+        return plain(path, target)
+
+    for lives in range(40):
+        now = tmp_path / "now"
+        shutil.rmtree(now, ignore_errors=True)
+        shutil.copytree(tmp_path / "run", now)
+        for _ in range(2):  # and the one that comes next, too
+            calls = 0
+            with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+                patch.setattr(Path, "replace", dying)
+                if ending == "killed":
+                    patch.setattr("surgery.checkpoints.plain.abandon", lambda made: None)
+                surgery.export(model, now, max_shard_size=during)
+            for left in now.glob(f".surgery.partial.*.{os.getpid()}.*"):
+                left.rename(now / left.name.replace(f".{os.getpid()}.", f".{2**30}."))
+        surgery.export(model, now, max_shard_size=after)
+        found = {re.sub(r"-[b-g]\d*-", "-", f.name) for f in now.iterdir()}
+        assert len(list(now.iterdir())) == len(found)
+        assert found - {"model-00007-of-00009.safetensors"} == whole, lives
+        assert "mine" in (now / "model-00007-of-00009.safetensors").read_text()
+        loaded(transformers.AutoModelForCausalLM, now)
+        if calls <= lives:
+            break
+    assert 3 < lives < 39
 
 
 def test_shards_that_killed_exports_have_left_are_in_nobodys_way(tmp_path):

@@ -147,12 +147,21 @@ def partial_in(folder: Path) -> Path:
     return folder / f"{_here()}.{os.getpid()}.{uuid.uuid4().hex}"
 
 
+def ended_in(folder: Path) -> Path:
+    """Return a name in a folder for what is kept of a write that was ended before it was whole."""
+    return folder / f"{_here()}.ended.{uuid.uuid4().hex}"
+
+
 def clear(folder: Path) -> None:
     """Take away what processes have left that were killed while they wrote."""
-    for left in folder.glob(f"{_here()}.*"):
-        number = left.name.split(".")[-2]
-        if not number.isdigit() or not _runs(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in abandoned(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Return the folders in a folder that processes have left which were killed."""
+    found = ((left, left.name.split(".")[-2]) for left in folder.glob(f"{_here()}.*"))
+    return [left for left, number in found if not number.isdigit() or not _runs(int(number))]
 
 
 def _here() -> str:

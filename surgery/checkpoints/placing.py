@@ -1,14 +1,17 @@
 """The files of an export put into a folder that may hold others: what is not ours stays.
 
 The model card lists the files of an export with their bytes. The next one takes those away, and no
-others, that it does not replace.
+others, that it does not replace. The card is put in place last: a process that is killed before
+leaves it in the folder of what it was writing; what it lists and is not there any more was placed.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.checkpoints.folder import abandoned, ended_in
 from surgery.contract.options import to_json
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError
@@ -35,7 +39,7 @@ def place(made: Path, folder: Path) -> None:
     CheckpointError, before anything is changed, if weights that are not of an export would be
     loaded in place of the new ones.
     """
-    old = written(folder)
+    old = list(dict.fromkeys([*written(folder), *_placed_by_killed(folder)]))
     foreign = (folder / SINGLE).exists() and SINGLE not in old
     if foreign and not (made / SINGLE).exists():
         raise CheckpointError(
@@ -46,7 +50,7 @@ def place(made: Path, folder: Path) -> None:
     _set_apart(made, folder)
     files = sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
     listed = [each for each in files if each != CARD]
-    listing = "".join(f"| `{each}` | {(made / each).stat().st_size:,} |\n" for each in listed)
+    listing = "".join(_row(each, (made / each).stat().st_size) for each in listed)
     with (made / CARD).open("a") as card:
         card.write(f"\n| file | bytes |\n|---|---|\n{listing}")
     for each in files:  # safetensors lets nobody else read what it writes
@@ -54,15 +58,45 @@ def place(made: Path, folder: Path) -> None:
     if not folder.exists():
         made.rename(folder)
         return
-    name = CARD if _is_ours(folder / CARD) else BESIDE
-    for file in sorted(files, key=_order):
-        target = folder / (name if file == CARD else file)
+    for file in sorted(listed, key=_order):
+        target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         (made / file).replace(target)
     for file in old:
         if file not in files:
             (folder / file).unlink(missing_ok=True)
             _take_empty(folder, (folder / file).parent)
+    (made / CARD).replace(folder / (CARD if _is_ours(folder / CARD) else BESIDE))
+
+
+def abandon(made: Path) -> None:
+    """Take away an export that was not finished, but for the names of what it has placed."""
+    folder = made.parent
+    placed = {file: (folder / file).stat().st_size for file in _placed(made)}
+    listing = made / "listing"
+    with suppress(OSError):  # a full disk, of which the export's own error tells
+        if placed:
+            listing.write_text("".join(map(_row, placed, placed.values())))
+            listing.replace(made / CARD)
+            for each in sorted(made.rglob("*"), reverse=True):
+                if each != made / CARD:
+                    each.rmdir() if each.is_dir() else each.unlink()
+            made.rename(ended_in(folder))
+            return
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def _placed_by_killed(folder: Path) -> list[str]:
+    return [file for made in abandoned(folder) for file in _placed(made)]
+
+
+def _placed(made: Path) -> list[str]:
+    """Return the files that an export has put in place before it was ended."""
+    return [file for file in _named_by(made / CARD, made.parent) if not (made / file).exists()]
+
+
+def _row(file: str, size: int) -> str:
+    return f"| `{file}` | {size:,} |\n"
 
 
 def _set_apart(made: Path, folder: Path) -> None:
@@ -101,16 +135,19 @@ def _is_ours(file: Path) -> bool:
 
 def written(folder: Path) -> list[str]:
     """Return the files of an earlier export that are as it wrote them."""
+    cards = [folder / name for name in (CARD, BESIDE)]
+    return [file for card in cards if _is_ours(card) for file in _named_by(card, folder)]
+
+
+def _named_by(card: Path, folder: Path) -> list[str]:
+    """Return the files in a folder that a card lists, and that have the bytes which it says."""
     found: list[str] = []
-    for name in (CARD, BESIDE):
-        file = folder / name
-        if file.is_file() and _is_ours(file):
-            for each, size in _FILE.findall(file.read_text(errors="replace")):
-                there = folder / each
-                inside = there.resolve().is_relative_to(folder.resolve())
-                same = inside and there.is_file()
-                if same and there.stat().st_size == int(size.replace(",", "")):
-                    found.append(each)
+    if card.is_file():
+        for each, size in _FILE.findall(card.read_text(errors="replace")):
+            there = folder / each
+            inside = there.resolve().is_relative_to(folder.resolve())
+            if inside and there.is_file() and there.stat().st_size == int(size.replace(",", "")):
+                found.append(each)
     return found
 
 

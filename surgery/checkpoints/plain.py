@@ -6,8 +6,6 @@ No key of it tells of surgery or of adapters, whatever was applied, at any step.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 
 from surgery.checkpoints import adapters, encoding
 from surgery.checkpoints.contents import check_whole, extra_of
-from surgery.checkpoints.folder import clear, partial_in
-from surgery.checkpoints.placing import CARD, card, place
+from surgery.checkpoints.folder import abandoned, clear, partial_in
+from surgery.checkpoints.placing import CARD, abandon, card, place
 from surgery.checkpoints.ranks import on_first_rank
 from surgery.compat import hf
 from surgery.engine.finding import applied
@@ -69,12 +67,11 @@ def _export(
     model: Any, surgery: Surgery, folder: Path, merge: bool, shards: str, state: Any
 ) -> None:
     there = folder.resolve()  # files are moved within one disk: a folder may be a mounted one
-    made = there.parent / f".{there.name}.{uuid.uuid4().hex}.partial"
-    if there.is_dir():
-        made = partial_in(there)
+    made = partial_in(there if there.is_dir() else there.parent)
     try:
-        there.parent.mkdir(parents=True, exist_ok=True)
-        clear(there)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        for left in abandoned(made.parent):
+            abandon(left)
         made.mkdir()  # of the usual mode, which the folder keeps
         try:
             if state is None:
@@ -83,8 +80,9 @@ def _export(
                 _write_plain(model, made, state, shards)
             (made / CARD).write_text(card(model, surgery))
             place(made, there)
+            clear(there)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            abandon(made)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # of transformers, PEFT or safetensors, about this model
