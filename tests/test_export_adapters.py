@@ -82,6 +82,69 @@ def test_a_merge_that_goes_wrong_is_an_error_and_leaves_the_old_export(tmp_path,
         assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
+class Mixed(transformers.PreTrainedModel):
+    """Has convolutions, norms and a head of several layers, all of which PEFT can train."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+        self.post_init()
+
+    def forward(self, x):
+        return self.head(self.norm(self.stem(x).mean((2, 3))))
+
+
+@pytest.mark.parametrize("damaged", ["stem", "norm", "head.2", "nothing"])
+def test_whatever_a_merge_makes_of_any_kind_of_module_is_checked(damaged, tmp_path, monkeypatch):
+    config = LoraConfig(
+        target_modules=["stem"], modules_to_save=["norm", "head"], init_lora_weights=False
+    )
+    model = get_peft_model(Mixed(transformers.LlamaConfig()), config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1
+    surgery.apply(model, "recompute")
+    plain = type(model.base_model).merge_and_unload
+
+    def wrong(self):
+        made = plain(self)
+        if damaged != "nothing":
+            made.get_submodule(damaged).weight.data *= 1.001
+        return made
+
+    monkeypatch.setattr(type(model.base_model), "merge_and_unload", wrong)
+    if damaged == "nothing":
+        surgery.export(model, tmp_path, merge=True)
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(Mixed.from_pretrained(tmp_path)(x), model.eval()(x))
+        return
+    with pytest.raises(surgery.CheckpointError, match=f"{damaged[:4]}.* differs"):
+        surgery.export(model, tmp_path, merge=True)
+
+
+def test_arithmetic_of_few_bits_does_not_refuse_a_merge(tmp_path, monkeypatch):
+    model = get_peft_model(
+        make("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    surgery.apply(model, "recompute")
+    linear, kind = nn.functional.linear, type(model.base_model)
+
+    def short(x, weight, bias=None):  # TF32: 10 bits behind the point
+        if x.dtype != torch.float32:
+            return linear(x, weight, bias)
+        return linear((x * 4097 - x * 4096).half().float(), weight.half().float(), bias)
+
+    monkeypatch.setattr(nn.functional, "linear", short)
+    surgery.export(model, tmp_path, merge=True)
+    monkeypatch.setattr(kind, "merge_and_unload", kind.unload)
+    with pytest.raises(surgery.CheckpointError, match=r"q_proj.* differs"):
+        surgery.export(model, tmp_path, merge=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_lost_adapter_of_a_16_bit_model_is_an_error(dtype, tmp_path, monkeypatch):
     model = get_peft_model(
@@ -161,8 +224,7 @@ class Gated(nn.Module):
 
 def test_names_of_the_base_are_not_taken_for_an_adapters(tmp_path):
     model = get_peft_model(Gated(), LoraConfig(target_modules=["linear"]))
-    surgery.apply(model, "recompute")
-    model(torch.randn(2, 4))
+    surgery.apply(model, "velora", groups=2)
     surgery.export(model, tmp_path)
     found = load_file(tmp_path / "model.safetensors")
     assert set(found) == set(Gated().state_dict())

@@ -133,16 +133,18 @@ def wants_gradients(model: nn.Module) -> str | None:
 
 def _input_embeddings(model: nn.Module) -> Sequence[nn.Module]:
     """Return the modules whose output transformers would let require gradients."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        getter = getattr(type(module), "get_input_embeddings", None)
-        try:
-            own = getter(module) if getter is not None else None
-        except NotImplementedError:  # transformers' way to say that a model has none
-            continue
-        if isinstance(own, nn.Module):
-            found[id(own)] = own
+    found = {id(own): own for own in map(input_embeddings, model.modules()) if own is not None}
     return [*found.values()]
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds a model's inputs, if it has one."""
+    getter = getattr(type(model), "get_input_embeddings", None)
+    try:
+        own = getter(model) if getter is not None else None
+    except NotImplementedError:  # transformers' way to say that a model has none
+        return None
+    return own if isinstance(own, nn.Module) else None
 
 
 def _only_makes_biases_require(module: nn.Module) -> bool:
