@@ -298,6 +298,10 @@ class Life:
 
     def step(self, seed: int, rows: int, micro: int, clip: float | None, closure: bool) -> None:
         """Make an optimizer step, on `micro` batches."""
+        places = [name.split(".") for name, _ in self.own]
+        if all(place[0] == "blocks" and int(place[1]) in self.frozen for place in places):
+            assert not self.loss(self.model, seed, rows).requires_grad  # a frozen model
+            return
         weights = dict(self.plain.named_parameters())
         dense = {name: torch.zeros_like(self.exact[name]) for name in weights}
 

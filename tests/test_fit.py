@@ -36,6 +36,14 @@ def test_exact_passes_come_first_and_the_fastest_that_fits_is_recommended(found)
     assert all(row.rows >= 64 and row.length >= 6 for row in found.rows if row.fits)
 
 
+def test_another_memory_is_judged_without_playing_again(found, monkeypatch):
+    again = surgery.fit(small(), BATCH, "2MiB", device="h100")
+    monkeypatch.setattr("surgery.reports.fitting.foresee", None)
+    within = found.within("2MiB")
+    assert (within.rows, within.best, within.nearest) == (again.rows, again.best, again.nearest)
+    assert within.title == again.title and within.best != found.best
+
+
 def test_what_fits_is_what_is_applied_and_the_peak_is_real():
     peaks = {row.title: row.peak for row in surgery.fit(small(), BATCH, "1GB").rows if row.peak}
     room = int((peaks["as it is"] + min(peaks.values())) / 2 / 0.9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from surgery.engine.captures import CAPTURES
 from surgery.engine.clock import LISTENING
 from surgery.kernels import directions
 from surgery.memory import loss_of, measure
+from surgery.prediction.devices import device_named
 from surgery.zeroth_order import direction
 
 CPU = torch.device("cpu")
@@ -206,7 +208,7 @@ def test_a_forward_that_depends_on_data_is_named_and_the_rest_is_there():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"device": "h1000"}, "device='h1000' is not known Did you mean"),
+        ({"device": "h1000"}, r"device='h1000' is not known\. Did you mean"),
         ({"batch": (0, 8)}, "neither keyword arguments"),
     ],
 )
@@ -214,3 +216,13 @@ def test_refused(options, said):
     given = {"batch": (1, 8)} | options
     with pytest.raises(surgery.OptionError, match=said):
         surgery.plan(make("plain"), given.pop("batch"), "recompute", **given)
+
+
+def test_the_device_that_is_here_is_measured_once():
+    found = device_named("here")
+    assert found is device_named("Here") and found is not None and not found.accelerator
+    assert found.memory == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A product of 2,048^3 takes longer than reading its operands once, and that than a launch.
+    assert found.single / found.bandwidth > 1 and found.launch < 1e-3
+    planned = surgery.plan(make("llama"), (1, 8), "recompute", device="here")
+    assert planned.before.milliseconds and planned.after.milliseconds

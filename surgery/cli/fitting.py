@@ -16,7 +16,7 @@ from surgery.reports.fitting import Fit, Row, fit
 def fit_of(
     model: Annotated[str, MODEL],
     memory: Annotated[str | None, typer.Option(help="Such as 24GiB; or the device's.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as h100 or rtx4090.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as h100, or here.")] = None,
     goal: Annotated[str, typer.Option(help="full, adapter or forwards.")] = "full",
     batch: Annotated[int, ROWS] = 1,
     length: Annotated[int, TOKENS] = 512,

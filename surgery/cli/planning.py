@@ -27,7 +27,7 @@ def plan_of(
     method: Annotated[list[str], PASSES] = ["misa"],  # noqa: B006 - typer copies it
     batch: Annotated[int, ROWS] = 1,
     length: Annotated[int, TOKENS] = 512,
-    device: Annotated[str | None, typer.Option(help="Such as h100: its blocks, its time.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as h100, or here: its time.")] = None,
     optimizer: Annotated[str, typer.Option(help="Of torch.optim: sgd:momentum=0.9.")] = "adamw",
     autocast: Annotated[str | None, AUTOCAST] = None,
     clip: Annotated[float | None, CLIP] = None,

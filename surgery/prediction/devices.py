@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -61,15 +66,76 @@ KNOWN = {
 }  # fmt: skip
 
 
+HERE = "here"
+_SECONDS = 0.15  # for each of four measurements
+
+
+@cache
+def here() -> Device:
+    """Return the accelerator of this machine, or its CPU, measured in about a second.
+
+    Products of 2,048 x 2,048 and a copy of 64 MB: what large operations of a model reach, so that
+    nothing is taken off (`reached`).
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.ones(2048, 2048, dtype=dtype, device=device)
+        rates[dtype] = 2 * 2048**3 / _seconds(partial(torch.mm, a, a), device)
+    source = torch.ones(1 << 24, device=device)
+    target, small = torch.empty_like(source), torch.ones(1, device=device)
+    copying = _seconds(partial(target.copy_, source), device)
+    on_cpu = device.type == "cpu"
+    return Device(
+        name=HERE,
+        memory=_total(device),
+        bandwidth=2 * source.nbytes / copying,
+        half=rates[torch.bfloat16],
+        single=rates[torch.float32],
+        launch=_seconds(partial(torch.add, small, 1.0), device),
+        block=1 if on_cpu else 512,
+        workspace=0 if on_cpu else 32 << 20,
+        reached=(1.0, 1.0),
+    )
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the mean time of a call, of as many as fill the time."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else (lambda: None)
+    run()
+    wait()
+    start, count, calls = time.perf_counter(), 0, 1
+    while (passed := time.perf_counter() - start) < _SECONDS:
+        for _ in range(calls):
+            run()
+        wait()
+        count, calls = count + calls, 2 * calls
+    return passed / count
+
+
+def _total(device: torch.device) -> int:
+    """Return the bytes of memory of a device."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return getattr(torch, device.type).get_device_properties(device).total_memory
+
+
 def device_named(name: str | None) -> Device | None:
-    """Return a device of the table; None for none. Raises OptionError for an unknown name."""
+    """Return a device of the table, or the one that is here; None for none.
+
+    Raises OptionError for an unknown name.
+    """
     if name is None:
         return None
+    if name.lower() == HERE:
+        return here()
     found = KNOWN.get(name.lower())
     if found is None:
         raise OptionError(
-            f"device={name!r} is not known{near_misses(name, KNOWN)}. "
-            f"Known are {', '.join(KNOWN)}; None counts bytes as on a CPU, and no time."
+            f"device={name!r} is not known.{near_misses(name, [*KNOWN, HERE])} Known are "
+            f"{', '.join(KNOWN)}; {HERE!r} measures this machine for a second; None counts bytes "
+            "as on a CPU, and no time."
         )
     return found
 

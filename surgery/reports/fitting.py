@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,53 +23,10 @@ from surgery.memory import storage_bytes
 from surgery.prediction.devices import device_named, memory_of
 from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
 from surgery.prediction.sources import Source, batch_for, model_of
+from surgery.reports.compositions import GROUPS, Composition
 
 Goal = Literal["full", "adapter", "forwards"]
 SPARE = 0.1  # of the memory: what fragments, other libraries and the next longer batch take
-
-EXACT = "the same gradients"
-SAMPLED = "another method: some weights at a time"
-MAPPED = "another method: low-rank steps"
-ROUNDED = "gradients of rounded activations"
-FORWARDS = "another method: slopes of forwards, many more steps"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    names: tuple[str, ...]
-    quality: str = EXACT
-    checkpointing: bool = False
-
-
-_BOTH = ("recompute", "chunked_loss")
-# From what changes nothing to what changes the method; each group is tried when none before fits.
-_EXACT = (
-    _Candidate(names=()),
-    _Candidate(names=("chunked_loss",)),
-    _Candidate(names=("recompute",)),
-    _Candidate(names=_BOTH),
-    _Candidate(names=(), checkpointing=True),
-    _Candidate(names=("chunked_loss",), checkpointing=True),
-    _Candidate(names=_BOTH, checkpointing=True),
-)
-_METHODS = (
-    _Candidate(names=("misa",), quality=SAMPLED),
-    _Candidate(names=("misa", *_BOTH), quality=SAMPLED),
-    _Candidate(names=("misa", "chunked_loss"), quality=SAMPLED, checkpointing=True),
-    _Candidate(names=("misa", *_BOTH, "compress"), quality=f"{SAMPLED}; {ROUNDED}"),
-    _Candidate(names=("badam", *_BOTH), quality=SAMPLED),
-    _Candidate(names=("rso", *_BOTH), quality=MAPPED),
-    _Candidate(names=("velora", *_BOTH), quality=MAPPED),
-)
-_FORWARDS = tuple(
-    _Candidate(names=(name,), quality=FORWARDS)
-    for name in ("mezo", "sparse_mezo", "lozo", "subzero")
-)
-GROUPS: Mapping[str, tuple[tuple[_Candidate, ...], ...]] = {
-    "full": (_EXACT, _METHODS),
-    "adapter": (_EXACT,),
-    "forwards": (_FORWARDS,),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +62,33 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Played:
+    """Steps of compositions, group by group; of one that cannot be played, why.
+
+    what, where: the model, the device and the goal in words. shape: of the batch's tokens.
+    """
+
+    what: str
+    where: str
+    shape: tuple[int, int] | None
+    groups: tuple[tuple[tuple[Composition, Step | str], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """What `surgery.fit` has found; print it. best: the recommended row, None if none fits.
-    nearest: that with the lowest peak. memory: bytes."""
+    nearest: that with the lowest peak. memory: bytes. played: what the rows were read from."""
 
     title: str
     rows: tuple[Row, ...]
     best: Row | None
     nearest: Row
     memory: int
+    played: Played = field(repr=False)
+
+    def within(self, memory: int | str) -> Fit:
+        """Return what fits into so much memory instead; nothing is played again."""
+        return _judged(self.played, memory_of(memory, None))
 
     def apply(
         self, model: nn.Module, *, backend: Backend | None = None, compile: Compile = "auto"
@@ -207,82 +182,85 @@ def fit(
         autocast=autocast,
         device=known,
     )
-    rows: list[Row] = []
-    best = None
+    ids = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim == 2), None)
+    shape = None if ids is None else (ids.shape[0], ids.shape[1])
+    said = (lambda one, step: told(_row(one, step, shape, size))) if told is not None else None
     with captures.kept():
-        for group in GROUPS[goal]:
-            found = list(_played(model, given, group, loop, size, told))
-            rows += found
-            fitting = [row for row in found if row.fits]
-            if fitting and best is None:
-                best = min(fitting, key=lambda row: row.milliseconds or 0.0)
-    known_rows = [row for row in rows if row.peak is not None]
-    if not known_rows:
-        raise ModelError(
-            f"no composition could be played for this {type(model).__name__}: {rows[0].note}"
-        )
-    where = f" on {device}" if device else ""
-    return Fit(
-        title=f"{type(model).__name__} in {_gib(size)}{where}, goal {goal}",
-        rows=tuple(rows),
-        best=best,
-        nearest=min(known_rows, key=lambda row: row.peak or 0),
-        memory=size,
+        groups = [tuple(_played(model, given, group, loop, said)) for group in GROUPS[goal]]
+    played = Played(
+        what=type(model).__name__,
+        where=f"{f' on {device}' if device else ''}, goal {goal}",
+        shape=shape,
+        groups=tuple(groups),
     )
+    return _judged(played, size)
 
 
 def _played(
     model: nn.Module,
     batch: Mapping[str, Any],
-    group: Sequence[_Candidate],
+    group: Sequence[Composition],
     loop: Loop,
-    memory: int,
-    told: Callable[[Row], Any] | None,
-) -> Iterator[Row]:
+    said: Callable[[Composition, Step | str], Any] | None,
+) -> Iterator[tuple[Composition, Step | str]]:
     for each in group:
         if each.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             continue
-        row = Row(
-            spec=each.names,
-            checkpointing=each.checkpointing,
-            peak=None,
-            milliseconds=None,
-            fits=False,
-            quality=each.quality,
-        )
         try:
             prepare = _checkpoint if each.checkpointing else None
             passes = resolve(list(each.names), {}) if each.names else ()
-            step = foresee(model, batch, passes, replace(loop, prepare=prepare))
-            row = _filled(row, step, batch, memory)
+            step: Step | str = foresee(model, batch, passes, replace(loop, prepare=prepare))
         except SurgeryError as error:  # of a pass that this model is not for
-            row = replace(row, note=in_a_line(error, 160))
+            step = in_a_line(error, 160)
         except Exception as error:  # of a model's own code, of any kind
-            said = in_a_line(error, 120)
-            row = replace(row, note=f"cannot be played: {type(error).__name__}: {said}")
-        if told is not None:
-            told(row)
-        yield row
+            step = f"cannot be played: {type(error).__name__}: {in_a_line(error, 120)}"
+        if said is not None:
+            said(each, step)
+        yield each, step
 
 
-def _filled(row: Row, step: Step, batch: Mapping[str, Any], memory: int) -> Row:
+def _judged(played: Played, memory: int) -> Fit:
+    """Return what fits. Raises ModelError if nothing could be played."""
+    groups = [[_row(*one, played.shape, memory) for one in group] for group in played.groups]
+    rows = [row for group in groups for row in group]
+    known = [row for row in rows if row.peak is not None]
+    if not known:
+        raise ModelError(f"no composition could be played for this {played.what}: {rows[0].note}")
+    fitting = next((fits for group in groups if (fits := [r for r in group if r.fits])), [])
+    return Fit(
+        title=f"{played.what} in {_gib(memory)}{played.where}",
+        rows=tuple(rows),
+        best=min(fitting, key=lambda row: row.milliseconds or 0.0, default=None),
+        nearest=min(known, key=lambda row: row.peak or 0),
+        memory=memory,
+        played=played,
+    )
+
+
+def _row(one: Composition, step: Step | str, shape: tuple[int, int] | None, memory: int) -> Row:
+    row = Row(
+        spec=one.names,
+        checkpointing=one.checkpointing,
+        peak=None,
+        milliseconds=None,
+        fits=False,
+        quality=one.quality,
+    )
+    if isinstance(step, str):
+        return replace(row, note=step)
     room = int((1 - SPARE) * memory)
     grown = max(step.most("forward"), step.most("backward"))  # what grows with the batch
     fixed = step.peak - max(grown, step.most("step"))
     share = (room - fixed - step.start) / max(1, grown - step.start)
-    ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
     small = step.most("step") + fixed <= room and share > 0
-    rows = length = None
-    if ids is not None:
-        rows = int(share * ids.shape[0]) if small else 0
-        length = int(share * ids.shape[1]) if small else 0
+    most = None if shape is None else [int(share * n) if small else 0 for n in shape]
     return replace(
         row,
         peak=step.peak,
         milliseconds=step.milliseconds,
         fits=step.peak <= room,
-        rows=rows,
-        length=length,
+        rows=None if most is None else most[0],
+        length=None if most is None else most[1],
     )
 
 

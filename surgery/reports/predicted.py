@@ -44,8 +44,8 @@ def plan(
     held between steps. optimizer: makes one of an iterable of parameters; with options, a
     `functools.partial`. loss: of (model, batch), where the model computes none. clip: norm that
     gradients are clipped to. autocast: a dtype, for the forward. device: a name such as "h100",
-    for its allocator and its time; None counts bytes as on a CPU, and no time. The rest: as
-    `apply` takes it; what a `backend` compiles is counted as it is before.
+    or "here", for its allocator and its time; None counts bytes as on a CPU, and no time. The rest:
+    as `apply` takes it; what a `backend` compiles is counted as it is before.
 
     Parameters, gradients and Adam's state are exact. The rest comes of one step, played on tensors
     without memory: every storage is counted as it comes and goes. Raises what `apply` raises, and
