@@ -111,6 +111,21 @@ def whole_steps(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def fitting(part: dict[str, Any]) -> str:
+    """Peaks of compositions, and the longest row that fits into each memory."""
+    memories = [*part["best"]]
+    head = ["", "peak", "time over eager", *(f"longest row in {m}" for m in memories), "quality"]
+    rows = []
+    for name, row in part["rows"].items():
+        longest = [f"{n:,}" if (n := row["longest"][m]) else "no" for m in memories]
+        chosen = [m for m in memories if name in part["best"][m]]
+        for memory in chosen:
+            longest[memories.index(memory)] = f"**{longest[memories.index(memory)]}**"
+        cells = [f"{row['peak_gib']:.1f} GiB", f"{row['time_over_eager']:.2f}x"]
+        rows.append([name, *cells, *longest, row["quality"]])
+    return markdown(head, rows)
+
+
 def launches(part: dict[str, Any]) -> str:
     """Operations of a step that an accelerator would launch."""
     base = part["eager"]["launches"]
@@ -191,6 +206,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         few_shot,
         traffic,
         launches,
+        fitting,
         whole_steps,
         cost,
         losses,

@@ -20,7 +20,6 @@ from torch.fx import GraphModule, Node
 from surgery.passkit import (
     EVERY,
     SIMPLE,
-    CaptureError,
     Finder,
     Method,
     Saved,
@@ -67,14 +66,6 @@ class Recomputation(Method):
         for i, region in enumerate(finder.find()):
             cut_out(graph, region, f"region_{i}", after=finder.order[finder.start(region) - 1])
             self.regions += 1
-
-    def check_reached(self) -> None:
-        if not self.regions:
-            raise CaptureError(
-                "recompute found nothing to compute again: no cheap operation of this forward (a "
-                "norm, an activation, a product) keeps anything of its own for backward. Leave "
-                "recompute out."
-            )
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield "recomputed regions", f"{self.regions}"

@@ -375,8 +375,9 @@ class Life:
     def scale(self, by: float) -> None:
         """Write all weights, as a load does."""
         self.model.load_state_dict({k: v * by for k, v in self.model.state_dict().items()})
-        with torch.no_grad():
-            self.loss(self.model, 0)  # copies follow at the next read
+        # Copies follow at the next read; on a copied model at the first of training.
+        with torch.set_grad_enabled(not state_of(self.model).binding.bound):
+            self.loss(self.model, 0)
         self.go_back({k: v * by for k, v in self.plain.state_dict().items()})
         self.as_weights(self.active)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 import transformers.masking_utils
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional
+from transformers.integrations import peft
 from transformers.utils import logging
 
 from surgery.testing import Tiny
@@ -19,6 +22,9 @@ logging.set_verbosity_error()
 # Traced, older transformers give attention a mask and repeated keys, where in eager it is causal by
 # itself: another kernel with other last bits, and more that is kept.
 TRACED_WITH_A_MASK = not hasattr(transformers.masking_utils, "is_torchdynamo_exporting")
+
+# `model.add_adapter` of transformers 5.24 wants a PEFT that registries may not have yet.
+TAKES_ADAPTERS = Version(version("peft")) >= Version(getattr(peft, "MIN_PEFT_VERSION", "0"))
 
 # One layer: a capture costs half of that of two. Tests that are about several ask for them.
 VOCAB, LAYERS = 96, 1

@@ -52,7 +52,8 @@ def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", COMMAND],
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99"},
+        # One thread, said before torch makes a pool of them: builds for CUDA lose theirs in a fork.
+        env=os.environ | {"COLUMNS": "120", "KINETO_LOG_LEVEL": "99", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -66,7 +67,6 @@ def serve() -> None:
     import ranks  # noqa: F401 - and with it everything else
     import torch
 
-    torch.set_num_threads(1)
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))  # imports as it goes
     torch._dynamo.reset()
     gc.collect()

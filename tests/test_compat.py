@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from laws import run_two_ranks
-from models import make
+from models import TAKES_ADAPTERS, make
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -754,6 +754,19 @@ def test_transformers_asks_whether_a_tensor_is_fake():
     assert import_utils.is_tracing(x)
 
 
+def test_embeddings_of_inputs_are_found_and_may_be_missing():
+    """hf.input_embeddings: transformers says by an error that a model has none."""
+    model = make("llama")
+    assert hf.input_embeddings(model) is model.model.embed_tokens
+    assert hf.input_embeddings(nn.Linear(2, 2)) is None
+
+    class Without(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+    assert hf.input_embeddings(Without(transformers.LlamaConfig())) is None
+
+
+@pytest.mark.skipif(not TAKES_ADAPTERS, reason="this transformers wants a newer PEFT")
 def test_what_transformers_writes_of_a_model_with_adapters_of_its_own(tmp_path):
     from peft import LoraConfig
 

@@ -43,6 +43,39 @@ def test_14_deepcopy_is_an_independent_surgery(row, family):
         assert torch.equal(parameter, own(twin)[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("row", ["misa", "lisa", "badam", "rso"])
+def test_14_weights_that_are_loaded_into_a_copy_are_trained_from(row, way, dtype):
+    """Before its first forward nothing of a copy is bound, and versions tell nothing of it."""
+    model = surgery.apply(make("gpt2").to(dtype), PASSES[row]())
+    optimizer = train(model, "gpt2", 3)
+    twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    loaded = {n: p + 0.01 * (1 + p.abs()) for n, p in weights(twin).items()}
+    losses = []
+    for each in (model, twin):
+        missing = each.load_state_dict(loaded, strict=False).missing_keys
+        assert not set(missing) & loaded.keys()
+        losses.append(loss_of(each.eval(), inputs_of("gpt2")))  # both say where training goes on
+        each.train()
+        with torch.no_grad():
+            for c in surgery.coordinates(each):
+                if c.active and c.parameter.shape == each.get_parameter(c.weight).shape:
+                    held = c.parameter.to(loaded[c.weight])
+                    torch.testing.assert_close(held, loaded[c.weight], rtol=0, atol=0)
+    assert torch.equal(*losses)
+    states = [optimizer, adamw(twin)]
+    names = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            states[1].state[names[name]] = copy.deepcopy(optimizer.state[parameter])
+    for each, steps in zip((model, twin), states, strict=True):
+        torch.manual_seed(0)
+        train(each, "gpt2", 2, steps)
+    for name, parameter in own(model).items():
+        torch.testing.assert_close(own(twin)[name], parameter, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("row", "family", "dump"),
     [("misa", "gpt2", "torch"), ("lisa", "plain", "torch"), ("rso", "llama", "pickle")],

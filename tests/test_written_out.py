@@ -15,6 +15,10 @@ WRITTEN_OUT = {
     "x @ W.mT": lambda x, w: x @ w.mT,
     "matmul(x, W.t())": lambda x, w: torch.matmul(x, w.t()),
     "x.matmul(W.transpose(0, 1))": lambda x, w: x.matmul(w.transpose(0, 1)),
+    "x @ W.H": lambda x, w: x @ w.H,
+    "x @ W.mH": lambda x, w: x @ w.mH,
+    "x @ W.adjoint()": lambda x, w: x @ w.adjoint(),
+    "x @ W.swapdims(0, 1)": lambda x, w: x @ w.swapdims(0, 1),
     "x @ W.permute(1, 0)": lambda x, w: x @ w.permute(1, 0),
 }
 

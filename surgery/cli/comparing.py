@@ -46,7 +46,7 @@ def compare(
 def readable(code: str) -> str:
     """Return a graph's code without what frees values, with weights by their names."""
     code = re.sub(r";  (\w+ = )+None", "", code)
-    return re.sub(r"\b[lL]_self_((?:modules|parameters|buffers)_\w+?)_\b(?!\w)", _path, code)
+    return re.sub(r"\b[lL]_\w+?_((?:modules|parameters|buffers)_\w+?)_\b(?!\w)", _path, code)
 
 
 def _path(found: re.Match[str]) -> str:

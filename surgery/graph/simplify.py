@@ -67,10 +67,15 @@ def _flipped(node: Any) -> Node | None:
     if not isinstance(source, Node) or getattr(value_of(node), "ndim", 0) != 2 or node.kwargs:
         return None
     name, rest = name_of(node), list(node.args[1:])
-    attribute = name == "getattr" and rest in (["T"], ["mT"])
-    swapped = name in ("transpose", "swapaxes") and rest in ([0, 1], [1, 0], [-1, -2], [-2, -1])
-    permuted = name == "permute" and rest in ([1, 0], [(1, 0)], [[1, 0]])
-    return source if attribute or swapped or permuted or (name == "t" and not rest) else None
+    if name == "getattr":  # of a real weight, as all are
+        turned = rest in (["T"], ["mT"], ["H"], ["mH"])
+    elif name in ("transpose", "swapaxes", "swapdims"):
+        turned = rest in ([0, 1], [1, 0], [-1, -2], [-2, -1])
+    elif name == "permute":
+        turned = rest in ([1, 0], [(1, 0)], [[1, 0]])
+    else:  # newer torch traces attributes as operators
+        turned = name in ("t", "numpy_T", "mT", "matrix_H", "mH", "adjoint") and not rest
+    return source if turned else None
 
 
 def _same_value(node: Node) -> Node | None:

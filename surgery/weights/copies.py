@@ -69,11 +69,26 @@ def bind(coordinate: Coordinate, weight: Tensor, step: int) -> None:
     if rule is not None and not rule.resting:
         own = coordinate.parameter
         alone = bool(coordinate.seen) and _seen(own) == coordinate.seen[:2]
-        if alone and _seen(weight) != coordinate.seen[2:]:
-            shards.take(own, coordinate.part(weight))  # the weight was replaced, and nothing else
-        elif not fits(coordinate, weight):
+        if not fits(coordinate, weight):
             _take(coordinate, weight, step)
+        elif alone:
+            if _seen(weight) != coordinate.seen[2:]:
+                shards.take(own, coordinate.part(weight))  # replaced, and nothing else
+        elif not _agree(coordinate, weight):
+            # Of a copied model: versions tell nothing, and its weights were loaded.
+            shards.take(own, coordinate.part(weight))
     note(coordinate, weight)
+
+
+@torch.no_grad()
+def _agree(coordinate: Coordinate, weight: Tensor) -> bool:
+    """Whether a weight holds what its copy is, rounded to a neighbour."""
+    part, own = shards.local(coordinate.part(weight)), shards.local(coordinate.parameter.detach())
+    if part.dtype == own.dtype:
+        return torch.equal(part, own)
+    near = torch.finfo(part.dtype)
+    off = (own - part.to(own.dtype)).abs_()
+    return bool((off <= own.abs().mul_(near.eps).add_(near.tiny)).all())
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def finite(coordinates: Sequence[Coordinate]) -> bool:
     if not cut:
         return good
     bad = torch.tensor([float(not good)], device=cut[0].device)
-    return not bool(shards.add_up(bad, cut))
+    return bool((shards.add_up(bad, cut) == 0).all())
 
 
 def _entries(grad: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""What fits: 8 B models, one row of 2,048 tokens in bfloat16, for 16, 24 and 80 GiB.
+
+    python -m benchmarks.fitting [llama-3-8b] [qwen3-8b]
+
+Played on this machine from configs alone (benchmarks/configs), with an H100's allocator and times.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+from benchmarks.common import run_parts
+
+CONFIGS = Path(__file__).parent / "configs"
+BATCH = (1, 2048)
+MEMORIES = ("16GiB", "24GiB", "80GiB")
+
+
+def fitted(name: str) -> dict[str, Any]:
+    """Return every composition's peak and time, and what is recommended for each memory."""
+    began = time.monotonic()
+    told: Any = lambda row: print(row.title, row.peak, row.note, flush=True)  # noqa: E731
+    found = [
+        surgery.fit(str(CONFIGS / name), BATCH, "80GiB", device="h100", goal=goal, told=told)
+        for goal in ("full", "forwards")
+    ]
+    rows = [row for each in found for row in each.rows]
+    within = {memory: [each.within(memory) for each in found] for memory in MEMORIES}
+    longest = {
+        memory: {row.title: row.length for each in fits for row in each.rows}
+        for memory, fits in within.items()
+    }
+    eager = rows[0].milliseconds
+    assert eager is not None
+    return {
+        "rows": {
+            row.title: {
+                "peak_gib": row.peak / (1 << 30),
+                "time_over_eager": row.milliseconds / eager,
+                "quality": row.quality,
+                "longest": {memory: lengths[row.title] for memory, lengths in longest.items()},
+            }
+            for row in rows
+            if row.peak is not None and row.milliseconds is not None
+        },
+        "best": {
+            memory: [each.best.title if each.best is not None else None for each in fits]
+            for memory, fits in within.items()
+        },
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parts = {each.name: lambda name=each.name: fitted(name) for each in sorted(CONFIGS.iterdir())}
+    run_parts("fitting", parts, sys.argv[1:], batch=list(BATCH), device="h100")
+
+
+if __name__ == "__main__":
+    main()
