@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import processes
 import torch
 from laws import own
 from models import make
@@ -62,3 +63,42 @@ def test_a_save_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeyp
     monkeypatch.setattr(folder, "_hash", other_saves_now)
     surgery.load(reader, tmp_path)
     assert all(torch.equal(v, own(second)[n]) for n, v in own(reader).items())
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from laws import adamw, train
+from models import make
+import passes, surgery
+from surgery.checkpoints.folder import read
+
+folder, draw, steps = sys.argv[1], random.Random(0), []
+for _ in range(50):
+    begun, told = os.pipe()
+    child = os.fork()  # before any backward, whose threads no fork survives
+    if not child:
+        model = surgery.apply(make("plain"), passes.Misa(budget=0.2, period=2))
+        optimizer = adamw(model)
+        if steps:
+            surgery.load(model, folder, optimizer)
+        train(model, "plain", 1, optimizer)
+        surgery.save(model, folder, optimizer)
+        os.write(told, b".")
+        while True:  # saves as fast as it can, until it is killed
+            train(model, "plain", 1, optimizer)
+            surgery.save(model, folder, optimizer)
+    assert os.read(begun, 1) == b"."
+    time.sleep(draw.uniform(0.0, 0.2))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    steps.append(read(Path(folder))[1]["surgery"]["step"])
+print(*steps)
+"""
+
+
+def test_killed_at_any_moment_of_a_save(tmp_path):
+    (printed,) = processes.run(KILLED, tmp_path, [str(tmp_path / "saves")])
+    steps = [int(step) for step in printed.split()]
+    assert len(steps) == 50 and steps == sorted(steps) and steps[-1] > 50
+    assert len([file for file in (tmp_path / "saves").iterdir() if "partial" not in file.name]) <= 3
