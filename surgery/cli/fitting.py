@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.given import dtype_of, optimizer_of
-from surgery.cli.planning import AUTOCAST, CLIP, JSON, MODEL, ROWS, TOKENS
+from surgery.cli.planning import AUTOCAST, CLIP, JSON, MODEL, ROWS, TOKENS, WORLD, WRAP
 from surgery.cli.screen import err, show
 from surgery.reports.fitting import Fit, Row, fit
 
@@ -23,6 +23,8 @@ def fit_of(
     optimizer: Annotated[str | None, typer.Option(help="Such as sgd:momentum=0.9.")] = None,
     autocast: Annotated[str | None, AUTOCAST] = None,
     clip: Annotated[float | None, CLIP] = None,
+    world: Annotated[int, WORLD] = 1,
+    wrap: Annotated[str, WRAP] = "fsdp2",
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Say what to turn on so that training fits; exit code 1 if nothing does."""
@@ -32,6 +34,7 @@ def fit_of(
             status.update(f"{row.title}: {'fits' if row.fits else 'does not fit'} ...")
 
         wanted: Any = goal
+        shared: Any = wrap
         found = fit(
             model,
             (batch, length),
@@ -41,6 +44,8 @@ def fit_of(
             optimizer=None if optimizer is None else optimizer_of(optimizer),
             autocast=dtype_of(autocast),
             clip=clip,
+            world=world,
+            wrap=shared,
             told=told,
         )
     show(found, as_object(found) if as_json else None)

@@ -17,6 +17,8 @@ ROWS = typer.Option(help="Rows.")
 TOKENS = typer.Option(help="Tokens of a row.")
 AUTOCAST = typer.Option(help="A dtype, for forward.")
 CLIP = typer.Option(help="Norm that gradients are clipped to.")
+WORLD = typer.Option(help="Processes; what one of them holds is told.")
+WRAP = typer.Option(help="What processes share by: fsdp2 or ddp.")
 JSON = typer.Option("--json", help="Print JSON.")
 PASSES = typer.Option("--pass", help="A pass: misa, or misa:budget=0.01,period=20. Repeat it.")
 
@@ -31,9 +33,12 @@ def plan_of(
     optimizer: Annotated[str, typer.Option(help="Of torch.optim: sgd:momentum=0.9.")] = "adamw",
     autocast: Annotated[str | None, AUTOCAST] = None,
     clip: Annotated[float | None, CLIP] = None,
+    world: Annotated[int, WORLD] = 1,
+    wrap: Annotated[str, WRAP] = "fsdp2",
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Predict the memory of training, from the config alone: no weights are loaded."""
+    shared: Any = wrap
     found = plan(
         model,
         (batch, length),
@@ -42,6 +47,8 @@ def plan_of(
         optimizer=optimizer_of(optimizer),
         autocast=dtype_of(autocast),
         clip=clip,
+        world=world,
+        wrap=shared,
     )
     show(found, as_object(found) if as_json else None)
 

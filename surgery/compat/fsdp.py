@@ -61,6 +61,11 @@ def lay(t: Tensor, own: Tensor) -> None:
         t.data = own
 
 
+def held_of(t: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, without an operator's being called."""
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
 def own_class(model: nn.Module) -> type:
     """Return the class of a model as it was before fully_shard, which makes one of its own."""
     kind = type(model)
@@ -83,6 +88,11 @@ def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
     known = [each for name in names for each in (name, f"base_model.model.{name}")]
     if known:
         model.__dict__[_IGNORED] = known
+
+
+def stays_out_of_ddp(model: nn.Module) -> frozenset[str]:
+    """Return the names of parameters that a DistributedDataParallel leaves out."""
+    return frozenset(model.__dict__.get(_IGNORED, ()))
 
 
 def take_back_from_ddp(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from surgery.compat.fsdp import held_of
 from surgery.compat.hf import fakes_taken_for_real
 from surgery.compat.tensors import is_fake, playing
 
@@ -75,6 +76,7 @@ class Stage(TorchDispatchMode):
         self.watcher = watcher
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.keys: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.sizes: dict[int, int | None] = {}  # bytes told of; None: given back
         self.next = 0
         self.depth = 0  # inside of functions that run as one launch
         self.inside = 0  # floating-point operations of products in there
@@ -86,7 +88,7 @@ class Stage(TorchDispatchMode):
 
     def key_of(self, t: Tensor) -> int:
         """Return what tells a tensor's storage from every other of this stage."""
-        return self.see(t, "given")
+        return self.see(held_of(t), "given")
 
     def see(self, t: Tensor, operation: str) -> int:
         storage = t.untyped_storage()
@@ -94,10 +96,28 @@ class Stage(TorchDispatchMode):
         if key is None:
             self.keys[storage] = key = self.next
             self.next += 1
+            self.sizes[key] = storage.nbytes()
             # before `came`: an operation's error must not leave it alive
-            weakref.finalize(storage, self.watcher.went, key)
+            weakref.finalize(storage, self._gone, key)
             self.watcher.came(key, storage.nbytes(), operation)
         return key
+
+    def _gone(self, key: int) -> None:
+        if self.sizes.pop(key) is not None:
+            self.watcher.went(key)
+
+    def resized(self, t: Tensor) -> None:
+        """Note that the memory of a tensor was given back, or taken again."""
+        key = self.keys.get(t.untyped_storage())
+        if key is None:
+            return
+        size = t.untyped_storage().nbytes()
+        if self.sizes[key] not in (size, None):
+            self.sizes[key] = None
+            self.watcher.went(key)
+        if size and self.sizes[key] is None:
+            self.sizes[key] = size
+            self.watcher.came(key, size, "gathered")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.optim import Optimizer
 
+from surgery.compat.fsdp import stays_out_of_ddp
 from surgery.compat.stage import Stage, staged
 from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
@@ -23,8 +24,10 @@ from surgery.memory import loss_of
 from surgery.prediction.devices import Device
 from surgery.prediction.skeleton import hollow, skeleton
 from surgery.prediction.timeline import Holder, Kind, Phase, Timeline
+from surgery.weights.targets import blocks
 
 Making = Callable[[Iterable[nn.Parameter]], Optimizer]
+Wrap = Literal["fsdp2", "ddp"]
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -38,7 +41,7 @@ class Loop:
 
     loss: of (model, batch). optimizer: makes one of parameters. clip: norm that gradients are
     clipped to. autocast: dtype. device: None counts bytes as on a CPU. prepare: is given the model
-    before anything else.
+    before anything else. world: processes, of which this is the first. wrap: what they share.
     """
 
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] = own_loss
@@ -47,16 +50,20 @@ class Loop:
     autocast: torch.dtype | None = None
     device: Device | None = None
     prepare: Callable[[Any], Any] | None = None
+    world: int = 1
+    wrap: Wrap = "fsdp2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step holds, in bytes. start: before it, optimizer state included. activations: that
-    forward leaves for backward. peak: the most at a time, in `phase`. holders: of the peak.
-    course: bytes by kind, after each allocation. milliseconds: None without a device. said: of each
-    pass that rewrites, by its name: what it reports of the graphs that it has rewritten."""
+    """What a step holds, in bytes. start: before it, optimizer state included. held: before it, by
+    kind; of gradients, the most meanwhile. activations: that forward leaves for backward. peak: the
+    most at a time, in `phase`. holders: of the peak. course: bytes by kind, after each allocation.
+    milliseconds: None without a device. said: of each pass that rewrites, by its name: what it
+    reports of the graphs that it has rewritten."""
 
     start: int
+    held: Mapping[Kind, int]
     activations: int
     peak: int
     phase: Phase
@@ -82,9 +89,12 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
     with (
         warnings.catch_warnings(action="ignore"),  # of a run that is none
         _sizes_of(loop.device),
-        put_on(stage, model, batch, passes, _compiling(loop.device), loop.prepare) as played,
+        _shared(loop, stage) as prepare,
+        put_on(stage, model, batch, passes, _compiling(loop.device), prepare) as played,
     ):
         copy, inputs, surgery = played
+        buckets = _buckets(copy) if loop.wrap == "ddp" and loop.world > 1 else []
+        timeline.call("gradients", map(stage.key_of, buckets))
         timeline.call("batch", map(stage.key_of, _tensors(inputs.values())))
         timeline.call("weights", map(stage.key_of, [*copy.parameters(), *copy.buffers()]))
         with _naming(copy, surgery, timeline):
@@ -93,6 +103,7 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
             _step(copy, inputs, optimizer, loop, timeline, stage)
             gc.collect()  # captures leave circles behind, with tensors in them
             timeline.begin()
+            first = timeline.alive()
             start = timeline.live()
             state = [v for held in optimizer.state.values() for v in held.values()]
             timeline.call("optimizer", map(stage.key_of, _tensors(state)))
@@ -103,6 +114,7 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
     workspace = loop.device.workspace if loop.device is not None else 0
     return Step(
         start=start,
+        held=timeline.held(first),
         activations=activations - start,
         peak=peak + workspace,
         phase=phase,
@@ -112,6 +124,32 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
         launches=timeline.launches,
         said=said,
     )
+
+
+@contextmanager
+def _shared(loop: Loop, stage: Stage) -> Iterator[Callable[[Any], Any] | None]:
+    """Give what prepares a model, be one of the loop's processes meanwhile."""
+    if loop.world == 1 or loop.wrap == "ddp":
+        yield loop.prepare
+        return
+    from surgery.compat import world
+
+    with world.one_of(loop.world) as mesh, world.resizing(stage.resized):
+
+        def prepare(model: nn.Module) -> None:
+            if loop.prepare is not None:
+                loop.prepare(model)
+            inner = [name for name in blocks(model) if name in dict(model.named_modules())]
+            world.shard(model, inner, mesh)
+
+        yield prepare
+
+
+def _buckets(model: nn.Module) -> list[Tensor]:
+    """Return the like of what a DistributedDataParallel gathers gradients in."""
+    out = stays_out_of_ddp(model)
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and name not in out]
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in trained]
 
 
 @contextmanager

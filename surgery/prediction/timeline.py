@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -150,6 +150,14 @@ class Timeline:
             held[self._kind(key)] += self.storages[key].size * (1 if event > 0 else -1)
             found.append((phase, dict(held)))
         return found
+
+    def held(self, first: Sequence[int]) -> dict[Kind, int]:
+        """Return the bytes by kind of storages, and the most that gradients have taken."""
+        found: dict[Kind, int] = defaultdict(int)
+        for key in first:
+            found[self._kind(key)] += self.storages[key].size
+        gradients = [held.get("gradients", 0) for _, held in self.course()]
+        return {**found, "gradients": max(gradients, default=0)}
 
     def peak(self) -> tuple[int, Phase, tuple[Holder, ...]]:
         """Return the most bytes that were alive at a time, in which phase, and what held them."""

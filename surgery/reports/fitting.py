@@ -21,9 +21,10 @@ from surgery.errors import ModelError, OptionError, SurgeryError, in_a_line
 from surgery.kernels.plan import Compile
 from surgery.memory import storage_bytes
 from surgery.prediction.devices import device_named, memory_of
-from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
+from surgery.prediction.loop import Loop, Making, Step, Wrap, foresee, own_loss
 from surgery.prediction.sources import Source, batch_for, model_of
 from surgery.reports.compositions import GROUPS, Composition
+from surgery.reports.predicted import check_world
 
 Goal = Literal["full", "adapter", "forwards"]
 SPARE = 0.1  # of the memory: what fragments, other libraries and the next longer batch take
@@ -150,12 +151,15 @@ def fit(
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
     clip: float | None = None,
     autocast: torch.dtype | None = None,
+    world: int = 1,
+    wrap: Wrap = "fsdp2",
     told: Callable[[Row], Any] | None = None,
 ) -> Fit:
     """Play all sensible compositions of a goal, and recommend one that fits.
 
-    model, batch, loss, clip, autocast, device: as `surgery.plan` takes them. optimizer: too;
-    default: AdamW, SGD for "forwards". memory: bytes, or such as "24GiB"; default: the device's.
+    model, batch, loss, clip, autocast, device, world, wrap: as `surgery.plan` takes them.
+    optimizer: too; default: AdamW, SGD for "forwards". memory: bytes of one process, or such as
+    "24GiB"; default: the device's.
     goal: "full" trains all weights, "adapter" those that require gradients already, "forwards"
     needs no backward. told: is given each row as it is found.
 
@@ -168,7 +172,8 @@ def fit(
     if goal not in GROUPS:
         raise OptionError(f"goal={goal!r} must be one of {', '.join(map(repr, GROUPS))}.")
     model = model_of(model)
-    weights = storage_bytes(model.parameters())
+    check_world(world, wrap, batch)
+    weights = storage_bytes(model.parameters()) // (world if wrap == "fsdp2" else 1)
     if weights > size:
         raise OptionError(
             f"the weights of this {type(model).__name__} alone are {_gib(weights)}, and memory= is "
@@ -181,6 +186,8 @@ def fit(
         clip=clip,
         autocast=autocast,
         device=known,
+        world=world,
+        wrap=wrap,
     )
     ids = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim == 2), None)
     shape = None if ids is None else (ids.shape[0], ids.shape[1])
@@ -189,7 +196,13 @@ def fit(
         groups = [tuple(_played(model, given, group, loop, said)) for group in GROUPS[goal]]
     played = Played(
         what=type(model).__name__,
-        where=f"{f' on {device}' if device else ''}, goal {goal}",
+        where="".join(
+            [
+                f" on {device}" if device else "",
+                f", each of {world} by {wrap}" if world > 1 else "",
+                f", goal {goal}",
+            ]
+        ),
         shape=shape,
         groups=tuple(groups),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
 from surgery.engine.decide import decide
-from surgery.errors import in_a_line
+from surgery.errors import OptionError, in_a_line
 from surgery.kernels.plan import Compile
 from surgery.memory import Bytes
 from surgery.prediction.devices import device_named
-from surgery.prediction.loop import Loop, Making, Step, foresee, own_loss
+from surgery.prediction.loop import Loop, Making, Step, Wrap, foresee, own_loss
 from surgery.prediction.sources import Source, batch_for, model_of
+from surgery.ranks import is_joined
 from surgery.reports.holding import bytes_of
 from surgery.reports.table import Report
 
@@ -34,6 +35,8 @@ def plan(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
     device: str | None = None,
+    world: int = 1,
+    wrap: Wrap = "fsdp2",
     **options: Any,
 ) -> Report:
     """Predict the table of `report` for passes that are not applied, and a step's peak and time.
@@ -44,13 +47,17 @@ def plan(
     held between steps. optimizer: makes one of an iterable of parameters; with options, a
     `functools.partial`. loss: of (model, batch), where the model computes none. clip: norm that
     gradients are clipped to. autocast: a dtype, for the forward. device: a name such as "h100",
-    or "here", for its allocator and its time; None counts bytes as on a CPU, and no time. The rest:
-    as `apply` takes it; what a `backend` compiles is counted as it is before.
+    or "here", for its allocator and its time; None counts bytes as on a CPU, and no time. world:
+    processes, of which the first is counted; they share by FSDP2, which cuts each block and the
+    rest, or by DDP (`wrap`). Then parameters, gradients and state are those of the step, and what
+    is sent takes no time. The rest: as `apply` takes it; what a `backend` compiles is counted as it
+    is before.
 
     Parameters, gradients and Adam's state are exact. The rest comes of one step, played on tensors
     without memory: every storage is counted as it comes and goes. Raises what `apply` raises, and
-    OptionError for an unknown device.
+    OptionError for an unknown device or a world that cannot be.
     """
+    check_world(world, wrap, batch)
     model = model_of(model)
     passes = resolve(spec, options)
     decision = decide(model, passes, backend, data=False, compile=compile)
@@ -62,8 +69,12 @@ def plan(
         clip=clip,
         autocast=autocast,
         device=device_named(device),
+        world=world,
+        wrap=wrap,
     )
     lines = [("plan", "nothing was changed")]
+    if world > 1:
+        lines.append(("world", f"the first of {world} processes, {wrap}"))
     then = now = None
     if batch is not None:
         given = batch_for(model, batch)
@@ -78,8 +89,8 @@ def plan(
     return Report(
         title=f"plan for {type(model).__name__}",
         lines=tuple(lines),
-        before=_with(before, then),
-        after=_with(after, now),
+        before=_with(before, then, world > 1),
+        after=_with(after, now, world > 1),
         measured=False,
         holders=now.holders if now is not None else (),
     )
@@ -98,9 +109,30 @@ def _played(
         return None
 
 
-def _with(held: Bytes, step: Step | None) -> Bytes:
+def check_world(world: int, wrap: Wrap, batch: object) -> None:
+    """Raise OptionError for a world that cannot be played."""
+    if type(world) is not int or world < 1:
+        raise OptionError(f"world={world!r} must be a number of processes, 1 or more.")
+    if wrap not in get_args(Wrap):
+        raise OptionError(f"wrap={wrap!r} must be one of {', '.join(map(repr, get_args(Wrap)))}.")
+    if world > 1 and batch is None:
+        raise OptionError("what a process of several holds comes of a step: world= needs a batch.")
+    if world > 1 and wrap == "fsdp2" and is_joined():
+        raise OptionError(
+            "this process has joined a group already, and a process is in one world only: plan "
+            "before torch.distributed.init_process_group."
+        )
+
+
+def _with(held: Bytes, step: Step | None, several: bool) -> Bytes:
     if step is None:
         return held
+    if several:
+        held = Bytes(
+            parameters=step.held.get("weights", 0),
+            gradients=step.held["gradients"],
+            optimizer=step.held.get("optimizer", 0),
+        )
     return replace(
         held,
         activations=step.activations,
