@@ -163,12 +163,16 @@ def _twice() -> torch.fx.Graph:
     return graph
 
 
-def test_a_second_backward_is_refused():
-    model = surgery.apply(make("llama"), "chunked_loss")
-    loss = loss_of(model, inputs_of("llama"))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+def test_backwards_of_one_loss_add_up():
+    found = []
+    for model in (make("llama"), surgery.apply(make("llama"), "chunked_loss")):
+        loss = loss_of(model, inputs_of("llama"))
+        (0.3 * loss).backward(retain_graph=True)
+        torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)
+        loss.square().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_loss_outside_of_the_model_leaves_nothing_to_do():

@@ -28,12 +28,24 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from surgery.compat import autograd, dynamo, failures, fsdp, hf, inductor, modules, stage, tensors
-from surgery.engine import exhausted
+from surgery.compat import (
+    autograd,
+    dynamo,
+    failures,
+    fsdp,
+    hf,
+    inductor,
+    modules,
+    optimizers,
+    stage,
+    tensors,
+)
+from surgery.engine import callers, exhausted
 
 
 class Two(nn.Module):
@@ -795,10 +807,57 @@ def test_parameters_are_held_as_ever_again():
             assert torch.ones(1).item() == 1, "_disable_current_modes does not disable them"
 
 
+def test_what_is_around_a_backward_a_forward_and_a_step():
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda g: seen.append((autograd.backward_now(), autograd.keeps_graph())))
+    loss = x.square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert autograd.backward_now() == -1
+    (one, kept), (two, last) = seen
+    assert -1 < one < two and (kept, last) == (True, False), "look at torch._C's graph tasks"
+    transformed = []
+    torch.func.grad(lambda t: transformed.append(autograd.is_transformed()) or t.sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert autograd.is_transformed(), "look at forward_ad._current_level"
+    assert transformed == [True] and not autograd.is_transformed()
+    hook, other = (lambda g: g), (lambda g: -g)
+    for each in (hook, other):
+        x.register_hook(each)
+    y = torch.ones(2, requires_grad=True)
+    y.register_hook(hook)
+    assert other in autograd.hooks_alone(x, [y]) and hook not in autograd.hooks_alone(x, [y])
+
+    model = Two()
+    frames = []
+    model.register_forward_pre_hook(lambda *_: frames.append(modules.swaps(callers.calls())))
+    torch.func.functional_call(model, {}, torch.ones(1, 4))
+    model(torch.ones(1, 4))
+    assert frames == [True, False], "look at stateless._functional_call"
+    before = modules.around_all([Two])
+    put = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert modules.around_all([Two]) != before, "look at torch.nn's _global_forward_hooks"
+    put.remove()
+    assert modules.around_all([Two]) == before
+    layer = nn.Linear(2, 2)
+    assert not modules.is_computed(layer, "weight")
+    prune.identity(layer, "weight")
+    assert modules.is_computed(layer, "weight"), "pruning calls what it keeps otherwise"
+
+    optimizer, order = torch.optim.SGD(model.parameters(), lr=0.1), []
+    optimizer.register_step_post_hook(lambda *_: order.append("theirs"))
+    first = lambda *_: order.append("ours")  # noqa: E731
+    for _ in range(2):  # put on once
+        optimizers.hear_first(optimizer, first)
+    optimizer.step()
+    assert order == ["ours", "theirs"], "look at Optimizer._optimizer_step_post_hooks"
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    for module in (autograd, dynamo, failures, fsdp, hf, inductor, modules, stage, tensors):
+    known = (autograd, dynamo, failures, fsdp, hf, inductor, modules, optimizers, stage, tensors)
+    for module in known:
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
             if public:

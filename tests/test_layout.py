@@ -51,6 +51,8 @@ LONG = {
     "benchmarks/subspace.py": "two comparisons that share their peers",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",
+    "tests/test_by_hand.py": "what others do, one kind after another",
+    "surgery/engine/dispatch.py": "one forward, and all that may stand in its way",
     "tests/long_life.py": "one life: what may happen to a model, and its reference",
     "tests/test_optimizers.py": "one table of optimizers, and what each needs",
     "tests/test_misa.py": "all that is MISA's own",

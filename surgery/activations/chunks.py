@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from surgery.compat.autograd import first_order_only
+from surgery.compat.autograd import first_order_only, keeps_graph
 from surgery.compat.tensors import adds_wider
 from surgery.graph.linear import rows_of
 from surgery.graph.reading import name_of
@@ -130,9 +130,10 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         first_order_only("chunked_loss")
         scale = grads[0]
-        # In place: a copy of dW would double the largest tensor of the step. A second backward
-        # through the same loss is therefore refused by autograd's version check.
-        scaled = [None if g is None else g.mul_(scale) for g in ctx.saved_tensors]
+        # In place, unless another backward follows: a copy of dW would double the largest tensor of
+        # the step.
+        times: Any = torch.mul if keeps_graph() else Tensor.mul_
+        scaled = [None if g is None else times(g, scale) for g in ctx.saved_tensors]
         return None, *scaled, None
 
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import stateless
+from torch.nn.utils.parametrize import is_parametrized
+
+from surgery.errors import ModelError
+
+_HOOKS_OF_ALL = (  # of torch.nn.modules.module.register_module_...
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 def held(owner: nn.Module, key: str) -> nn.Parameter | None:
@@ -20,6 +33,45 @@ def held(owner: nn.Module, key: str) -> nn.Parameter | None:
 def child(owner: nn.Module, key: str) -> nn.Module | None:
     """Return the module that a module itself holds under a name now."""
     return owner._modules.get(key)
+
+
+def swaps(calls: Iterable[FrameType]) -> bool:
+    """Whether one of these calls is torch.func.functional_call, which lends modules tensors."""
+    code = stateless._functional_call.__code__
+    return any(frame.f_code is code for frame in calls)
+
+
+class _Same:
+    """Equal to what is around the same object."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+def around_all(kinds: Iterable[type[nn.Module]]) -> tuple[_Same, ...]:
+    """Return what runs around or instead of the forwards of all modules of these classes: global
+    hooks, and the forwards of the classes. Dynamo does not look at either again."""
+    hooks = [*_HOOKS_OF_ALL, *(kind.forward for kind in kinds)]
+    found = [[*each.values()] if isinstance(each, dict) else [each] for each in hooks]
+    return tuple(_Same(hook) for place in found for hook in (*filter(_is_users, place), None))
+
+
+def _is_users(hook: Any) -> bool:
+    """Whether a hook is not torch's own: its trackers of modules look on, and stop captures."""
+    of = getattr(hook, "__module__", None) or ""
+    return not of.startswith(("torch.utils.", "torch.distributed."))
+
+
+def is_computed(owner: nn.Module, key: str) -> bool:
+    """Whether a module computes what was its parameter: pruned, normed or parametrized."""
+    parts = [f"{key}_orig", f"{key}_g", f"{key}_v"]
+    return is_parametrized(owner, key) or any(part in owner._parameters for part in parts)
 
 
 def take_child(owner: nn.Module, key: str) -> None:
@@ -120,6 +172,18 @@ class Path(nn.Module):
         owner, prefix = self.__dict__["_way"]
         return look_up(owner, f"{prefix}.{name}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner, prefix = self.__dict__.get("_way", (None, ""))
+        if owner is None or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+        elif getattr(self, name, None) is not value:
+            raise ModelError(
+                f"functional_call would put another tensor in the place of {prefix}.{name} among "
+                "the coordinates, and forwards read weights. Give it these by their own names: "
+                "{n: p for n, p in model.named_parameters() "
+                'if not n.startswith("surgery_coordinates.")}'
+            )
+
 
 @contextmanager
 def without(owner: nn.Module, parameters: Container[int]) -> Iterator[None]:
@@ -149,6 +213,11 @@ class Unsaved(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save nothing."""
+        if not keep_vars:  # as one who looks at parameters asks for
+            self.before_saved()
+
+    def before_saved(self) -> None:
+        """Do what is due before a checkpoint is taken."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Expect nothing."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from surgery.compat.autograd import after_backward
+from surgery.compat.autograd import after_backward, backward_now
+from surgery.compat.tensors import is_playing
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import average_replicated
 from surgery.engine.guards import around
@@ -26,7 +28,8 @@ from surgery.weights.sites import Site
 class Backward:
     """The backward of one surgery.
 
-    first: the coordinate that got the first gradient in the backward under way. fused: whether the
+    first: the coordinate that got the first gradient in the backward under way. number: which that
+    is. fused: whether the
     optimizer takes gradients away meanwhile. replicated: coordinates that each rank holds whole
     beside weights that FSDP2 has cut. reduced: weights that it has cut, trained by copies: it gives
     them gradients. apart: weights that have got one themselves.
@@ -34,12 +37,15 @@ class Backward:
 
     decision: Decision
     first: Coordinate | None = None
+    number: int = -1
     fused: bool = False
     replicated: Sequence[Coordinate] = ()
     reduced: Sequence[Site] = ()
     pending: bool = False  # whether a backward has ended since the last step
     apart: list[Site] = field(default_factory=list)
     handed: list[Site] = field(default_factory=list)  # of these, what a step has not used yet
+    watching: bool = True  # whether to look for steps by hand; `last`: what they would change
+    last: tuple[weakref.ref[Coordinate], int, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
@@ -49,20 +55,32 @@ class Backward:
             "apart": [],
             "handed": [],
             "pending": False,
+            "last": None,
         }
 
     def begin(self) -> None:
-        """Forget a backward that an error has ended."""
-        self.first = None
-        self.apart.clear()
+        """Forget a backward that an error has ended; not one that runs the model again (checkpoint
+        around it)."""
+        if self.first is None or self.number != backward_now():
+            self.first = None
+            self.apart.clear()
 
     def bind(self, *, replicated: Sequence[Coordinate], reduced: Sequence[Site]) -> None:
         """Note what FSDP2 leaves to us of the gradients."""
         self.replicated, self.reduced = replicated, reduced
 
+    def written(self) -> bool:
+        """Whether somebody has written what got the first gradient of the last backward, since."""
+        last, self.last = self.last, None
+        if last is None or not self.pending or (coordinate := last[0]()) is None:
+            return False
+        own = coordinate.parameter
+        return shards.version(own) != last[1] or not torch.equal(_some(own), last[2])
+
     def used(self) -> None:
         """Note that a step has used the gradients."""
-        self.pending = False
+        self.pending = self.watching = False
+        self.last = None
         self.handed.clear()
 
     @contextmanager
@@ -89,7 +107,7 @@ class Backward:
     def begun(self, first: Coordinate) -> None:
         """Note the first gradient of a backward, and ask to hear of its end."""
         if self.first is None:
-            self.first = first
+            self.first, self.number = first, backward_now()
             # Twice: behind what DDP and FSDP2 queue, to put averaged gradients in place.
             after_backward(lambda: after_backward(self.end))
 
@@ -101,6 +119,9 @@ class Backward:
     def end(self) -> None:
         """Take the norm of every watched gradient: after backward, before anyone clips them."""
         first, self.first, self.pending = self.first, None, True
+        if self.watching and first is not None and not is_playing():
+            own = first.parameter
+            self.last = weakref.ref(first), shards.version(own), _some(own).clone()
         apart = [*self.apart]
         self.apart.clear()
         self.handed += apart
@@ -125,6 +146,19 @@ class Backward:
         for (each, grad), norm in zip(seen, found, strict=True):
             each.norm, each.version = norm, shards.version(grad)
 
+    def take_by_hand(self) -> None:
+        """Hand on gradients that were set on weights by hand, where nothing has set those of the
+        coordinates as well; what is not trained now gets none."""
+        for site in self.decision.sites:
+            weight = site.weight()
+            if weight is None or weight.grad is None or site.coordinates[0].frozen:
+                continue
+            known = [each.parameter.grad is not None for each in site.coordinates if each.active]
+            if not known or (any(known) and not site.whole):
+                weight.grad = None
+            elif not site.whole:
+                self._hand_on(site)
+
     def _hand_on(self, site: Site) -> None:
         """Give the gradient of a weight to what is trained of it."""
         weight = site.weight()
@@ -134,6 +168,8 @@ class Backward:
         if gradient is None:
             return
         for each in site.coordinates:
+            if not each.active:
+                continue
             if each.mapped:
                 matrix = gradient.t() if each.mapped.map.transposed else gradient
                 own = each.mapped.map.adjoint(matrix.reshape(-1, matrix.shape[-1]))
@@ -148,6 +184,10 @@ class Backward:
                 own = gradient if each.index is None else gradient[each.index]
             into, own = each.parameter, own.to(each.parameter.dtype, copy=True)
             into.grad = own if into.grad is None else into.grad + own
+
+
+def _some(t: Tensor) -> Tensor:
+    return shards.local(t.detach()).flatten()[:64]
 
 
 def _when_accumulated(tensor: Any, hook: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from surgery.compat import autograd, hf, modules
 from surgery.compat.fsdp import twins
 from surgery.engine.backward import Backward
+from surgery.engine.callers import calls
 from surgery.engine.decide import Decision
 from surgery.engine.fsdp import check_cut, replicated, take_cut
 from surgery.engine.guards import hooked, replaced, unfrozen
@@ -75,11 +76,23 @@ class Binding:
         self.handles += [self.backward.watch_weight(site) for site in sites if not site.whole]
         self.bound = True
 
+    def swapped(self) -> bool:
+        """Whether torch.func.functional_call has put other tensors in the place of weights."""
+        held = [modules.held(owner, key) for owner, key, _ in self.decision.flags]
+        if any(p is not None and not isinstance(p, nn.Parameter) for p in held):
+            return True
+        known = [
+            (modules.held(site.owner, site.key), bound, site.twin())
+            for site in self.decision.sites
+            if (bound := site.weight()) is not None
+        ]
+        lent = any(now is not bound and now is not twin for now, bound, twin in known)
+        return lent and modules.swaps(calls())
+
     def keep_up(self, step: int, stepping: bool) -> None:
         """Let what was written by hand reach what stands for it; see `bind`."""
-        for site in self.decision.sites if self.bound else ():
-            for each in site.coordinates:
-                copies.keep_up(site, each, step, wins=stepping)
+        if self.bound:
+            copies.keep_all_up(self.decision.sites, step, wins=stepping)
 
     def _freeze(self) -> None:
         """Leave alone what the user has frozen since; not what get_peft_model has switched off."""
@@ -90,11 +103,14 @@ class Binding:
         if off and len(off) == len(weights) and hf.has_peft():
             for weight in off:  # as it leaves all but its own
                 weight.requires_grad_(True)
+            for site, _ in weights:
+                for each in site.coordinates:
+                    each.parameter.requires_grad_(True)
         for site, weight in weights:
             for each in site.coordinates:
-                each.frozen = not weight.requires_grad
-                if not each.parameter.requires_grad and each.parameter is not weight:
-                    each.parameter.requires_grad_(True)
+                if not weight.requires_grad:  # switched on again, it is trained again
+                    each.parameter.requires_grad_(each.parameter is not weight)
+                each.frozen = not (weight.requires_grad and each.parameter.requires_grad)
             if site.whole or not self.bound:
                 continue
             later = len(autograd.later_hooks_of(weight)) > 1  # ours is one

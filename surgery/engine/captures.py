@@ -7,7 +7,7 @@ Each surgery rewrites a copy of its own when it first comes to run it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -91,8 +91,9 @@ def kept() -> Iterator[None]:
         _kept = before
 
 
-def capture_of(model: nn.Module) -> Capture | None:
-    """Return the capture of the forward of a model's class, for models like this one.
+def capture_of(model: nn.Module, under: Hashable = None) -> Capture | None:
+    """Return the capture of the forward of a model's class, for models like this one. under: what
+    else decides what forwards do, see `modules.around_all`.
 
     None for a model that is not like others: some module has hooks, or a forward of its own.
     """
@@ -103,6 +104,7 @@ def capture_of(model: nn.Module) -> Capture | None:
     weights = [(name, type(p), p.shape, p.dtype, p.device) for name, p in model.named_parameters()]
     kind = (
         forward,
+        under,
         tuple(each for each in parts if TABLE not in each[0].split(".")),
         tuple(each for each in weights if TABLE not in each[0].split(".")),
     )
@@ -112,6 +114,30 @@ def capture_of(model: nn.Module) -> Capture | None:
     if _kept is not None:
         _kept.append(found)
     return found
+
+
+class Others:
+    """What runs around or instead of forwards, see `modules.around_all`, as a model was captured.
+
+    now: as it last was. known: what was captured under what was there before.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[type[nn.Module], None] = {}
+        self.now: tuple[Hashable, ...] | None = None
+        self.known: dict[Hashable, tuple[Any, Any]] = {}
+
+    def renewed(self, model: nn.Module, held: tuple[Any, Any]) -> tuple[Any, Any] | None:
+        """Return what was captured under what is there now; None if that has not changed. held:
+        what was captured so far."""
+        if not self.kinds:
+            own = [m for n, m in model.named_modules() if TABLE not in n.split(".")]
+            self.kinds = {type(module): None for module in own}
+        before, self.now = self.now, modules.around_all(self.kinds)
+        if before is None or before == self.now:
+            return None
+        self.known[before] = held
+        return self.known.pop(self.now, (None, None))
 
 
 class _Trace:

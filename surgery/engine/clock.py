@@ -25,7 +25,9 @@ from surgery.engine.guards import (
     check_membership,
     check_resumed,
     only_makes_state,
+    warn_by_hand,
 )
+from surgery.engine.nested import Nested
 from surgery.engine.unmoved import Unmoved
 from surgery.errors import OptimizerError
 from surgery.weights import copies
@@ -33,6 +35,7 @@ from surgery.weights.coordinate import Coordinate, unique
 from surgery.weights.gradients import finite, norms
 from surgery.weights.table import TABLE
 
+_BY_HAND = 5
 LISTENING: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
@@ -62,6 +65,9 @@ class Clock:
     )
     under_way: list[tuple[Optimizer, FrameType]] = field(default_factory=list)
     driving: list[Optimizer] = field(default_factory=list)
+    by_hand: int = 0  # backwards after which parameters were written before any step
+    carried: bool = False  # whether the step under way is in the weights already
+    nested: Nested = field(default_factory=Nested)
     stepped: set[int] = field(default_factory=set)
     unmoved: Unmoved = field(default_factory=Unmoved)
 
@@ -86,6 +92,10 @@ class Clock:
     def forward(self) -> None:
         """Note that a training forward begins."""
         self.forwards += not self.rehearsal
+        self.by_hand += self.backward.written()
+        if self.by_hand == _BY_HAND and self.backward.watching:
+            self.backward.watching = False
+            warn_by_hand(_BY_HAND)
 
     def note_idle(self) -> None:
         """Note that a training forward has used nothing that is being trained."""
@@ -158,6 +168,9 @@ class Clock:
         else:
             check_held(self._steppable(), optimizer, held, self.optimizers[optimizer])
         self.loss_scale = loss_scale
+        copies.keep_all_up(self.decision.sites, self.step)  # written since the backward
+        self.nested.begin(optimizer, self.step)
+        self.carried = False
         self.under_way.append((optimizer, where))
         if closure:
             self.refused = None
@@ -166,7 +179,7 @@ class Clock:
 
     def computed(self, optimizer: Optimizer) -> None:
         """Look at the gradients that a closure has computed inside of a step."""
-        if not self._is_under_way(optimizer):
+        if not self.is_under_way(optimizer):
             return
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         made = self.refused is False
@@ -177,6 +190,7 @@ class Clock:
     def _take_gradients(self, held: dict[int, Tensor]) -> None:
         """See that the gradients of a step are there and finite; else take them away."""
         coordinates, methods = self.decision.coordinates, self.decision.methods
+        self.backward.take_by_hand()
         if (
             not self.coverage.complete
             and any(p.grad is not None for p in held.values())
@@ -200,14 +214,21 @@ class Clock:
         watched = coordinate.watched and coordinate.active and coordinate.norm is None
         return coordinate.parameter.grad if watched else None
 
+    def carry(self, optimizer: Optimizer) -> None:
+        """Carry the step into the weights, before hooks on the optimizer see these."""
+        if self.under_way and optimizer is self.under_way[0][0] and self.refused is False:
+            self._carry(optimizer)
+            self.carried = True
+
     def end(self, optimizer: Optimizer) -> None:
         """Carry the step into the weights; count it once all coordinates have been stepped."""
-        if not self._is_under_way(optimizer):
+        if not self.is_under_way(optimizer):
             return
         self.driving.append(optimizer)
         self.backward.used()
         if optimizer is not self.under_way[0][0]:
             self.under_way.pop()
+            self.nested.inside(self.decision.coordinates)
             return
         self.under_way.clear()
         if self.refused is not False:
@@ -217,7 +238,10 @@ class Clock:
         for each in self.driving:
             self.stepped |= {id(p) for group in each.param_groups for p in group["params"]}
         self.unmoved.after()
-        self._carry(optimizer)
+        if self.carried:
+            copies.keep_all_up(self.decision.sites, self.step)  # written by hooks
+        else:
+            self._carry(optimizer)
         if not {id(each.parameter) for each in self.decision.coordinates} <= self.stepped:
             return
         self.stepped.clear()
@@ -240,7 +264,8 @@ class Clock:
         table = modules.child(self.model, TABLE)
         copies.settle(table, self.decision.sites, self.step)
 
-    def _is_under_way(self, optimizer: Optimizer) -> bool:
+    def is_under_way(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer's step is under way, and steps this model."""
         return any(each is optimizer for each, _ in self.under_way)
 
     def _steps_us(self, held: dict[int, Tensor]) -> bool:
@@ -252,6 +277,8 @@ class Clock:
         return own or dict(self.model.named_parameters())
 
     def _carry(self, optimizer: Optimizer) -> None:
+        others = [each for each in self.driving if each is not optimizer]
+        self.nested.check(optimizer, self.decision.sites, others)
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         for each in unique(self.decision.coordinates):
             group = groups.get(id(each.parameter))

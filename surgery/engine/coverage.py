@@ -40,6 +40,12 @@ class Coverage:
         """Names of weights that the output of no forward has depended on."""
         return [site.name for site in self.decision.sites if site.unused]
 
+    def begin(self) -> None:
+        """Judge the next training forward anew: another capture makes it."""
+        for site in self.decision.sites:
+            site.reached = False
+        self.captures = -1
+
     def before(self) -> Any:
         """Return what `after` needs of the state before a forward."""
         if not self.missing:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgery.compat import dynamo, fsdp, modules
+from surgery.compat.autograd import is_transformed
 from surgery.compat.tensors import each as each_leaf
 from surgery.compat.tensors import leaves
 from surgery.contract.method import overrides
@@ -76,9 +77,11 @@ class Dispatch(Forward):
         self._captured: Callable[..., Any] | None = None
         self._shared: Capture | None = None
         self._around: Callable[[], Any] = lambda: None
+        self._others = captures.Others()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("captures", "pieces", "taken", "graphs", "run", "_captured", "_shared", "_around")
+        own += ("_others",)
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -150,6 +153,9 @@ class Dispatch(Forward):
 
     def _train(self, args: Any, kwargs: Any) -> Any:
         surgery, decision = self.surgery, self.surgery.decision
+        if is_transformed() or surgery.binding.swapped():  # of tensors that are no weights of ours
+            surgery.keep_up()
+            return self.plain(*args, **kwargs)
         decision.workarounds.take_off()
         if not surgery.coverage.complete:  # once: each look costs a walk over all parameters
             check_layout(self.model)
@@ -157,6 +163,7 @@ class Dispatch(Forward):
         surgery.bind(forward=True)
         check_wrapping(decision.coordinates)
         self._tell(args, kwargs)
+        self._hear_all()
         if self._captured is None:
             self._captured = self._capture()
             self.leaves = self._put_leaves(self.leaves)  # of a copy
@@ -178,6 +185,14 @@ class Dispatch(Forward):
         if lost:
             raise unreached([site.name for site in lost])
         return self._anchored(output)
+
+    def _hear_all(self) -> None:
+        """Go on with the capture under the global hooks, and forwards of classes, of now."""
+        found = self._others.renewed(self.model, (self._captured, self._shared))
+        if found is not None:
+            self._captured, self._shared = found
+            self.leaves = self._put_leaves(self.leaves)
+            self.surgery.coverage.begin()
 
     def _level(self) -> None:
         """Let the weights that a DistributedDataParallel leaves out be the same on all ranks."""
@@ -240,8 +255,9 @@ class Dispatch(Forward):
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} was captured {most} times for "
                 "different input structures, and Dynamo would now run it without the rewrite. The "
-                "likely cause is a Python number, string or flag among the inputs that changes at "
-                "each call: pass it as a tensor. TORCH_LOGS=recompiles names it."
+                "likely cause is a Python number, string or flag among the inputs, or an attribute "
+                "of a module (a dropout rate that is annealed), that changes at each call: make it "
+                "a tensor, or change it less often. TORCH_LOGS=recompiles names it."
             ) from error
         if self._shared is not None and not self._shared.serves(self.pieces):
             self._go_on_alone()
@@ -250,7 +266,7 @@ class Dispatch(Forward):
     def _capture(self) -> Callable[..., Any]:
         """Return the model's forward, captured: with others of its kind where that can be."""
         alone = self.replaced is not None or self.backend is not None or bool(self.leaves)
-        self._shared = None if alone else capture_of(self.model)
+        self._shared = None if alone else capture_of(self.model, self._others.now)
         if self._shared is None:
             return self._compiled(self.plain)
         return partial(self._shared.run, self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -91,6 +92,17 @@ def replaced(names: Sequence[str]) -> ModelError:
         f"{listed(names)} was replaced after surgery.apply, by resize_token_embeddings, a new head "
         "or the like, and what is trained is the module that is gone. Change the model first: "
         "surgery.remove(model), replace it, surgery.apply(model, ...), and build another optimizer."
+    )
+
+
+def warn_by_hand(times: int) -> None:
+    """Warn of parameters that were written so often after a backward, before any step."""
+    warnings.warn(
+        f"what is trained was written after {times} backwards, and no optimizer has made a step: "
+        "rounds do not go on, and what is written through .data is not heard of. Step with an "
+        "optimizer of torch.optim, or a subclass of torch.optim.Optimizer; any other: "
+        "surgery.step(model, optimizer).",
+        stacklevel=2,
     )
 
 

@@ -12,6 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from surgery.compat.optimizers import hear_first
 from surgery.engine.callers import calls, loss_scale_now
 from surgery.engine.clock import LISTENING
 
@@ -25,6 +26,8 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any
     closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
     for clock in listening:
         clock.begin(optimizer, where, scale, callable(closure))
+    if any(clock.is_under_way(optimizer) for clock in listening):
+        hear_first(optimizer, stepped)
     if not callable(closure):
         return None
 
@@ -37,6 +40,12 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any
 
     given = {k: v for k, v in (kwargs or {}).items() if k != "closure"}
     return (args[0], computed, *args[2:]), given
+
+
+def stepped(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+    """Run what is due before the hooks of an optimizer's own."""
+    for clock in list(LISTENING):
+        clock.carry(optimizer)
 
 
 def after_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import time
@@ -15,12 +16,14 @@ from surgery.compat.dynamo import CHECKPOINT
 from surgery.contract.method import Method
 from surgery.engine.decide import Decision
 from surgery.errors import OptionError
-from surgery.graph.nodes import checkpointed, gate
-from surgery.graph.reading import placeholders
+from surgery.graph.nodes import checkpointed, gate, written
+from surgery.graph.reading import name_of, placeholders
 from surgery.graph.saved import Saved
 from surgery.graph.simplify import simplify
 from surgery.kernels import plan
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_REPLACES = "torch_Tensor_set_"  # weight.data = ...
 LOG = "SURGERY_LOG"  # environment: "passes" prints what each pass does to each captured graph
 
 
@@ -117,9 +120,25 @@ def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
     # Every parameter, not only the targets: the graph may be reused for a layer whose weights are.
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     for node in reads:
+        users = list(node.users)
+        writing = [user for user in users if _writes(user, node)]
         with graph.graph.inserting_before(first):
-            gated = graph.graph.call_function(gate, (node,))
-        node.replace_all_uses_with(gated, delete_user_cb=lambda user, new=gated: user is not new)
+            whole = graph.graph.call_function(written, (node,)) if writing else node
+        # What a forward writes it reads as it is then, each time.
+        for place, those in [(user, [user]) for user in users] if writing else [(first, users)]:
+            with graph.graph.inserting_before(place):
+                gated = graph.graph.call_function(gate, (whole if place in writing else node,))
+            for user in those:
+                user.replace_input_with(node, whole if name_of(user) == _REPLACES else gated)
+
+
+def _writes(node: Node, weight: Node) -> bool:
+    """Whether a node changes a weight in place: a constraint, `nn.Embedding(max_norm=)`."""
+    name, args = name_of(node), node.args
+    if name in ("embedding", "embedding_bag"):
+        return node.kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+    in_place = name.endswith("_") and not name.endswith("__")
+    return (in_place or node.target in _IN_PLACE) and bool(args) and args[0] is weight
 
 
 def _restore_checkpoints(graph: GraphModule) -> None:

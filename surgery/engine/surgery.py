@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +19,7 @@ from surgery.engine.exhausted import hear_steps
 from surgery.engine.finding import disown, own_later
 from surgery.engine.finding import own as own_modules
 from surgery.engine.rewrite import logged
-from surgery.weights.table import TABLE, table_of
+from surgery.weights.table import BEFORE_SAVED, TABLE, table_of
 
 
 class Surgery:
@@ -78,6 +80,9 @@ class Surgery:
         """Be on the model's present parameters, and hear optimizers. forward: see `Binding`."""
         self.binding.bind(self.clock.step, forward, self.clock.stepping)
         self.clock.listen()
+        table = modules.child(self.decision.model, TABLE)
+        if table is not None and table not in BEFORE_SAVED:
+            BEFORE_SAVED[table] = partial(_keep_up, weakref.ref(self))
 
     def keep_up(self) -> None:
         """Let weights be what was made of their coordinates by hand, or inside of a step."""
@@ -88,3 +93,9 @@ class Surgery:
         found = [(modules.held(owner, key), flag) for owner, key, flag in self.decision.flags]
         once: dict[int, Any] = {id(p): (p, flag) for p, flag in found if p is not None}
         return list(once.values())
+
+
+def _keep_up(surgery: weakref.ref[Surgery]) -> None:
+    alive = surgery()
+    if alive is not None and not alive.clock.stepping:
+        alive.keep_up()

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from surgery.compat.autograd import hooks_of
+from surgery.compat.autograd import hooks_alone
 from surgery.compat.dynamo import policy_of
+from surgery.errors import ModelError
 from surgery.weights.coordinate import Index
 from surgery.weights.sites import read, site_of
 
@@ -60,6 +61,20 @@ def gate(weight: Tensor) -> Tensor:
     return _Copies.apply(weight.detach(), weakref.ref(weight), indices, *(c.read for c in active))
 
 
+@by_identity
+def written(weight: Tensor) -> Tensor:
+    """Return a weight that the graph changes in place; ModelError if copies of it are trained."""
+    site = site_of(weight)
+    if site is not None and site.copied:
+        raise ModelError(
+            f"{site.name} is written in each forward (nn.Embedding(max_norm=...), a constraint), "
+            "and copies of it are trained, in float32 or of parts, that would not hear of it. "
+            "Leave it out of targets= or always=; or write it after each step, under "
+            "torch.no_grad()."
+        )
+    return weight
+
+
 class _Copies(torch.autograd.Function):
     """The identity on a weight whose gradient goes to copies of parts of it."""
 
@@ -72,14 +87,15 @@ class _Copies(torch.autograd.Function):
         *copies: Tensor,
     ) -> Tensor:
         ctx.given = [(i, c.dtype) for i, c in zip(indices, copies, strict=True)]
-        ctx.own = own
+        ctx.own, ctx.copies = own, [weakref.ref(c) for c in copies]
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         own = ctx.own()
-        for hook in hooks_of(own) if own is not None else ():  # as if it had reached the weight
+        copies = [c for ref in ctx.copies if (c := ref()) is not None]
+        for hook in hooks_alone(own, copies) if own is not None else ():  # as if it had reached it
             changed = hook(grad)
             grad = grad if changed is None else changed
         # Copied: a view would keep the gradient of the whole weight alive in `.grad`.

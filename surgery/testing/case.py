@@ -138,8 +138,13 @@ class Moved:
         """After it: take the weights along."""
         for c in coordinates(self.model):
             step = c.parameter.detach() - self.before[id(c.parameter)]
-            if bool(step.any()):
-                self.weights[c.weight] += c.expand(step)
+            if not bool(step.any()):
+                continue
+            # The map of a step may depend on the weight as it was before that step.
+            weight = self.model.get_parameter(c.weight)
+            now, weight.data = weight.data, self.before.get(id(weight), weight.data)
+            self.weights[c.weight] += c.expand(step)
+            weight.data = now
         self.note()
 
 

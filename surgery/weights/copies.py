@@ -114,6 +114,26 @@ def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -
         accept(site, coordinate, step)
 
 
+def keep_all_up(sites: Iterable[Site], step: int, wins: bool = False) -> None:
+    """`keep_up` of every coordinate."""
+    for site in sites:
+        for each in site.coordinates:
+            keep_up(site, each, step, wins)
+
+
+@torch.no_grad()
+def take_back(site: Site, coordinate: Coordinate) -> None:
+    """Let a coordinate be what its weight holds of it."""
+    weight, rule = site.weight(), coordinate.rule
+    assert weight is not None
+    if isinstance(rule, Copied):
+        shards.take(coordinate.parameter, coordinate.part(weight))
+    elif isinstance(rule, Mapped):
+        own = coordinate.parameter
+        own.zero_() if rule.carried is None else own.copy_(rule.carried)
+    note(coordinate, weight)
+
+
 def accept(site: Site, coordinate: Coordinate, step: int) -> None:
     """Take what a coordinate is now for what its weight holds of it."""
     rule, weight = coordinate.mapped, site.weight()

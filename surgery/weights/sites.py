@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from surgery.compat import modules
 from surgery.compat.fsdp import Twins
 from surgery.compat.tensors import is_fake
+from surgery.errors import ModelError
 from surgery.weights import shards
 from surgery.weights.coordinate import Beside, Coordinate, Coordinates, Copied, Mapped, Whole
 from surgery.weights.matrices import wide
@@ -47,8 +48,18 @@ class Site:
         self.copied = isinstance(rule, Copied)
 
     def current(self) -> nn.Parameter:
-        """Return the parameter that the model holds under this name now."""
-        return self.owner.get_parameter(self.key)
+        """Return the parameter that the model holds under this name now; ModelError if none."""
+        weight = modules.held(self.owner, self.key)
+        if weight is None:
+            if modules.is_computed(self.owner, self.key):
+                raise ModelError(
+                    f"{self.name} is computed from other parameters since surgery.apply: pruning, "
+                    "weight_norm, spectral_norm or a parametrization was put on its module. Do "
+                    "that first: surgery.remove(model), put it on, surgery.apply(model, ...), and "
+                    "build another optimizer."
+                )
+            raise shards.flattened(self.name)
+        return weight
 
     def shown(self) -> nn.Parameter:
         """Return the parameter that a forward reads now: under FSDP2, a whole one."""
@@ -78,9 +89,7 @@ class Site:
         `model.to(...)` changes dtypes and devices; `load_state_dict(assign=True)` replaces the
         object.
         """
-        weight = modules.held(self.owner, self.key)
-        if weight is None:
-            raise shards.flattened(self.name)
+        weight = self.current()
         if self.weight() is not weight and self.twin() is not weight:
             return False
         if shards.is_cut(weight) and self.twin() is None:

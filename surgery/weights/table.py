@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ def floor_sizes(resting: Iterable[Tensor]) -> dict[Kind, int]:
         kind = each.device, each.dtype
         sizes[kind] = max(sizes.get(kind, 0), shards.local(each.detach()).numel())
     return sizes
+
+
+# Of a table, what lets weights be what coordinates are.
+BEFORE_SAVED: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
 
 
 class _Part(modules.Unsaved):
@@ -82,6 +87,10 @@ class CoordinateTable(_Part):
                 modules.hold_current(part, self.follow)
                 self.listed.append((each, part))
             modules.hold(part, each.key, each.parameter)
+
+    def before_saved(self) -> None:
+        """Let weights, which are listed before, become what was made of coordinates by hand."""
+        BEFORE_SAVED.get(self, lambda: None)()
 
     def follow(self, weights: Weights | None = None) -> None:
         """Cut copies whose weights `fully_shard` has cut, as these; they begin anew.

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from surgery.activations.fusing import fuse
+from surgery.compat.tensors import leaves
 from surgery.contract.method import EVERY, Method, Run
-from surgery.errors import ModelError, OptimizerError
+from surgery.errors import ModelError, OptimizerError, listed
 from surgery.kernels import directions
 from surgery.ranks import rank_of_world
 from surgery.weights import shards
@@ -92,6 +93,19 @@ class TwoPoint(Method):
         perturb_reads(graph)
 
     # -- one evaluation ----------------------------------------------------------------------------
+
+    def before_forward(self, arguments: Mapping[str, Any], run: Run) -> None:
+        given = [
+            name
+            for name, value in arguments.items()
+            if any(isinstance(t, Tensor) and t.requires_grad for t in leaves(value))
+        ]
+        if given:
+            raise ModelError(
+                f"{self.name}: {listed(given)} requires a gradient, and none comes to what the "
+                "model is given: slopes of coordinates come from two forwards. Give it detached; "
+                f"or leave {self.name} out, to train what is in front of the model."
+            )
 
     def drive(self, forward: Callable[[], Any], run: Run) -> Any:
         """Return the model's output, attached to the coordinates."""
