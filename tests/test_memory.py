@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from types import FrameType
+
 import pytest
 import torch
 from laws import PASSES, state_of
@@ -182,3 +185,34 @@ def test_the_account_adds_up_for_adapters_inside_checkpointing():
     assert not embeddings._forward_hooks
     surgery.remove(model)
     assert len(embeddings._forward_hooks) == 2
+
+
+@pytest.mark.parametrize("row", ["misa", "rso", "mezo", "recompute", "chunked_loss", "compress"])
+@pytest.mark.filterwarnings("ignore:.*scalars that")
+def test_a_step_leaves_no_circle_with_tensors_in_it(row):
+    """A batch, an output or a block's weights would lie there until Python looks for garbage."""
+    model = surgery.apply(make("llama"), PASSES[row]())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step() -> None:
+        inputs = inputs_of("llama")
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    gc.collect()
+    gc.disable()
+    flags = gc.get_debug()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        step()
+        gc.collect()
+        left = [each for each in gc.garbage if isinstance(each, torch.Tensor | FrameType)]
+    finally:
+        gc.set_debug(flags)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left

@@ -32,9 +32,11 @@ def loss_scale_now() -> float:
     backward, where gradients are still scaled; so look up who is calling.
     """
     for frame in itertools.islice(calls(), _CALLERS):
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, GradScaler):
-            return caller.get_scale()
+        # Of our own frame the locals would hold itself, and with it all those that call.
+        if frame.f_code.co_name == "step":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, GradScaler):
+                return caller.get_scale()
     return 1.0
 
 

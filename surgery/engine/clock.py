@@ -122,8 +122,8 @@ class Clock:
     def stepping(self) -> bool:
         """Whether an optimizer's step is under way; one that an error has ended is forgotten."""
         if self.under_way:
-            now = set(calls())
-            self.under_way = [each for each in self.under_way if each[1] in now]
+            now = set(map(id, calls()))  # a set of frames would hold the one that it is in
+            self.under_way = [each for each in self.under_way if id(each[1]) in now]
         return bool(self.under_way)
 
     def begin(

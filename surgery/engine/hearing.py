@@ -21,7 +21,7 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any
     """Run what is due before `optimizer.step()`; return its arguments if they shall be others."""
     if not LISTENING:
         return None
-    _, where = itertools.islice(calls(), 2)  # the step: an error ends it, and not its caller
+    where = next(itertools.islice(calls(), 1, None))  # the step: an error ends it, not its caller
     scale, listening = loss_scale_now(), list(LISTENING)
     closure = (kwargs or {}).get("closure") or (args[1] if len(args) > 1 else None)
     for clock in listening:
