@@ -288,7 +288,13 @@ class Life:
             state = model.training, frozenset(self.hooks), frozen
             self.seen.add((rows == 1, *state))
             self.known.add((rows == 1, *state))
+            self.rest()
         return loss_of(model, inputs_of("plain", seed=seed, rows=rows))
+
+    def rest(self) -> None:
+        """See what a forward sees: copies of what is frozen rest, and begin anew as weights."""
+        frozen = tuple(f"blocks.{block}." for block in self.frozen)
+        self.active = frozenset(key for key in self.active if not key[0].startswith(frozen))
 
     def compare_losses(self, ours: Tensor, plain: Tensor) -> None:
         near = 1e-4 if self.kind.slope else 2**-7 if self.narrow else 1e-12
@@ -367,6 +373,7 @@ class Life:
     def report(self, seed: int, batch: bool) -> None:
         """Ask for a report; it changes nothing."""
         if batch:
+            self.rest()
             self.seen.add(("by keywords", frozenset(self.hooks), frozenset(self.frozen)))
         inputs = inputs_of("plain", seed=seed) if batch else None
         text = str(surgery.report(self.model, inputs and {**inputs, "targets": inputs["tokens"]}))
