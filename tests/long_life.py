@@ -293,6 +293,8 @@ class Life:
 
     def rest(self) -> None:
         """See what a forward sees: copies of what is frozen rest, and begin anew as weights."""
+        if self.kind.mapped:
+            return
         frozen = tuple(f"blocks.{block}." for block in self.frozen)
         self.active = frozenset(key for key in self.active if not key[0].startswith(frozen))
 

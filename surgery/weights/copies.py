@@ -105,7 +105,8 @@ def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -
         return
     moved = _seen(coordinate.parameter) != coordinate.seen[:2]
     written = _seen(weight) != coordinate.seen[2:]
-    if moved and (wins or not written):
+    frozen = coordinate.frozen and isinstance(rule, Mapped)  # it may share what others are moved by
+    if moved and (wins or not written) and not frozen:
         write(site, coordinate, step)
     elif isinstance(rule, Copied) and written:
         shards.take(coordinate.parameter, coordinate.part(weight))
