@@ -44,6 +44,7 @@ from surgery.compat import (
     optimizers,
     stage,
     tensors,
+    world,
 )
 from surgery.engine import callers, exhausted
 
@@ -519,6 +520,26 @@ def test_the_ddp_around_a_forward_is_found(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_one_process_of_many_holds_its_share_and_says_when_memory_moves():
+    """world.one_of, world.shard, world.resizing, fsdp.held_of: a group that sends nothing, and the
+    functions by which FSDP2 gives memory back."""
+    told: list[int] = []
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with world.one_of(4) as mesh:
+        world.shard(model, ["0"], mesh)
+        assert fsdp.held_of(model[0].weight).shape == (2, 8)
+        with world.resizing(lambda t: told.append(t.untyped_storage().nbytes())):
+            model(torch.ones(2, 8)).sum().backward()
+    assert 0 in told and max(told) == 4 * 64, "FSDP2 frees what it has gathered in another way"
+    assert not torch.distributed.is_initialized()
+    before = len(told)
+    with world.one_of(4) as mesh:
+        other = nn.Sequential(nn.Linear(8, 8))
+        world.shard(other, ["0"], mesh)
+        other(torch.ones(2, 8)).sum().backward()
+    assert len(told) == before
+
+
 LEFT_OUT = """
     import sys, torch
     sys.path[:0] = ["tests"]
@@ -534,6 +555,7 @@ LEFT_OUT = """
     fsdp.level(wrapped, [model.left.weight.detach()])
     assert float(model.left.weight[0, 0]) == 0.0
     model.own(torch.ones(1, 2)).sum().backward()
+    assert {"left.weight", "left.bias"} <= fsdp.stays_out_of_ddp(model)
     fsdp.take_back_from_ddp(model)
     assert not [key for key in vars(model) if "ddp" in key]
     print("equal")
@@ -856,7 +878,8 @@ def test_what_is_around_a_backward_a_forward_and_a_step():
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    known = (autograd, dynamo, failures, fsdp, hf, inductor, modules, optimizers, stage, tensors)
+    known = [autograd, dynamo, failures, fsdp, hf, inductor, modules, optimizers]
+    known += [stage, tensors, world]
     for module in known:
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"

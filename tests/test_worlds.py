@@ -61,6 +61,7 @@ def begun(wrap, spec):
         optimizer.zero_grad()
 
     step()
+    step()  # DDP lays out its buckets anew once it knows in which order gradients come
     gc.collect()
     return step
 

@@ -23,6 +23,7 @@ a step played without memory: storages, places      stage
 FSDP2's sharded and whole parameters                fsdp.twins             torch < 2.13: (3)
 modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
+one process of many, played without the others      world
 what transformers does for reentrant checkpoints    hf.Workarounds
 
 (1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the limit stands in a
