@@ -67,6 +67,20 @@ def test_what_fits_is_what_is_applied_and_the_peak_is_real():
     assert chosen.best.peak == pytest.approx(peak, rel=0.01)
 
 
+def test_report_says_how_far_the_prediction_was_right():
+    weights = storage_bytes(small().parameters())
+    found = surgery.fit(small(), BATCH, 40 * weights)
+    least = found.within(int(1.2 * (found.nearest.peak or 0)))
+    assert least.best is not None and least.best.spec
+    model = least.apply(small(), compile=False)
+    said = dict(surgery.report(model, BATCH).lines)
+    assert said["peak"].endswith("predicted") and "off by" not in said["activations"]
+    assert "measured" in said["activations"]
+    other = dict(surgery.report(model, tokens(rows=128)).lines)
+    assert "is not the one that was played" in other["activations"]
+    assert "activations" not in dict(surgery.report(model).lines)
+
+
 def test_where_nothing_fits_the_nearest_is_named():
     weights = storage_bytes(small().parameters())
     found = surgery.fit(small(), BATCH, weights + 4096)

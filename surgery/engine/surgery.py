@@ -27,8 +27,11 @@ class Surgery:
 
     decision: what it is. dispatch: its forwards. coverage: what these have read. backward: its
     backwards. clock: its steps. binding: the tensors that its coordinates are on. Each of them
-    alone writes what it holds.
+    alone writes what it holds. expected: bytes at the peak of a step and between forward and
+    backward, if they were predicted.
     """
+
+    expected: tuple[int | None, int | None] = (None, None)
 
     def __init__(self, decision: Decision) -> None:
         self.decision = decision

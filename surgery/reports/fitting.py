@@ -33,8 +33,8 @@ SPARE = 0.1  # of the memory: what fragments, other libraries and the next longe
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One composition. spec: names of passes, to be applied. peak: bytes, None if it cannot be
-    played (`note` says why). rows, length: the most that fit of a batch of this length, of these
-    rows, by how the peak grows with the batch."""
+    played (`note` says why). activations: bytes that forward leaves for backward. rows, length: the
+    most that fit of a batch of this length, of these rows, by how the peak grows with the batch."""
 
     spec: tuple[str, ...]
     checkpointing: bool
@@ -45,6 +45,7 @@ class Row:
     note: str = ""
     rows: int | None = None
     length: int | None = None
+    activations: int | None = None
 
     @property
     def title(self) -> str:
@@ -108,7 +109,9 @@ class Fit:
             _checkpoint(model)
         if self.best.spec:
             passes = resolve(list(self.best.spec), {})
-            Surgery(decide(model, passes, backend, compile=compile)).install()
+            surgery = Surgery(decide(model, passes, backend, compile=compile))
+            surgery.expected = self.best.peak, self.best.activations
+            surgery.install()
         elif backend is not None:
             raise OptionError(
                 "the recommended composition has no pass, so there is no graph for "
@@ -274,6 +277,7 @@ def _row(one: Composition, step: Step | str, shape: tuple[int, int] | None, memo
         fits=step.peak <= room,
         rows=None if most is None else most[0],
         length=None if most is None else most[1],
+        activations=step.activations,
     )
 
 

@@ -47,6 +47,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         ("optimizer steps", f"{clock.step:,}"),
         ("skipped steps", f"{clock.skipped:,} (NaN or infinite gradients)"),
         ("captured graphs", f"{dispatch.captures}"),
+        *_beside_predicted(surgery, after.activations),
     ]
     return Report(
         title=f"surgery on {type(decision.model).__name__}",
@@ -56,6 +57,27 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         measured=batch is not None,
         kept=kept,
     )
+
+
+def _beside_predicted(surgery: Surgery, activations: int | None) -> Iterator[tuple[str, str]]:
+    """Say how far what `surgery.fit` has predicted of this model was right."""
+    expected, kept = surgery.expected
+    device = device_of(surgery.decision.model)
+    if expected is not None and device.type == "cuda" and surgery.clock.step:
+        most = torch.cuda.max_memory_allocated(device)  # since the process began, or it was reset
+        yield "peak", _beside(expected, most, "the most so far")
+    elif expected is not None:
+        yield "peak", f"{megabytes(expected)} predicted"
+    if kept is not None and activations is not None:
+        yield "activations", _beside(kept, activations, "measured")
+
+
+def _beside(predicted: int, measured: int, how: str) -> str:
+    off = measured / max(1, predicted) - 1
+    said = f"{megabytes(predicted)} predicted, {megabytes(measured)} {how}"
+    if abs(off) <= 0.05:
+        return said
+    return f"{said}: off by {off:+.0%}, so this batch, or this loop, is not the one that was played"
 
 
 def _taken(count: int) -> str:
