@@ -15,7 +15,7 @@ from torch import SymInt, Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 
-from surgery.compat.tensors import FakeTensorMode, fakes, leaves, storage_of
+from surgery.compat.tensors import FakeTensorMode, fakes, is_wrapper, leaves, storage_of
 from surgery.graph.nodes import checkpointed
 from surgery.graph.reading import bodies, writes
 from surgery.weights.sites import site_of, stand_in
@@ -143,7 +143,9 @@ def _fake(mode: FakeTensorMode, value: Any, now: bool) -> Any:
     if isinstance(value, SymInt):
         return value.node.hint  # int(value) would make Dynamo guard on it
     if isinstance(value, Tensor) and not mode.is_our_fake(value):
-        fake = mode.from_tensor(value.detach(), static_shapes=True)
+        # Classes with data of their own (bitsandbytes') are taken for tensors of their bytes.
+        known = value if is_wrapper(value) else value.as_subclass(Tensor)
+        fake = mode.from_tensor(known.detach(), static_shapes=True)
         return _same_site(value, fake.requires_grad_(_trained(value, now)))
     return value
 
