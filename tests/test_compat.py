@@ -114,19 +114,26 @@ def test_other_shapes_are_no_other_capture():
 
 def test_a_captures_caches_go_with_it():
     """Dynamo keeps a code by what it made of it, and that in the code's own cache."""
-    made, symbols = [], []
+    made, symbols, modes = [], [], []
 
     def backend(graph, inputs):
         made.append(weakref.ref(graph))
-        symbols.append(dynamo.fake_mode_of(inputs).shape_env)
+        mode = dynamo.fake_mode_of(inputs)
+        symbols.append(mode.shape_env)
+        modes.append(weakref.ref(mode))
         return graph.forward
 
     run = dynamo.capture(Two.forward, backend, 8)
     with dynamo.capturing(8):
         run(Two(), torch.randn(2, 4))
     assert made[0]() is not None and symbols[0].fake_tensor_cache
-    del run
+    (entry,) = dynamo._debug_get_cache_entry_list(run._torchdynamo_orig_callable.__code__)
+    guards = entry.guard_manager
+    assert vars(guards)["root"] is not None, "look at torch._dynamo.guards.GuardManagerWrapper"
+    del run, entry
     gc.collect()
+    assert not {name for name, value in vars(guards).items() if value is not None}
+    assert modes[0]() is None, "look at ShapeEnv: tracked_fakes, caches of its functions"
     assert made[0]() is None, "look at torch._C._dynamo.eval_frame.reset_code"
     assert not symbols[0].fake_tensor_cache, "look at ShapeEnv.fake_tensor_cache"
 
