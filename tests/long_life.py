@@ -295,8 +295,12 @@ class Life:
         """See what a forward sees: copies of what is frozen rest, and begin anew as weights."""
         if self.kind.mapped:
             return
-        frozen = tuple(f"blocks.{block}." for block in self.frozen)
-        self.active = frozenset(key for key in self.active if not key[0].startswith(frozen))
+        asleep = self.asleep()
+        self.active = frozenset(key for key in self.active if not key[0].startswith(asleep))
+
+    def asleep(self) -> tuple[str, ...]:
+        """Return how names of frozen weights begin."""
+        return tuple(f"blocks.{block}." for block in self.frozen)
 
     def compare_losses(self, ours: Tensor, plain: Tensor) -> None:
         near = 1e-4 if self.kind.slope else 2**-7 if self.narrow else 1e-12
@@ -306,8 +310,7 @@ class Life:
 
     def step(self, seed: int, rows: int, micro: int, clip: float | None, closure: bool) -> None:
         """Make an optimizer step, on `micro` batches."""
-        places = [name.split(".") for name, _ in self.own]
-        if all(place[0] == "blocks" and int(place[1]) in self.frozen for place in places):
+        if all(name.startswith(self.asleep()) for name, _ in self.own):
             assert not self.loss(self.model, seed, rows).requires_grad  # a frozen model
             return
         weights = dict(self.plain.named_parameters())
@@ -337,8 +340,9 @@ class Life:
 
     def nan(self, seed: int) -> None:
         """Make a step whose gradients are not finite; exact passes leave that to its user."""
-        if self.kind.exact or not any(c.active for c in surgery.coordinates(self.model)):
-            return
+        active = {c.weight for c in surgery.coordinates(self.model) if c.active}
+        if self.kind.exact or all(name.startswith(self.asleep()) for name in active):
+            return  # a step that trains nothing has no gradient that is not finite
         (self.loss(self.model, seed) * float("nan")).backward()
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer.step()
