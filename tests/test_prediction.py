@@ -226,3 +226,14 @@ def test_the_device_that_is_here_is_measured_once():
     assert found.single / found.bandwidth > 1 and found.launch < 1e-3
     planned = surgery.plan(make("llama"), (1, 8), "recompute", device="here")
     assert planned.before.milliseconds and planned.after.milliseconds
+
+
+@pytest.mark.parametrize("row", ["misa", "rso", "velora", "compress", "mezo", "lozo", "subzero"])
+@pytest.mark.filterwarnings("ignore:.*scalars that")
+def test_kernels_of_accelerators_are_told_apart_by_what_they_count(row):
+    """Of the same layout of arguments, one makes 32 numbers for each row and another 96."""
+    model = make("llama", tie_word_embeddings=False)
+    options = {"optimizer": SGD} if row in ("mezo", "lozo", "subzero") else {}
+    found = surgery.plan(model, (2, 16), PASSES[row](), device="h100", **options)
+    assert not [text for label, text in found.lines if label == "peak not predicted"]
+    assert found.after.peak and found.after.milliseconds
