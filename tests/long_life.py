@@ -388,11 +388,14 @@ class Life:
     def scale(self, by: float) -> None:
         """Write all weights, as a load does."""
         self.model.load_state_dict({k: v * by for k, v in self.model.state_dict().items()})
-        # Copies follow at the next read; on a copied model at the first of training.
-        with torch.set_grad_enabled(not state_of(self.model).binding.bound):
+        # Copies follow at the next read; on a copied model at the first of training, and there what
+        # was written tells itself by its value alone.
+        bound = state_of(self.model).binding.bound
+        with torch.set_grad_enabled(not bound):
             self.loss(self.model, 0)
         self.go_back({k: v * by for k, v in self.plain.state_dict().items()})
-        self.as_weights(self.active)
+        if bound or by != 1.0:
+            self.as_weights(self.active)
 
     @torch.no_grad()
     def go_back(self, weights: Mapping[str, Tensor]) -> None:

@@ -102,4 +102,9 @@ def test_the_peak_of_a_process_of_two(row, measured):
     found = surgery.plan(model, (ROWS, LENGTH), [*spec] or "lisa", world=2, wrap=wrap)
     peak = found.after.peak if spec else found.before.peak
     assert peak == pytest.approx(measured[row], rel=0.01)
+    if not spec:  # shards of 128 and 512 rows: no rank has more than half
+        whole = sum(p.numel() * p.element_size() for p in model.parameters())
+        share = whole / (2 if wrap == "fsdp2" else 1)
+        assert found.before.parameters == pytest.approx(share, rel=1e-3)
+        assert found.before.optimizer == pytest.approx(2 * share, rel=1e-3)
     assert not distributed.is_initialized()

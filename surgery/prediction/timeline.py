@@ -152,12 +152,14 @@ class Timeline:
         return found
 
     def held(self, first: Sequence[int]) -> dict[Kind, int]:
-        """Return the bytes by kind of storages, and the most that gradients have taken."""
+        """Return the bytes by kind of storages, and the most that gradients and optimizer take."""
         found: dict[Kind, int] = defaultdict(int)
         for key in first:
             found[self._kind(key)] += self.storages[key].size
-        gradients = [held.get("gradients", 0) for _, held in self.course()]
-        return {**found, "gradients": max(gradients, default=0)}
+        course = [held for _, held in self.course()]
+        for kind in ("gradients", "optimizer"):  # what is made inside of DTensors is seen late
+            found[kind] = max((held.get(kind, 0) for held in course), default=0)
+        return dict(found)
 
     def peak(self) -> tuple[int, Phase, tuple[Holder, ...]]:
         """Return the most bytes that were alive at a time, in which phase, and what held them."""
