@@ -57,10 +57,10 @@ class Loop:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What a step holds, in bytes. start: before it, optimizer state included. held: before it, by
-    kind; of gradients and optimizer, the most meanwhile. activations: that forward leaves for backward. peak: the
-    most at a time, in `phase`. holders: of the peak. course: bytes by kind, after each allocation.
-    milliseconds: None without a device. said: of each pass that rewrites, by its name: what it
-    reports of the graphs that it has rewritten."""
+    kind; of gradients and optimizer, the most meanwhile. activations: that forward leaves for
+    backward. peak: the most at a time, in `phase`. holders: of the peak. course: bytes by kind,
+    after each allocation. milliseconds: None without a device. said: of each pass that rewrites, by
+    its name: what it reports of the graphs that it has rewritten."""
 
     start: int
     held: Mapping[Kind, int]
