@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgery
 from surgery.compat import (
     autograd,
+    caches,
     dynamo,
     failures,
     fsdp,
@@ -113,7 +114,7 @@ def test_other_shapes_are_no_other_capture():
 
 
 def test_a_captures_caches_go_with_it():
-    """Dynamo keeps a code by what it made of it, and that in the code's own cache."""
+    """caches.forget: Dynamo keeps a code by what it made of it, in the code's own cache."""
     made, symbols, modes = [], [], []
 
     def backend(graph, inputs):
@@ -127,7 +128,7 @@ def test_a_captures_caches_go_with_it():
     with dynamo.capturing(8):
         run(Two(), torch.randn(2, 4))
     assert made[0]() is not None and symbols[0].fake_tensor_cache
-    (entry,) = dynamo._debug_get_cache_entry_list(run._torchdynamo_orig_callable.__code__)
+    (entry,) = caches._debug_get_cache_entry_list(run._torchdynamo_orig_callable.__code__)
     guards = entry.guard_manager
     assert vars(guards)["root"] is not None, "look at torch._dynamo.guards.GuardManagerWrapper"
     del run, entry
@@ -885,7 +886,7 @@ def test_what_is_around_a_backward_a_forward_and_a_step():
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    known = [autograd, dynamo, failures, fsdp, hf, inductor, modules, optimizers]
+    known = [autograd, caches, dynamo, failures, fsdp, hf, inductor, modules, optimizers]
     known += [stage, tensors, world]
     for module in known:
         for node in ast.parse(inspect.getsource(module)).body:

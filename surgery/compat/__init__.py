@@ -6,7 +6,7 @@ a sentence that says what to look at. Nothing else of this library touches a pri
 what is needed                                      where                  what differs by version
 --------------------------------------------------  ---------------------  -----------------------
 a capture with caches and a limit of its own        dynamo.capture         torch < 2.13: (1)
-a capture's caches let go with it                   dynamo.capture
+a capture's caches let go with it                   caches.forget
 Dynamo's settings and errors while it captures      dynamo.capturing       torch < 2.13: (2)
 the backend of a torch.compile around us, by name   dynamo.outer_backend
 what torch.compile(model) returns                   dynamo.is_around

@@ -7,7 +7,7 @@ import logging
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -16,20 +16,17 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 import torch._dynamo.utils
-from torch._C._dynamo.eval_frame import (
-    _debug_get_cache_entry_list,
-    get_eval_frame_callback,
-    reset_code,
-)
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _python_dispatch as dispatching
 
+from surgery.compat.caches import forget
 from surgery.errors import CaptureError, SurgeryError
 
 Backend: TypeAlias = str | Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -76,29 +73,8 @@ def capture(
     made: Any = torch.compile(own, backend=noting, dynamic=True, **options)
     code = getattr(own, "__code__", None)  # of a method: its function's
     if code is not None:
-        weakref.finalize(made, _forget, code, symbols).atexit = False
+        weakref.finalize(made, forget, code, symbols).atexit = False
     return made
-
-
-def _forget(code: types.CodeType, symbols: Iterable[ShapeEnv]) -> None:
-    """Let go of what torch keeps of a capture, some of it for ever.
-
-    Dynamo knows a code by what it made of it, which that code's own cache holds, and its guards by
-    whatever function or class they look at. Results of fake operations are kept by the symbols of a
-    capture, and these, with all fake tensors, by caches of what they were asked, which are those of
-    the class. 1.2 MB for each capture of a small model.
-    """
-    guards = [entry.guard_manager for entry in _debug_get_cache_entry_list(code)]
-    reset_code(code)
-    for each in guards:
-        vars(each).clear()
-        each.cache_entry = each.extra_state = None  # what is asked when that is deallocated
-    for each in symbols:
-        each.fake_tensor_cache.clear()
-        each.tracked_fakes = []  # whose sizes lead back to it, a circle that C++ hides from Python
-    for each in vars(ShapeEnv).values():
-        if hasattr(each, "cache_clear"):
-            each.cache_clear()
 
 
 @contextmanager
