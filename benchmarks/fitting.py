@@ -17,19 +17,20 @@ import torch
 
 import surgery
 from benchmarks.common import run_parts
+from surgery.reports.fitting import Goal, Row
 
 CONFIGS = Path(__file__).parent / "configs"
 BATCH = (1, 2048)
+_GOALS: tuple[Goal, ...] = ("full", "forwards")
 MEMORIES = ("16GiB", "24GiB", "80GiB")
 
 
 def fitted(name: str) -> dict[str, Any]:
     """Return every composition's peak and time, and what is recommended for each memory."""
     began = time.monotonic()
-    told: Any = lambda row: print(row.title, row.peak, row.note, flush=True)  # noqa: E731
     found = [
-        surgery.fit(str(CONFIGS / name), BATCH, "80GiB", device="h100", goal=goal, told=told)
-        for goal in ("full", "forwards")
+        surgery.fit(str(CONFIGS / name), BATCH, "80GiB", device="h100", goal=goal, told=_told)
+        for goal in _GOALS
     ]
     rows = [row for each in found for row in each.rows]
     within = {memory: [each.within(memory) for each in found] for memory in MEMORIES}
@@ -57,6 +58,10 @@ def fitted(name: str) -> dict[str, Any]:
         "minutes": round((time.monotonic() - began) / 60, 1),
         "peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
     }
+
+
+def _told(row: Row) -> None:
+    print(row.title, row.peak, row.note, flush=True)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from laws import own, state_of, weights
 from models import inputs_of, loss_of, make
+from test_other_code import Ahead
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
@@ -321,26 +322,6 @@ def test_a_weight_that_the_forward_writes_is_written_or_refused_by_name(how):
     with pytest.raises(surgery.ModelError, match=r"weight is written in each forward"):
         narrow(tokens)
     assert torch.is_grad_enabled()
-
-
-class Ahead(torch.optim.Optimizer):
-    """Lookahead whose slow weights are a list of its own."""
-
-    def __init__(self, inner: torch.optim.Optimizer, every: int = 2) -> None:
-        super().__init__(inner.param_groups, {})
-        self.inner, self.every, self.made = inner, every, 0
-        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.inner.step()
-        self.made += 1
-        if self.made % self.every == 0:
-            fast = [p for g in self.param_groups for p in g["params"]]
-            for slow, parameter in zip(self.slow, fast, strict=True):
-                if parameter.grad is not None:
-                    slow.lerp_(parameter, 0.5)
-                    parameter.copy_(slow)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -25,7 +25,7 @@ def one_of(count: int) -> Iterator[DeviceMesh]:
         distributed.destroy_process_group()
 
 
-def shard(model: nn.Module, blocks: list[str], mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, blocks: Iterable[str], mesh: DeviceMesh) -> None:
     """Let FSDP2 cut a model: each block by itself, then the rest."""
     for name in blocks:
         fully_shard(model.get_submodule(name), mesh=mesh)

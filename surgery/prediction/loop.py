@@ -139,8 +139,7 @@ def _shared(loop: Loop, stage: Stage) -> Iterator[Callable[[Any], Any] | None]:
         def prepare(model: nn.Module) -> None:
             if loop.prepare is not None:
                 loop.prepare(model)
-            inner = [name for name in blocks(model) if name in dict(model.named_modules())]
-            world.shard(model, inner, mesh)
+            world.shard(model, blocks(model), mesh)
 
         yield prepare
 

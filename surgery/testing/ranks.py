@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery.api import apply
+from surgery.compat.world import shard
 from surgery.testing.case import Case, LawError, close, equal, own
 from surgery.testing.laws import model_loss
 from surgery.weights import shards
@@ -89,8 +89,5 @@ def _compare(rank: int, case: Case, wrap: str, of: str) -> None:
 def _wrapped(model: nn.Module, wrap: str) -> nn.Module:
     if wrap == "DDP":
         return DistributedDataParallel(model, find_unused_parameters=True)
-    mesh = init_device_mesh("cpu", (2,))
-    for name in blocks(model):
-        fully_shard(model.get_submodule(name), mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard(model, blocks(model), init_device_mesh("cpu", (2,)))
     return model
