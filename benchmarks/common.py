@@ -106,6 +106,38 @@ def step_of(model: Any, optimizer: Any, batches: Sequence[torch.Tensor]) -> Call
     return step
 
 
+def adapted(model: Any, rank: int, four_bits: bool = False) -> Any:
+    """Put LoRA on every Linear of a language model, on the meta device too.
+
+    four_bits: the weights of its blocks are nf4 first, their scales in eight bits (QLoRA).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if four_bits:
+        _in_four_bits(model.model.layers)
+    config = LoraConfig(r=rank, target_modules="all-linear")
+    with torch.device(memory.device_of(model)):
+        return get_peft_model(model, config).train()
+
+
+def _in_four_bits(blocks: torch.nn.Module) -> None:
+    from bitsandbytes import functional
+    from bitsandbytes import nn as bits
+
+    few: Any = bits
+    with torch.device("cpu"):  # else a global table would be of the first weight's device
+        functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True)
+    for owner in list(blocks.modules()):
+        for name, linear in list(owner.named_children()):
+            if not isinstance(linear, torch.nn.Linear):
+                continue
+            size = linear.in_features, linear.out_features
+            made: Any = few.Linear4bit(*size, bias=False, quant_type="nf4", device="meta")
+            weight: Any = few.Params4bit(linear.weight.data, quant_type="nf4", module=made)
+            made.weight = weight._quantize(linear.weight.device)
+            setattr(owner, name, made)
+
+
 @torch.no_grad()
 def held_out(model: Any, rows: torch.Tensor, at_a_time: int) -> float:
     """Return the mean loss of rows of tokens, in evaluation mode."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -52,18 +53,21 @@ HARD = "eight classes"  # where the learning rates are chosen
 
 
 class Prompted(nn.Module):
-    """Cosines of texts with the prompts of classes, as logits."""
+    """Cosines of texts with the prompts of classes, as logits; with labels, the loss."""
 
     def __init__(self, encoder: nn.Module, prompts: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
         self.prompts = nn.Parameter(prompts)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         mask = attention_mask[..., None].to(states.dtype)
         mean = functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-        return SCALE * mean @ functional.normalize(self.prompts, dim=-1).t()
+        logits = SCALE * mean @ functional.normalize(self.prompts, dim=-1).t()
+        return logits if labels is None else functional.cross_entropy(logits, labels)
 
 
 @lru_cache
@@ -112,7 +116,23 @@ def balanced(labels: Tensor, each: int, seed: int) -> Tensor:
     return places[torch.randperm(len(places), generator=generator)]
 
 
-Build = Callable[[Prompted, float, int], tuple[nn.Module, torch.optim.Optimizer]]
+class Both:
+    """Two optimizers that step together."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        for each in self.optimizers:
+            each.step()
+
+    def zero_grad(self) -> None:
+        for each in self.optimizers:
+            each.zero_grad()
+
+
+Build = Callable[[Prompted, float, int], tuple[nn.Module, torch.optim.Optimizer | Both]]
+UPPER = r"encoder\.encoder\.layer\.[45]\..*|prompts"  # two of six blocks, and the prompts
 
 
 def zeroth(
@@ -120,6 +140,21 @@ def zeroth(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     surgery.apply(model, name, seed=seed, **options)
     return model, torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def hybrid(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, Both]:
+    surgery.apply(model, "mezo", seed=seed, backward=UPPER)
+    slopes = {c.parameter for c in surgery.coordinates(model) if c.parameter.numel() == 1}
+    upper = [c.parameter for c in surgery.coordinates(model) if c.parameter not in slopes]
+    adamw = torch.optim.AdamW(upper, lr=lr, weight_decay=0.0)
+    return model, Both(torch.optim.SGD(slopes, lr=3e-5), adamw)
+
+
+def upper_alone(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.fullmatch(UPPER, name) is not None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
 
 
 def adamw(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -139,6 +174,15 @@ METHODS: dict[str, tuple[Build, int, tuple[float, ...]]] = {
     "AdamW": (adamw, 3, (1e-5, 3e-5)),
     "LoRA (peft), AdamW": (lora, 3, (3e-4, 1e-3)),
     "mezo": (zeroth, 2, (1e-5, 3e-5, 1e-4)),
+    "mezo, sign": (partial(zeroth, update="sign"), 2, (3e-5, 1e-4, 3e-4)),
+    "mezo, conservative": (
+        partial(zeroth, update="conservative"), 5, (3e-5, 1e-4, 3e-4),
+    ),
+    "mezo, 1 block": (partial(zeroth, blocks=1), 2, (3e-5, 1e-4, 3e-4)),
+    "mezo, 2 blocks": (partial(zeroth, blocks=2), 2, (3e-5, 1e-4, 3e-4)),
+    # three forwards, and a backward through a third of one
+    "mezo below, AdamW above": (hybrid, 4, (1e-5, 3e-5, 1e-4)),
+    "frozen below, AdamW above": (upper_alone, 2, (1e-5, 3e-5, 1e-4)),  # its control
     "mezo, random mask": (
         partial(zeroth, name="sparse_mezo", mask="random"), 2, (3e-5, 1e-4, 3e-4),
     ),
@@ -177,8 +221,7 @@ def train(task: str, method: str, lr: float, seed: int, forwards: int) -> list[f
         order = shots[torch.randperm(len(shots), generator=torch.Generator().manual_seed(turn))]
         turn += 1
         for part in order.split(BATCH):
-            logits = model(**{k: v[part] for k, v in texts.items()})
-            functional.cross_entropy(logits, labels[part]).backward()
+            model(**{k: v[part] for k, v in texts.items()}, labels=labels[part]).backward()
             optimizer.step()
             optimizer.zero_grad()
             made += cost

@@ -1,8 +1,9 @@
 """What fits: 8 B models, one row of 2,048 tokens in bfloat16, for 16, 24 and 80 GiB.
 
-    python -m benchmarks.fitting [llama-3-8b] [qwen3-8b]
+    python -m benchmarks.fitting [llama-3-8b] [qwen3-8b] [nf4]
 
 Played on this machine from configs alone (benchmarks/configs), with an H100's allocator and times.
+nf4: Llama-3-8B with its blocks in four bits under LoRA of rank 16.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import surgery
-from benchmarks.common import run_parts
+from benchmarks.common import adapted, run_parts
+from surgery.prediction.sources import model_of
 from surgery.reports.fitting import Goal, Row
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -25,12 +28,11 @@ _GOALS: tuple[Goal, ...] = ("full", "forwards")
 MEMORIES = ("16GiB", "24GiB", "80GiB")
 
 
-def fitted(name: str) -> dict[str, Any]:
+def fitted(model: Any, goals: tuple[Goal, ...]) -> dict[str, Any]:
     """Return every composition's peak and time, and what is recommended for each memory."""
     began = time.monotonic()
     found = [
-        surgery.fit(str(CONFIGS / name), BATCH, "80GiB", device="h100", goal=goal, told=_told)
-        for goal in _GOALS
+        surgery.fit(model, BATCH, "80GiB", device="h100", goal=goal, told=_told) for goal in goals
     ]
     rows = [row for each in found for row in each.rows]
     within = {memory: [each.within(memory) for each in found] for memory in MEMORIES}
@@ -66,7 +68,9 @@ def _told(row: Row) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    parts = {each.name: lambda name=each.name: fitted(name) for each in sorted(CONFIGS.iterdir())}
+    parts = {each.name: partial(fitted, str(each), _GOALS) for each in sorted(CONFIGS.iterdir())}
+    few = adapted(model_of(CONFIGS / "llama-3-8b"), 16, four_bits=True)
+    parts["nf4"] = partial(fitted, few, ("adapter",))
     run_parts("fitting", parts, sys.argv[1:], batch=list(BATCH), device="h100")
 
 

@@ -45,6 +45,12 @@ PASSES: dict[str, Callable[[], Any]] = {
     ],
     "rso": lambda: passes.Rso(),
     "velora": lambda: passes.Velora(init="random"),
+    "galore": lambda: passes.Galore(),
+    "galore + recompute + chunked_loss": lambda: [
+        passes.Galore(),
+        passes.Recompute(),
+        passes.ChunkedLoss(),
+    ],
     "rso + recompute + chunked_loss": lambda: [
         passes.Rso(),
         passes.Recompute(),

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import run_parts
+from benchmarks.common import adapted, run_parts
 from surgery.catalogue import resolve
 from surgery.engine.captures import CAPTURES
 from surgery.memory import measure
@@ -63,7 +63,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One way to train. spec: passes, None for the plain model. peft: LoRA on every Linear."""
+    """One way to train. spec: passes, None for the plain model. peft: LoRA on every Linear.
+    four_bits: of weights in nf4."""
 
     spec: Any = None
     dtype: torch.dtype = torch.float32
@@ -72,6 +73,7 @@ class Run:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     checkpointing: bool = False
     peft: bool = False
+    four_bits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)  # of the config
 
 
@@ -84,6 +86,7 @@ def _passes() -> dict[str, Any]:
         "chunked_loss": passes.ChunkedLoss(),
         "velora": passes.Velora(),
         "rso": passes.Rso(rank=16),
+        "galore": passes.Galore(rank=16),
         "compress": passes.Compress(),
         "mezo": passes.Mezo(),
         "sparse_mezo": passes.SparseMezo(),
@@ -107,6 +110,14 @@ RUNS: dict[str, dict[str, Run]] = {  # the family is the last word
         "checkpointing": Run(checkpointing=True),
         "LoRA": Run(peft=True),
         "LoRA + recompute": Run(peft=True, spec=_P["recompute"]),
+    },
+    "adapters on four bits, Llama": {
+        "plain": Run(four_bits=True),
+        "bfloat16": Run(four_bits=True, dtype=BF16),
+        "velora": Run(four_bits=True, spec=_P["velora"]),
+        "recompute + chunked_loss": Run(four_bits=True, spec=_EXACT),
+        "checkpointing": Run(four_bits=True, checkpointing=True),
+        "mezo": Run(four_bits=True, spec=_P["mezo"], optimizer=partial(SGD, lr=1e-3)),
     },
     "each pass, Llama": {name: Run(spec=one) for name, one in _P.items()},
     "compositions, Llama": {
@@ -156,11 +167,7 @@ def model_of(family: str, run: Run) -> nn.Module:
     model = getattr(transformers, cls)(made).train().to(run.dtype)
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if run.peft:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()
-    return model
+    return adapted(model, 8, run.four_bits) if run.peft or run.four_bits else model
 
 
 def batch_of(family: str, run: Run) -> dict[str, torch.Tensor]:

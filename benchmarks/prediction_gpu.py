@@ -83,6 +83,7 @@ def main() -> None:
                 "ms": round(step.milliseconds or 0.0, 1),
                 "measured_ms": known[1],
                 "phase": step.phase,
+                "launches": step.launches,
                 "seconds": round(time.perf_counter() - started, 1),
             }
             rows[f"{name} | {device}"] = found

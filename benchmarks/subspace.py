@@ -1,4 +1,4 @@
-"""RSO beside what a user would pick instead: GaLore, APOLLO, LoRA, LoRA-FA, full AdamW.
+"""RSO and GaLore beside what a user would pick instead: GaLore, APOLLO, LoRA, LoRA-FA, full AdamW.
 
     python -m benchmarks.subspace [words of the parts]
 
@@ -150,14 +150,18 @@ def lora(model: Any, lr: float, rest: float | None, seed: int, fixed: bool = Fal
     return model, grouped(torch.optim.AdamW, trained, others, lr, rest)
 
 
-def rso(
-    model: Any, lr: float, rest: float | None, seed: int, also: Sequence[Any] = (), **options: Any
+def ours(
+    model: Any,
+    lr: float,
+    rest: float | None,
+    seed: int,
+    kind: Any,
+    also: Sequence[Any] = (),
+    **options: Any,
 ) -> Any:
     targets, others = split(model)
     always = others if rest is not None else ()
-    chosen = passes.Rso(
-        **{"rank": RANK, "period": PERIOD, "seed": seed, "always": always} | options
-    )
+    chosen = kind(**{"rank": RANK, "period": PERIOD, "seed": seed, "always": always} | options)
     surgery.apply(model, [chosen, *also])
     wanted = set(targets)
     found = surgery.coordinates(model)
@@ -166,6 +170,7 @@ def rso(
     return model, grouped(torch.optim.AdamW, small, whole, lr, rest)
 
 
+rso, own_galore = partial(ours, kind=passes.Rso), partial(ours, kind=passes.Galore)
 GALORE = {"rank": RANK, "scale": 0.25, "proj_type": "std"}
 APOLLO = {"rank": RANK, "scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}
 galore = partial(dense, kind=partial(GaLoreAdamW, no_deprecation_warning=True), **GALORE)
@@ -179,18 +184,25 @@ METHODS: dict[str, Callable[..., Any]] = {
     "LoRA-FA (peft), never redrawn": partial(lora, fixed=True),
     "rso": rso,
     "rso, transport": partial(rso, state="transport"),
+    "galore": own_galore,
 }
 ONCE: dict[str, Callable[..., Any]] = {  # what happens once in a period, in each step
     "GaLore (galore-torch)": partial(galore, update_proj_gap=1),
     "APOLLO (apollo-torch)": partial(apollo, update_proj_gap=1),
     "rso": partial(rso, period=1),
     "rso, transport": partial(rso, period=1, state="transport"),
+    "galore": partial(own_galore, period=1),
 }
-STACKED = "rso + recompute + chunked_loss"  # changes bytes and time, not the losses
+EXACT = [passes.Recompute(), passes.ChunkedLoss()]  # change bytes and time, not the losses
+STACKED = {
+    "rso + recompute + chunked_loss": partial(rso, also=EXACT),
+    "galore + recompute + chunked_loss": partial(own_galore, also=EXACT),
+}
 RATES = {
     "AdamW": (3e-4, 1e-3),
     "GaLore (galore-torch)": (3e-3, 1e-2),
     "APOLLO (apollo-torch)": (3e-3, 1e-2),
+    "galore": (3e-3, 1e-2),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "period 20": {"period": 20},
@@ -232,7 +244,7 @@ def cost(name: str) -> dict[str, Any]:
     count, length = case.measured
     batches = list(rows.reshape(-1)[: 4 * count * length].view(-1, length).split(count))
     builds = {method: METHODS[method] for method in MAIN}
-    builds[STACKED] = partial(rso, also=[passes.Recompute(), passes.ChunkedLoss()])
+    builds |= STACKED
     shown = list(builds)
     builds |= {f"{method}, each step": build for method, build in ONCE.items()}
     result: dict[str, Any] = {}

@@ -63,6 +63,42 @@ def zeroth(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def head_times(part: dict[str, Any]) -> str:
+    """Times of head and loss, over eager's."""
+    return _losses(part, lambda way: f"{way['ratio']:.2f}x")
+
+
+def head_peaks(part: dict[str, Any]) -> str:
+    """Peaks of head and loss, and over eager's."""
+    over = {name: way["eager"] for name, way in part.items()}
+    rows = {
+        name: {k: f"{v / 1e6:,.0f} MB ({v / over[name]:.2f}x)" for k, v in ways.items()}
+        for name, ways in part.items()
+    }
+    return _losses(rows, str)
+
+
+def head_in_short(part: dict[str, Any]) -> str:
+    """Peaks of head and loss at Llama-3's vocabulary, for the README."""
+    names = ["cross entropy", "DPO pair", "KL distillation"]
+    rows = [
+        [name, f"{way['eager'] / 1e9:.1f} GB", f"{way['chunked_loss'] / 1e9:.1f} GB"]
+        for name in names
+        for way in [part[f"128256 x 1024, float32 | {name}"]]
+    ]
+    return markdown(["", "plain", "chunked_loss"], rows)
+
+
+def _losses(part: dict[str, Any], told: Callable[[Any], str]) -> str:
+    ways = list(dict.fromkeys(way for row in part.values() for way in row))
+    head = ["classes x width, dtype", "loss", *ways]
+    rows = [
+        [*name.split(" | "), *(told(row[way]) if way in row else "" for way in ways)]
+        for name, row in part.items()
+    ]
+    return markdown(head, rows)
+
+
 def few_shot(part: dict[str, Any]) -> str:
     """Accuracies of few-shot training."""
     head = ["", "learning rate", "accuracy, each seed", "mean", "at the start"]
@@ -198,6 +234,52 @@ def predictions(part: dict[str, Any]) -> str:
     return markdown(["", "predicted", "measured", "off", "the peak is in", "prediction took"], rows)
 
 
+def gpu_in_short(part: dict[str, Any]) -> str:
+    """Whole steps on one GPU, for the README."""
+    names = ["eager AdamW", "Liger", "recompute + chunked_loss"]
+    names += ["misa 3 % + recompute + chunked_loss", "rso + recompute + chunked_loss"]
+    names += ["misa 3 % + chunked_loss + checkpointing", "MeZO as published", "mezo"]
+    rows = [
+        [name, f"{row['peak_gib']:.1f} GiB", f"{row['over_eager']:.2f}x"]
+        for name in names
+        for row in [part["steps"][name]]
+    ]
+    return markdown(["", "peak memory of a step", "time of a step"], rows)
+
+
+def beside_lora(part: dict[str, Any]) -> str:
+    """Activation memory of compositions beside LoRA with the same exact passes, for the README."""
+    head = ["", "peak", "time", "with gradient checkpointing: peak", "time"]
+    names = ["eager", "LoRA r=16 (peft)", "velora + recompute + chunked_loss on LoRA"]
+    names += ["recompute + chunked_loss", "recompute + chunked_loss + velora"]
+    names += ["misa 3 % + recompute + chunked_loss + compress 8"]
+    rows = []
+    for name in names:
+        inside = part["checkpointing" if name == "eager" else f"{name}{INSIDE}"]
+        cells = [
+            cell
+            for row in (part[name], inside)
+            for cell in (f"{row['peak_megabytes']:,.0f} MB", f"{row['time_over_eager']:.2f}x")
+        ]
+        rows.append([name, *cells])
+    return markdown(head, rows)
+
+
+def quality(part: dict[str, Any]) -> str:
+    """Peak, time and held-out loss of methods, for the README."""
+    rows = [
+        [
+            name,
+            f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['time_over_adamw']:.2f}x",
+            ", ".join(f"{loss:.2f}" for loss in row["held_out_losses"]),
+        ]
+        for name, row in part.items()
+        if "held_out_losses" in row
+    ]
+    return markdown(["", "peak", "time of a step", "held-out loss, three seeds"], rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -207,11 +289,17 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         traffic,
         launches,
         fitting,
+        head_times,
+        head_peaks,
         whole_steps,
         cost,
         losses,
         folding,
         predictions,
+        gpu_in_short,
+        head_in_short,
+        beside_lora,
+        quality,
     )
 }
 

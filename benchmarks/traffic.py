@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "AdamW": None,
     "misa, budget 0.1": passes.Misa(budget=0.1, period=3),
     "rso, rank 64": passes.Rso(rank=64, period=3),
+    "galore, rank 64": passes.Galore(rank=64, period=3),
     "velora, 64 groups": passes.Velora(groups=64),
     "mezo": passes.Mezo(),
 }

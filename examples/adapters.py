@@ -1,6 +1,7 @@
 """LoRA and a part of the base at once: PEFT adapters, MISA on the base, exported for plain PEFT.
 
 python -m examples.adapters --steps 30
+python -m examples.adapters --steps 30 --rho 0.05  # Flat-LoRA's noise under the adapters
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def train(
     layers: Annotated[int | None, typer.Option(help="Use the first layers only.")] = None,
     steps: int = 30,
     length: int = 64,
+    rho: Annotated[float, typer.Option(help="Noise of Flat-LoRA, 0 for none.")] = 0.0,
     out: Path = Path("out/adapters"),
 ) -> None:
     """Train, export base and adapters, load both again and compare."""
@@ -40,7 +42,8 @@ def train(
         if "mlp" in name:  # PEFT froze the base; these are to be trained
             parameter.requires_grad_(True)
     base = passes.Misa(budget=0.03, period=10, targets=r".*mlp.*_proj", always=".*lora_.*")
-    surgery.apply(model, [base, passes.Recompute(), passes.ChunkedLoss()])
+    flat = [passes.FlatLora(rho=rho, steps=steps)] if rho else []
+    surgery.apply(model, [base, *flat, passes.Recompute(), passes.ChunkedLoss()])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
     for ids in track(batches[:steps]):
         model(input_ids=ids, labels=ids).loss.backward()

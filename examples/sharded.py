@@ -60,6 +60,7 @@ def train(
     surgery.export(model, out)
     if rank == 0:
         print(f"held-out loss {before:.4f} -> {after:.4f}; plain checkpoint: {out}")
+    del outer  # DDP first: a group that it still holds may wait for Python's lock when it ends
     distributed.destroy_process_group()
 
 

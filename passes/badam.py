@@ -28,10 +28,11 @@ from surgery.passkit import (
 @register("badam")
 @dataclass(frozen=True, kw_only=True)
 class BAdam:
-    """Options of BAdam: the order of the blocks, and steps with each.
+    """Options of BAdam.
 
-    order: "random" (a new permutation for every sweep), "ascending" or "descending". precision: of
-    what is trained of 16-bit weights, as in `Misa`.
+    order: "random" (a new permutation for every sweep), "ascending" or "descending". period:
+    optimizer steps with each block. precision: of what is trained of 16-bit weights, as in `Misa`.
+    targets: what is trained inside the blocks, by PEFT's matching rules (default: all of it).
     """
 
     saves = ("gradients", "optimizer", "activations")

@@ -1,11 +1,13 @@
-"""Output head and cross entropy in chunks of tokens, exact. Prior art: Liger's fused linear loss.
+"""Logits that never stand whole, exact. Prior art: Liger's fused linear losses.
 
-With z = h W^T + b, l = f(z) (a cast, soft-capping) and y the targets, the loss and its gradients
+With z = h W^T + b, what a loss makes of each row, y_i = f_i(z_i), has the gradients
 
-    L = sum_i -log softmax(l_i)[y_i] / count,    dh = dz W,    dW = dz^T h,    db = sum dz
+    dz_i = g_i f_i'(z_i),    dh = dz W,    dW = dz^T h,    db = sum dz
 
-are sums over tokens i: forward computes them chunk by chunk, so that neither the logits nor their
-gradient ever exist whole, and backward only scales dh, dW, db.
+which are sums over rows: forward and backward take a chunk of rows at a time, so that neither the
+logits nor their gradient ever exist whole. The logits of the model are a tensor that knows h and W;
+what torch's functions make of it, in the model or in the loop, is written down until something
+small is asked for: a loss, log-probabilities, an entropy.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
-from torch.nn import functional
 
 from surgery.passkit import (
     CaptureError,
     Method,
     Saved,
     check_types,
-    chunk_head,
+    chunks_its_head,
+    cut_head,
     demand,
-    find_head,
+    find_heads,
     register,
 )
 
@@ -35,12 +37,16 @@ from surgery.passkit import (
 class ChunkedLoss:
     """Options of chunked_loss.
 
-    keep_logits: return the logits all the same, without gradients; else the output carries
-    `logits=None` while gradients are on. tokens: of a chunk (default: 24 MiB of logits).
+    outside: logits that leave the model are not computed either, for a loss of the loop's own; they
+    are a tensor that torch's functions take. Else they are `None` beside a loss of the model's, and
+    plain without one. keep_logits: return them computed beside a loss, without gradients. tokens:
+    rows of a chunk (default: 24 MiB of logits, an eighth of the width at least; 1,024 and more on
+    a GPU).
     """
 
     saves = ("activations",)
 
+    outside: bool = True
     keep_logits: bool = False
     tokens: int | None = None
 
@@ -51,7 +57,8 @@ class ChunkedLoss:
 
     def start(self, model: nn.Module) -> Chunking:
         """Return the state of the pass on a model; changes nothing."""
-        return Chunking(options=self, model=type(model).__name__)
+        own = type(model).__name__
+        return Chunking(options=self, model=own, theirs=chunks_its_head(model))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,22 +67,31 @@ class Chunking(Method):
     model: str
     name: str = "chunked_loss"
     compiles = True
+    theirs: str | None = None  # who computes the head in chunks already
+    heads: int = 0
     losses: int = 0
-    reasons: list[str] = field(default_factory=list)  # why a cross entropy was left alone
+    reasons: list[str] = field(default_factory=list)  # why the logits of a loss were left alone
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
-        for loss in graph.graph.find_nodes(op="call_function", target=functional.cross_entropy):
-            found = find_head(loss, self.options.keep_logits)
-            if isinstance(found, str):
-                self.reasons.append(found)
+        own = self.options
+        found, reasons = find_heads(graph, own.outside)
+        for logits in found:
+            leave = "factored" if own.outside else "none"
+            if own.keep_logits and logits.losses:
+                leave = "kept"
+            name = f"chunked_loss_{self.heads}"
+            reason = cut_head(graph, logits, name, leave, own.tokens)
+            if reason:
+                reasons.append(reason)
                 continue
-            how = (self.options.tokens, self.options.keep_logits)
-            chunk_head(graph, loss, found, f"chunked_loss_{self.losses}", *how)
-            self.losses += 1
+            self.heads, self.losses = self.heads + 1, self.losses + logits.losses
+        self.reasons += reasons
 
     def check_reached(self) -> None:
-        if not self.losses:
+        if not self.heads and not self.theirs:
             why = "; ".join(self.reasons) or "no cross entropy is computed in it"
+            if self.options.outside:
+                why += ", and no logits wider than their hidden states leave it"
             raise CaptureError(
                 f"chunked_loss has nothing to do in the forward of {self.model}: {why}. Let the "
                 "model compute the loss, model(**inputs, labels=labels).loss, or leave "
@@ -83,4 +99,6 @@ class Chunking(Method):
             )
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        yield "chunked losses", f"{self.losses}"
+        yield "heads in chunks of rows", f"{self.heads}; losses inside the model: {self.losses}"
+        if self.theirs:
+            yield "head and loss", f"{self.theirs} computes them in chunks of its own"

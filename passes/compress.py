@@ -55,8 +55,9 @@ SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
 class Compress:
     """Options of compress.
 
-    bits: of an entry, 8 or 4. targets: modules whose operations keep packed activations, by PEFT's
-    matching rules (default: all). An activation that anything else keeps as well stays as it is.
+    bits: of a packed entry, 8 or 4. targets: modules whose operations keep packed activations, by
+    PEFT's matching rules (default: all). An activation that anything else keeps as well stays as it
+    is.
     """
 
     saves = ("activations",)

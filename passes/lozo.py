@@ -31,10 +31,12 @@ from surgery.passkit import (
 class Lozo(Decaying):
     """Options of LOZO; see `ZerothOrder` and `Decaying`.
 
-    rank: r. period: steps that V is kept for. noise: of vectors, and of matrices too thin for r.
+    rank: of a direction (r). period: steps that V is kept for. noise: of vectors, and of matrices
+    too thin for r.
     """
 
     saves = ("gradients", "optimizer", "activations")
+    thin = True
 
     rank: int = 2
     period: int = 50

@@ -31,10 +31,12 @@ from surgery.passkit import (
     choose,
     demand,
     densely,
+    from_zero,
     inputs_of,
     is_transposed,
     local_state,
     mapped,
+    moment,
     noise,
     register,
 )
@@ -45,14 +47,15 @@ from surgery.passkit import (
 class Rso:
     """Options of RSO.
 
-    rank: r. period: optimizer steps in a round. projection: of P. share: one P for all weights that
-    read the same x (True), for each weight (False), or for each input width ("width"). state: what
-    becomes of B's optimizer state at the end of a round: dropped ("reset"), carried over
-    ("transport"), or changed in place by a function of (state, old P, new P). prox: decay of B, and
-    weight_decay: of W, both decoupled and times the learning rate of the group that holds B.
-    always: weights trained densely besides. targets: weights of Linears (default: all in the
-    repeated blocks, of stacked experts too; those with no more than `rank` inputs are trained
-    densely). Everything else is frozen.
+    rank: of the subspace (r). period: optimizer steps in a round. projection: distribution of P,
+    "gaussian" or "orthonormal". share: one P for all weights that read the same x (True), for each
+    weight (False), or for each input width ("width"). state: what becomes of B's optimizer state at
+    the end of a round: dropped ("reset"), carried over ("transport"), or changed in place by a
+    function of (state, old P, new P). prox: decay of B, decoupled, times the learning rate of the
+    group that holds B. weight_decay: of W, decoupled, times the same rate. always: weights trained
+    densely besides. targets: weights of Linears (default: all in the repeated blocks, of stacked
+    experts too; those with no more than `rank` inputs are trained densely). Everything else is
+    frozen.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -124,7 +127,7 @@ class Subspaces(Projecting):
         for frame in frames.values():
             frame.matrix = None
         for each in self.projected:
-            each.parameter.detach().zero_()
+            from_zero(each, run)
             frame, before = frame_of(each), old[id(frame_of(each))]
             if move is None or before is None:
                 continue
@@ -159,10 +162,10 @@ def transport(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
     """
     turn = old.double() @ new.double().t() * (old.shape[0] / old.shape[1])
     for key, value in state.items():
-        if key in ("exp_avg", "momentum_buffer") and isinstance(value, Tensor):
-            value.copy_(value.double() @ turn)
+        if key in ("exp_avg", "momentum_buffer", "z") and isinstance(value, Tensor):
+            value.copy_(moment(value) @ turn)
         elif key in ("exp_avg_sq", "max_exp_avg_sq") and isinstance(value, Tensor):
-            value.copy_(value.mean(1, keepdim=True).expand_as(value))
+            value.copy_(moment(value).mean(1, keepdim=True).expand_as(value))
 
 
 @dataclass(eq=False, kw_only=True)

@@ -40,8 +40,9 @@ class SparseMezo(ZerothOrder):
     """Options of Sparse-MeZO; see `ZerothOrder`.
 
     keep_fraction: share of each matrix (embeddings too) that is trained; norms and biases wholly.
-    threshold: h taken once ("fixed", the paper), or again each `period` steps ("period"). mask:
-    "magnitude", or "random", the control: as many entries, fixed, at random.
+    threshold: h taken once ("fixed", the paper), or again each `period` steps ("period"). period:
+    optimizer steps between two thresholds. mask: "magnitude", or "random", the control: as many
+    entries, fixed, at random.
     """
 
     saves = ("gradients", "optimizer", "activations")

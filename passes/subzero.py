@@ -31,11 +31,12 @@ from surgery.passkit import (
 class SubZero(Decaying):
     """Options of SubZero; see `ZerothOrder` and `Decaying`.
 
-    rank: r. period: steps that U and V are kept for. noise: of vectors, and of matrices too thin
-    for r.
+    rank: of a direction (r). period: steps that U and V are kept for. noise: of vectors, and of
+    matrices too thin for r.
     """
 
     saves = ("gradients", "optimizer", "activations")
+    thin = True
 
     rank: int = 24
     period: int = 1000

@@ -51,12 +51,12 @@ from surgery.passkit import (
 class Velora:
     """Options of VeLoRA.
 
-    groups: sub-tokens of an input (G); padded with zeros where G does not divide its width. init:
-    v from the mean of the first batch (padding left out), or "random". period: draw v anew every
-    so many optimizer steps. dense: the gradient goes to the weight itself, as in the paper, instead
-    of the coordinates. scale: of the gradient; without effect under Adam. always: weights trained
-    densely besides. targets: weights of Linears (default: all in the repeated blocks; those with no
-    more than `groups` inputs are trained densely). Everything else is frozen.
+    groups: sub-tokens of an input (G); padded with zeros where G does not divide its width. init: v
+    from the mean of the first batch (padding left out), or "random". period: draw v anew every so
+    many optimizer steps. dense: the gradient goes to the weight itself, as in the paper, instead of
+    the coordinates. scale: factor of the gradient; without effect under Adam. always: weights
+    trained densely besides. targets: weights of Linears (default: all in the repeated blocks; those
+    with no more than `groups` inputs are trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer", "activations")

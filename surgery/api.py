@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from surgery.engine import hearing
 from surgery.engine.decide import decide
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import OptimizerError, OptionError
+from surgery.errors import OptimizerError, OptionError, near_misses
 from surgery.kernels.plan import Compile
 from surgery.ranks import rank_of_world
 from surgery.reports import code, measured
@@ -57,6 +58,13 @@ def apply(
             raise OptionError(
                 'surgery.apply(model, "auto", batch=batch, memory="24GiB") needs both.'
             )
+        known = [*inspect.signature(fit).parameters][1:]
+        for name in options:
+            if name not in known:
+                raise OptionError(
+                    f'surgery.apply(model, "auto") takes no {name}=.{near_misses(name, known)} It '
+                    f"takes what surgery.fit does: {', '.join(known)}."
+                )
         return fit(model, **options).apply(model, backend=backend, compile=compile)
     Surgery(decide(model, resolve(spec, options), backend, compile=compile)).install()
     return model

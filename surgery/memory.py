@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,9 +16,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from surgery.compat.tensors import storage_of
+from surgery.compat.tensors import inside, storage_of
 
 T = TypeVar("T")
+_LOG = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,11 @@ class Measured(Generic[T]):
 
 
 def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
-    """Run a call and ask the allocator (CPU: torch's profiler; CUDA: its statistics)."""
+    """Run a call and ask the allocator (CPU: torch's profiler; CUDA: its statistics).
+
+    On a CPU the profiler misses what a thread that the call did not start from gives back: a
+    collective's, say.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -39,15 +46,30 @@ def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
         live = torch.cuda.memory_allocated(device) - before
         peak = torch.cuda.max_memory_allocated(device) - before
         return Measured(live=live, peak=peak, result=result)
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
+    with (
+        _quiet(),
+        profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
         result = call()
     live = peak = 0
     for change in _allocations(profiler):
         live += change
         peak = max(peak, live)
     return Measured(live=live, peak=peak, result=result)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the profiler from printing that it starts and stops; it asks once a process."""
+    said = os.environ.get(_LOG)
+    os.environ[_LOG] = said or "99"
+    try:
+        yield
+    finally:
+        if said is None:
+            del os.environ[_LOG]
 
 
 def _allocations(profiler: profile) -> list[int]:
@@ -82,8 +104,9 @@ class Bytes:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages behind the tensors."""
-    storages = {storage_of(t): t.untyped_storage().nbytes() for t in tensors}
+    """Return the bytes of the distinct storages behind the tensors, quantised ones' scales too."""
+    plain = (part for t in tensors for part in inside(t))
+    storages = {storage_of(t): t.untyped_storage().nbytes() for t in plain}
     return sum(storages.values())
 
 
@@ -153,6 +176,13 @@ def comparison(columns: dict[str, Bytes]) -> list[tuple[str, str]]:
 def megabytes(count: int) -> str:
     """Return bytes in words."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def binary(count: int) -> str:
+    """Return bytes in words, of powers of two."""
+    if count < 1 << 30:
+        return f"{count / (1 << 20):,.2f} MiB"
+    return f"{count / (1 << 30):,.2f} GiB"
 
 
 def table(columns: dict[str, Bytes], title: str) -> Table:

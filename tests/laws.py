@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from models import inputs_of, layers, loss_of, make
+from models import KINDS, adapt, inputs_of, layers, loss_of, make
 from torch import nn
 
 import passes
@@ -36,6 +36,9 @@ SAMPLING = {
         budget=0.15, always=".*norm.*|.*ln_.*", explore=0.2, period=period, seed=seed
     ),
     "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
+    "lisa_outliers": lambda period=2, seed=0: passes.Lisa(
+        layers=1, weights="outliers", threshold=1.9, period=period, seed=seed
+    ),
     "badam": lambda period=2, seed=0: passes.BAdam(period=period, seed=seed),
 }
 # v random, or from the mean, which depends on how a batch is cut
@@ -43,6 +46,12 @@ PROJECTING = {
     "velora": lambda period=2, seed=0: passes.Velora(groups=4, init="random", seed=seed),
     "velora_redrawn": lambda period=2, seed=0: passes.Velora(groups=4, period=period, seed=seed),
     "rso": lambda period=2, seed=0: passes.Rso(rank=4, period=period, seed=seed),
+    "galore": lambda period=2, seed=0: passes.Galore(
+        rank=4, period=period, projection="random", seed=seed
+    ),
+    "galore_renewed": lambda period=2, seed=0: passes.Galore(
+        rank=4, period=period, state="project", always=".*norm.*|.*ln_.*", seed=seed
+    ),
     "misa_of_rso": lambda period=2, seed=0: [
         # GPT-2's fused c_attn is drawn in parts, which have no coordinates of their own.
         passes.Misa(budget=0.4, targets=".*(up|down|proj|fc).*", period=period, seed=seed),
@@ -54,6 +63,11 @@ EXACT = {
     "chunked_loss": lambda period=2, seed=0: passes.ChunkedLoss(),
     "misa_and_both": lambda period=2, seed=0: [
         SAMPLING["misa"](period=period, seed=seed),
+        passes.Recompute(),
+        passes.ChunkedLoss(),
+    ],
+    "galore_and_both": lambda period=2, seed=0: [
+        PROJECTING["galore"](period=period, seed=seed),
         passes.Recompute(),
         passes.ChunkedLoss(),
     ],
@@ -79,34 +93,65 @@ ROUNDED = {
 # gradients from two forwards
 ZEROTH = {
     "mezo": lambda period=2, seed=0: passes.Mezo(eps=1e-4, seed=seed),
+    "mezo_sign": lambda period=2, seed=0: passes.Mezo(eps=1e-4, update="sign", seed=seed),
+    "mezo_conservative": lambda period=2, seed=0: passes.Mezo(
+        eps=1e-4, update="conservative", seed=seed
+    ),
+    "mezo_hybrid": lambda period=2, seed=0: passes.Mezo(
+        eps=1e-4, backward=r"(blocks\.[1-9]|model\.norm).*", seed=seed
+    ),
+    "mezo_and_misa": lambda period=2, seed=0: [
+        passes.Mezo(eps=1e-4, targets=r"(model\.)?embed.*|blocks\.0.*", seed=seed),
+        passes.Misa(
+            budget=0.3, targets=r"blocks\.[1-9]\.(up|down)|.*mlp\.\w+", period=period, seed=seed
+        ),
+    ],
+    "mezo_blocks": lambda period=2, seed=0: passes.Mezo(
+        eps=1e-4, blocks=1, directions=2, seed=seed
+    ),
     "sparse_mezo": lambda period=2, seed=0: passes.SparseMezo(
         keep_fraction=0.5, eps=1e-4, threshold="period", period=period, seed=seed
     ),
     "lozo": lambda period=2, seed=0: passes.Lozo(eps=1e-4, directions=2, period=period, seed=seed),
     "subzero": lambda period=2, seed=0: passes.SubZero(eps=1e-4, rank=4, period=period, seed=seed),
 }
+# on models with LoRA, which the laws put on all families
+ADAPTED = {
+    "flat_lora": lambda period=2, seed=0: passes.FlatLora(rho=1e-3, steps=4, seed=seed),
+    "flat_lora_at_once": lambda period=2, seed=0: passes.FlatLora(rho=1e-3, seed=seed),
+}
+# on a vocabulary of 32 words, of which all are used: `tests/test_trim.py` has others
+WORDS = {"trim": lambda period=2, seed=0: passes.Trim(used=range(32))}
 # Every row goes through every law, except that only the first ones draw.
 PASSES = SAMPLING | PROJECTING | EXACT | ROUNDED | ZEROTH
 rows = pytest.mark.parametrize("row", PASSES)
 # Every pass is in one of these: for what is about packages beside us, not about options of ours.
-EACH_PASS = ["misa", "lisa", "badam", "velora", "rso_and_all"]
+EACH_PASS = ["misa", "lisa", "badam", "velora", "galore", "rso_and_all"]
 EACH_PASS += ["mezo", "sparse_mezo", "lozo", "subzero"]
 each_pass = pytest.mark.parametrize("row", EACH_PASS)
 sampling_rows = pytest.mark.parametrize("row", SAMPLING)
 # Options of a pass change what it draws, not how it meets a model: one row of a kind meets others.
 FAMILIES = [(row, family) for row in ("misa", "recompute", "chunked_loss") for family in OTHERS]
-FAMILIES += [(row, family) for row in ("velora", "rso", "mezo") for family in OTHERS]
+FAMILIES += [(row, family) for row in ("velora", "rso", "galore", "mezo") for family in OTHERS]
 FAMILIES += [(row, "llama") for row in ("lisa", "compress", "rso_and_all", "lozo")]
 FAMILIES += [(row, "gpt2") for row in ("badam", "misa_and_both", "subzero")]
+FAMILIES += [("flat_lora_at_once", family) for family in OTHERS]
 # What one run shows: the laws that share it stand together, and so does all that is of one row.
 OF_A_RUN = [law for law in LAWS if int(law.split()[0]) in (1, 2, 4, 5, 6, 7, 8, 10, 15)]
 OF_A_RUN += [law for law in LAWS if law.startswith("11 loss scaling")]
 AGAIN = [law for law in OF_A_RUN if law.startswith(("10 draws", "11 "))]  # they run it once more
-# Its v comes from the mean of a batch, which depends on how that is cut.
-EXCEPT = {("velora_redrawn", law) for law in LAWS if law.startswith("11 accumulation")}
+# Its v, or P, comes from the first backward of a step, which depends on how a batch is cut.
+EXCEPT = {
+    (row, law)
+    for row in ("velora_redrawn", "galore_renewed")
+    for law in LAWS
+    if law.startswith("11 accumulation")
+}
+# A step that would raise the loss is not made.
+EXCEPT |= {("mezo_conservative", law) for law in LAWS if law.startswith("6 ")}
 LAW_CASES = [
     (row, family, law)
-    for row in PASSES
+    for row in PASSES | ADAPTED | WORDS
     for family in ("smooth", "plain", *OTHERS)
     for law in LAWS
     if (row, law) not in EXCEPT
@@ -125,18 +170,25 @@ laws = settings(
 @lru_cache(maxsize=2)
 def case(row: str, family: str = "plain") -> Case:
     """Return a row on a family, as `surgery.testing` takes it; it keeps the run of its laws."""
-    average = row in ROUNDED or row in ZEROTH
+    average = row in ROUNDED or row in ZEROTH or row in ADAPTED
     # What is sampled has the gradients of eager to the bit, exact rewrites up to the order of sums.
     gradient = 1e-12 if row in SAMPLING else 0.02 if average else 1e-6
     return Case(
-        spec=PASSES[row](),
-        model=partial(make, family, **layers(family, 2)),
+        spec=(PASSES | ADAPTED | WORDS)[row](),
+        model=partial(adapted if row in ADAPTED else make, family, **layers(family, 2)),
         inputs=partial(inputs_by_name, family),
-        forward=1e-3 if row in ZEROTH else 0.0,
+        forward=1e-3 if row in ZEROTH or row in ADAPTED else 0.0,
         gradient=gradient,
         average=average,
         rate=1e-3 if row in ZEROTH else 0.1,  # a step goes along all coordinates at once
     )
+
+
+def adapted(family: str, **options: int) -> nn.Module:
+    """Return a model with LoRA."""
+    kind = f"lora on {family}"
+    kind = kind if kind in KINDS else "lora on plain" if family == "smooth" else "lora"
+    return adapt(make(family, **options), kind)
 
 
 def inputs_by_name(family: str, **options: int) -> dict[str, torch.Tensor]:

@@ -81,6 +81,10 @@ KINDS = {
     "lisa, bfloat16": Kind(spec=lambda: passes.Lisa(layers=1, period=PERIOD), dtype=torch.bfloat16),
     "rso": Kind(spec=lambda: passes.Rso(rank=4, period=PERIOD), mapped=True, redraws=True),
     "velora": Kind(spec=lambda: passes.Velora(groups=4, init="random"), mapped=True),
+    # Weights renew their P in steps of their own, which the reference does not follow.
+    "galore": Kind(
+        spec=lambda: passes.Galore(rank=4, period=10**6, projection="random"), mapped=True
+    ),
     # Slopes from two forwards are right up to eps^2 times third derivatives.
     "mezo": Kind(spec=lambda: passes.Mezo(eps=1e-4), mapped=True, slope=True, within=1e-6),
 }

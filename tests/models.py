@@ -125,6 +125,9 @@ KINDS: dict[str, dict[str, Any]] = {  # of PEFT adapters
     "dropout": {"lora_dropout": 0.2},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "two adapters": {},
+    "trained biases": {"target_modules": ["fc1"], "bias": "all"},
+    "lora on plain": {"target_modules": ["up", "down"]},
+    "lora on gpt2": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
 }
 
 
@@ -141,6 +144,30 @@ def adapt(model: Any, kind: str) -> Any:
         model.add_adapter("second", config)
         model.base_model.set_adapter(["default", "second"])
     return model.train()
+
+
+def quantise(model: Any, kind: str) -> Any:
+    """Store the weights of a language model's Linears in few bits."""
+    if kind == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model.model.layers, Int8WeightOnlyConfig())
+        return model
+    from bitsandbytes import nn as bits
+
+    for owner in list(model.model.layers.modules()):
+        for name, linear in list(owner.named_children()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            size, data = (linear.in_features, linear.out_features), linear.weight.data
+            if kind == "nf4":
+                made: Any = bits.Linear4bit(*size, bias=False, quant_type="nf4")
+                made.weight = bits.Params4bit(data, quant_type="nf4", module=made)
+            else:
+                made = bits.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
+                made.weight = bits.Int8Params(data, requires_grad=False)
+            setattr(owner, name, made.to("cpu"))  # which quantises
+    return model
 
 
 QUIET: dict[str, Any] = {  # arguments of every Trainer: rows in order, a loss for each step
@@ -178,6 +205,24 @@ class Smooth(Tiny):
     def __init__(self, width: int = 16, depth: int = 3) -> None:
         super().__init__(width, depth)
         self.blocks = nn.ModuleList(SmoothBlock(width) for _ in range(depth))
+
+
+class Broken(nn.Module):
+    """Blocks that Dynamo captures one by one: one graph serves them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList(SmoothBlock(16) for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x)
+        logits = functional.linear(x, self.embed.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

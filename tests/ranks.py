@@ -61,10 +61,13 @@ def assert_same(value: torch.Tensor, label: object = "") -> None:
 SHARDED = {
     "misa": lambda: passes.Misa(budget=0.6, period=2, always=".*norm.*"),
     "lisa": lambda: passes.Lisa(layers=1, period=2),
+    "lisa_outliers": lambda: passes.Lisa(layers=1, weights="outliers", threshold=1.9, period=2),
     "badam": lambda: passes.BAdam(period=2),
     "velora": lambda: passes.Velora(groups=4, period=2),
     "rso": lambda: passes.Rso(rank=4, period=2),
     "rso_transport": lambda: passes.Rso(rank=4, period=2, state="transport", weight_decay=0.1),
+    "galore": lambda: passes.Galore(rank=4, period=2, weight_decay=0.1),
+    "galore_svd": lambda: passes.Galore(rank=4, period=3, projection="svd", state="project"),
     "misa_of_rso": lambda: [passes.Misa(budget=0.5, period=2), passes.Rso(rank=4, period=3)],
     "recompute": lambda: passes.Recompute(),
     "chunked_loss": lambda: passes.ChunkedLoss(),
@@ -76,6 +79,8 @@ SHARDED = {
         passes.ChunkedLoss(),
     ],
     "mezo": lambda: passes.Mezo(eps=1e-4, directions=2, weight_decay=0.1),
+    "mezo_hybrid": lambda: passes.Mezo(eps=1e-4, backward=r"blocks\.1.*"),
+    "mezo_blocks": lambda: passes.Mezo(eps=1e-4, blocks=1, directions=2, update="sign"),
     "sparse_mezo": lambda: passes.SparseMezo(
         keep_fraction=0.5, eps=1e-4, threshold="period", period=2
     ),
@@ -94,12 +99,11 @@ def start(row: str, order: str | None, family: str = "plain", **options: Any) ->
     order: "DDP" for that, of what is returned the wrapper.
     """
     model = make(family, **options).to(DTYPES[row])
-    blocks = row != "chunked_loss"  # FSDP2 breaks a forward that loops over blocks, loss and all
     if order == "shard, apply":
-        shard(model, blocks)
+        shard(model)
     surgery.apply(model, SHARDED[row]())
     if order == "apply, shard":
-        shard(model, blocks)
+        shard(model)
     if order == "DDP":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     if row in ZEROTH:
@@ -148,12 +152,11 @@ def load_distributed(model: nn.Module, optimizer: torch.optim.Optimizer, folder:
     )
 
 
-def shard(model: nn.Module, blocks: bool = True) -> nn.Module:
+def shard(model: nn.Module) -> nn.Module:
     """`fully_shard` each block, then the whole."""
     mesh = init_device_mesh("cpu", (2,))
     for block in getattr(model, "blocks", None) or model.get_submodule("model.layers"):
-        if blocks:
-            fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -167,7 +170,9 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def count_scattered() -> list[int]:
     """Return a list that grows by the numbers of each gradient that FSDP2 sends."""
     sent: list[int] = []
-    plain = distributed.reduce_scatter_single
+    name = "reduce_scatter_single"
+    name = name if hasattr(distributed, name) else "reduce_scatter_tensor"  # torch 2.11
+    plain = getattr(distributed, name)
 
     def counting(*args: object, **kwargs: object) -> object:
         source = kwargs.get("input", args[1] if len(args) > 1 else None)
@@ -175,5 +180,5 @@ def count_scattered() -> list[int]:
         sent.append(source.numel())
         return plain(*args, **kwargs)
 
-    distributed.reduce_scatter_single = counting
+    setattr(distributed, name, counting)
     return sent

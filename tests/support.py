@@ -14,6 +14,7 @@ import test_backend
 import test_compress
 import test_distributed
 import test_export
+import test_flat_lora
 import test_freezing
 import test_fsdp
 import test_laws
@@ -23,8 +24,9 @@ import test_other_code
 import test_other_trainers
 import test_peft
 import test_trainer
+import test_trim
 import test_zeroth_runs
-from laws import PASSES
+from laws import ADAPTED, PASSES, WORDS
 from ranks import SHARDED
 
 import surgery
@@ -45,14 +47,20 @@ class Tested:
 
     works: Iterable[Callable[..., Any]]
     refused: Iterable[Callable[..., Any]] = ()
-    specs: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: PASSES)
+    specs: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: PASSES | ADAPTED | WORDS)
     also: Mapping[Callable[..., Any], str] = field(default_factory=dict)
 
 
 WITH = {
     "plain loop": Tested(works=[test_laws.test_law]),
     "save, load": Tested(works=[test_laws.test_law]),
-    "export": Tested(works=[test_export.test_5_a_checkpoint_at_any_step_is_a_plain_one]),
+    "export": Tested(
+        works=[test_export.test_5_a_checkpoint_at_any_step_is_a_plain_one],
+        also={
+            test_flat_lora.test_checkpoints_have_no_noise: "flat_lora",
+            test_trim.test_checkpoints_are_whole: "trim",
+        },
+    ),
     "deepcopy, pickle": Tested(works=[test_laws.test_law]),
     "8-bit and other optimizers": Tested(
         works=[
@@ -97,11 +105,19 @@ WITH = {
             test_distributed.test_two_ranks_are_one_process_on_the_joined_batch,
             test_zeroth_runs.test_two_ranks_take_the_step_of_one_on_the_joined_batch,
         ],
+        also={
+            test_flat_lora.test_two_processes_take_the_step_of_one: "flat_lora",
+            test_trim.test_ddp_takes_the_step_of_one_process: "trim",
+        },
     ),
     "FSDP2": Tested(
         works=[test_fsdp.test_two_ranks_are_one_process_on_the_joined_batch],
-        specs=SHARDED,
-        also={test_fsdp.test_a_transformer_is_trained_and_exported: "chunked_loss"},
+        refused=[test_trim.test_fsdp2_is_refused],
+        specs=SHARDED | WORDS,
+        also={
+            test_fsdp.test_a_transformer_is_trained_and_exported: "chunked_loss",
+            test_flat_lora.test_two_processes_take_the_step_of_one: "flat_lora",
+        },
     ),
     "backend=": Tested(
         works=[test_backend.test_aot_autograd_gives_eagers_run],

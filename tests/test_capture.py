@@ -117,7 +117,7 @@ def test_gradient_checkpointing(family, reentrant):
     first = captures(ours)
     assert first == 1 or family in BREAKING
     assert_same_step(eager, ours, inputs_of(family, rows=3, length=17), tolerance=MASKED)
-    assert captures(ours) == first
+    assert captures(ours) == first or family in BREAKING
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "plain"])

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 import passes
 import surgery
-from surgery.activations.chunks import chunked_cross_entropy
+from surgery.logits.cross_entropy import chunked_cross_entropy
+from surgery.logits.factored import Factored
 from surgery.memory import measure
 
 CPU = torch.device("cpu")
@@ -40,13 +41,18 @@ def assert_same(eager: nn.Module, ours: nn.Module, inputs, **more):
     return expected, found
 
 
+def assert_not_computed(t: torch.Tensor) -> None:
+    """Of logits: that they have a shape, and no memory."""
+    assert isinstance(t, Factored) and isinstance(t, torch.Tensor) and t.settled is None
+
+
 @pytest.mark.parametrize(("family", "tokens"), [(f, 5) for f in WITH_HEAD] + [("llama", None)])
 def test_loss_and_gradients_are_eagers(family, tokens):
     eager = make(family)
     ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=tokens)
     for options in ({"padding": "right"}, {"padding": "right", "rows": 3, "length": 17}):
         _, found = assert_same(eager, ours, inputs_of(family, **options))
-        assert found.logits is None
+        assert_not_computed(found.logits)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -134,7 +140,7 @@ def test_frozen_head_needs_no_gradient_of_its_weight():
 
 def test_peak_of_head_and_loss_falls_eightfold():
     vocabulary, width, tokens = 16_384, 64, 1024
-    body = torch.fx.GraphModule(nn.Module(), _twice())
+    body = torch.fx.GraphModule(nn.Module(), _identity())
     weight = torch.randn(vocabulary, width, requires_grad=True)
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     target = torch.randint(0, vocabulary, (tokens,))
@@ -144,10 +150,7 @@ def test_peak_of_head_and_loss_falls_eightfold():
         functional.cross_entropy(logits.view(-1, vocabulary), target).backward()
 
     def chunked() -> None:
-        loss, _ = chunked_cross_entropy(
-            body, hidden, weight, None, target, -100, "mean", 0.0, 32, False
-        )
-        loss.backward()
+        chunked_cross_entropy(body, hidden, weight, None, target, tokens=32).backward()
 
     peaks = []
     for call in (eager, chunked):
@@ -156,10 +159,10 @@ def test_peak_of_head_and_loss_falls_eightfold():
     assert peaks[1] * 8 <= peaks[0]
 
 
-def _twice() -> torch.fx.Graph:
+def _identity() -> torch.fx.Graph:
     graph = torch.fx.Graph()
     logits = graph.placeholder("logits")
-    graph.output((logits, logits))
+    graph.output(logits)
     return graph
 
 
@@ -175,17 +178,19 @@ def test_backwards_of_one_loss_add_up():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_loss_outside_of_the_model_leaves_nothing_to_do():
-    model = surgery.apply(make("llama"), "chunked_loss")
+def test_without_outside_only_losses_of_the_model_are_served():
+    model = surgery.apply(make("llama"), "chunked_loss", outside=False)
+    assert step(model, inputs_of("llama")).logits is None
+    model = surgery.apply(make("llama"), "chunked_loss", outside=False)
     ids = inputs_of("llama")["input_ids"]
     with pytest.raises(surgery.CaptureError, match=r"nothing to do.*labels=labels"):
         model(input_ids=ids)
 
 
-def test_class_weights_are_left_alone_by_name():
-    model = surgery.apply(Head(True, False, weight=torch.ones(30)), "chunked_loss")
-    with pytest.raises(surgery.CaptureError, match="class weights"):
-        model(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long))
+def test_a_model_without_a_head_has_nothing_to_do():
+    model = surgery.apply(make("vit"), "chunked_loss")
+    with pytest.raises(surgery.CaptureError, match=r"nothing to do.*wider than their hidden"):
+        model(pixel_values=inputs_of("vit")["pixel_values"])
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import commands
 import pytest
 import torch
 import transformers
 from commands import LLAMA, refused, run
-from models import make
+from laws import ADAPTED
+from models import adapt, make
 
 import passes
 import surgery
 from surgery.cli import checking
 from surgery.cli.comparing import readable
+from surgery.cli.listing import explained
 from surgery.contract.registry import registered
+from surgery.reports import predicted
 
 
 @pytest.fixture
@@ -28,18 +32,29 @@ def test_list_groups_all_passes_by_what_they_save():
     assert all(name in found for name in surgery.available())
     assert found.index("misa") < found.index("recompute")  # what saves most is first
     assert "budget" in run("list", "misa").stdout
+    assert "size of the perturbation" in " ".join(run("list", "mezo").stdout.split())
     assert "Did you mean 'misa'" in refused("list", "miza")
+
+
+@pytest.mark.parametrize("name", surgery.available())
+def test_list_says_what_each_option_is(name):
+    kind = registered()[name]
+    assert {field.name for field in fields(kind)} <= {n for n, t in explained(kind).items() if t}
 
 
 @pytest.mark.parametrize("name", surgery.available())
 def test_a_pass_saves_what_it_says(name):
     """Of gradients and optimizer; that activations fall is each pass's own test."""
     options = {"misa": {"budget": 0.3}, "rso": {"rank": 4}, "velora": {"groups": 4}}
+    options |= {"galore": {"rank": 4}}
     options |= {"lisa": {"layers": 1, "targets": ["q_proj"]}}
-    found = surgery.plan(make("llama", num_hidden_layers=2), None, name, **options.get(name, {}))
+    options |= {"trim": {"used": [3, 4]}}
+    model = make("llama", num_hidden_layers=2)
+    model = adapt(model, "lora") if name in ADAPTED else model
+    found = surgery.plan(model, None, name, **options.get(name, {}))
     kinds = ("gradients", "optimizer")
     less = {kind for kind in kinds if getattr(found.after, kind) < getattr(found.before, kind)}
-    assert {*less, "activations"} == set(registered()[name].saves)
+    assert less == set(registered()[name].saves) - {"activations"}
 
 
 def test_plan_takes_several_passes_with_options(llama):
@@ -74,6 +89,7 @@ def test_fit_recommends_and_refuses(llama):
     found = json.loads(run(*words, "--memory", "1GB", "--json").stdout)
     assert found["best"]["lines"].startswith("surgery.apply(model, [")
     assert found["best"]["peak"] <= 0.9e9 and len(found["rows"]) == 4
+    assert "--memory 24GiB, or --device rtx4090" in refused(*words)
     assert "is no number of bytes" in refused(*words, "--memory", "24 gallons")
     assert "goal='half' must be one of" in refused(*words[:2], "--memory", "1GB", "--goal", "half")
 
@@ -94,6 +110,8 @@ def test_plan_reads_a_config_file(llama):
         (["--device", "h1000", "budget=0.5"], "device='h1000' is not known"),
         (["--autocast", "int4"], "unknown dtype 'int4'"),
         (["--length", "0", "budget=0.5"], "(rows, length)"),
+        (["--clip", "-1", "budget=0.5"], "must be a positive norm"),
+        (["--optimizer", "muon", "budget=0.5"], "the optimizer does not take the"),
     ],
 )
 def test_bad_words_are_one_line(llama, words, said):
@@ -104,6 +122,21 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "nor an id that the hub answers to" in refused("plan", "no-one/nothing")
     assert "nor a folder with a config.json" in refused("plan", tmp_path)
+
+
+def test_a_config_of_another_kind_is_one_line(tmp_path):
+    transformers.ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    assert "a ViTConfig is of no causal language model" in refused("plan", tmp_path)
+
+
+def test_a_plan_without_a_peak_ends_with_2_and_tells_the_rest(llama, monkeypatch):
+    def unplayable(*args: object) -> None:
+        raise RuntimeError("shapes are data")
+
+    monkeypatch.setattr(predicted, "foresee", unplayable)
+    found = json.loads(run("plan", llama, "budget=0.5", "--json", code=2).stdout)
+    assert found["after"]["peak"] is None and found["after"]["parameters"]
+    assert "RuntimeError: shapes are data" in dict(found["lines"])["peak not predicted"]
 
 
 def test_diff_shows_what_a_pass_puts_in(tmp_path):

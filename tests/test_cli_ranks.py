@@ -15,8 +15,16 @@ from test_examples import free_port
 MAIN = "from surgery.cli import main; main()"
 # A signal that one process hears after its third step.
 HEARD = """
-import os, signal
+import gc, os, signal
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from surgery.cli import loop
+destroy = distributed.destroy_process_group
+def alone():
+    held = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
+    assert not held, "it would end the group under Python's lock"
+    destroy()
+distributed.destroy_process_group = alone
 make = loop.Loop._make_step
 def step(self):
     values = make(self)

@@ -18,6 +18,7 @@ import textwrap
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,14 @@ import transformers
 from laws import run_two_ranks
 from models import TAKES_ADAPTERS, make
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 import surgery
 from surgery.compat import (
@@ -419,6 +422,36 @@ def test_wrapper_subclasses():
     assert tensors.is_wrapper(model[0].weight), (
         "torchao's weights are no wrapper subclasses any more"
     )
+    weight: Any = model[0].weight
+    like: Any = tensors.rebuilt(weight, torch.zeros_like)
+    assert type(like) is type(weight.data) and like.shape == weight.shape
+    assert not like.qdata.any() and weight.qdata.any()
+    held = {id(weight.qdata), id(weight.scale)}
+    assert held <= {id(t) for t in tensors.inside(weight)}, "look at __tensor_flatten__"
+
+
+def test_weights_of_bitsandbytes():
+    """tensors.is_packed, tensors.beside, tensors.inside: by names of theirs."""
+    bits: Any = pytest.importorskip("bitsandbytes").nn
+    plain = nn.Linear(64, 64, bias=False)
+    assert not tensors.is_packed(plain.weight) and not tensors.beside(plain.weight)
+    four, eight = bits.Linear4bit(64, 64, bias=False), bits.Linear8bitLt(64, 64, bias=False)
+    eight.weight = bits.Int8Params(plain.weight.data, requires_grad=False)
+    four, eight = four.to("cpu"), eight.to("cpu")
+    assert tensors.is_packed(four.weight) and tensors.is_packed(eight.weight)
+    state = four.weight.quant_state
+    assert tensors.beside(four.weight) == {"quant_state": state}
+    held = [four.weight, state.absmax, state.code, state.offset, *vars(state.state2).values()]
+    found = {id(t) for t in tensors.inside(four.weight)}
+    assert found == {id(t) for t in held if isinstance(t, torch.Tensor)}, "look at QuantState"
+    assert {id(eight.weight.CB), id(eight.weight.SCB)} < {
+        id(t) for t in tensors.inside(eight.weight)
+    }
+    assert "bitsandbytes::gemm_4bit" in stage._OF_OTHERS
+    name = torch.ops.bitsandbytes.gemm_4bit.default.name()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), (
+        "products of four bits are no longer written in other operations: play them otherwise"
+    )
 
 
 # -- data parallelism ------------------------------------------------------------------------------
@@ -446,6 +479,27 @@ def test_modules_that_fully_shard_leaves_to_us(tmp_path):
     assert not plain.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_fsdp_has_yet_to_send(dtype, tmp_path):
+    """fsdp.waits: in the dtype of the gradient they stay on the whole parameter."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(nn.Linear(2, 2), mesh=mesh, mp_policy=policy)
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            model(torch.ones(1, 2)).sum().backward()
+            _, whole = fsdp.twins(model, False)[id(model), "weight"]
+            assert whole is not None and fsdp.waits(model, whole) is not last, (
+                "FSDP2 puts gradients elsewhere: look at FSDPParam.unsharded_accumulated_grad"
+            )
+            assert (model.weight.grad is not None) is last
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @fsdp.leave_to_us
 class Mine(nn.Linear):
     pass
@@ -468,6 +522,52 @@ def test_modes_of_others_do_not_see_what_is_done_undisturbed():
         assert counter.get_total_flops() == 0, "dynamo.undisturbed lets modes look"
         torch.ones(2, 2) @ torch.ones(2, 2)
         assert counter.get_total_flops() == 16
+
+
+class Hollow(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(func.__name__)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(func.__name__)
+
+    def holds(self):
+        return [torch.ones(3)]
+
+
+def test_tensors_of_subclasses_without_memory():
+    made = tensors.wrapper(Hollow, (2, 3), torch.float16, torch.device("cpu"))
+    assert type(made) is Hollow and tensors.bare(made) == (2, 3), "look at _make_wrapper_subclass"
+    with tensors.plainly():
+        assert made.dtype == torch.float16, "look at DisableTorchFunctionSubclass"
+    with pytest.raises(AssertionError):
+        made.sum()
+    plain = torch.ones(2)
+    assert tensors.held_by(plain)[0] is plain and len(tensors.held_by(made)[0]) == 3
+    assert tensors.held_by("no tensor") == []
+
+
+def test_changes_in_place_are_counted():
+    t, weight = torch.ones(2), nn.Parameter(torch.ones(2))
+    before, stepped = tensors.version_of(t), tensors.version_of(weight)
+    t.add_(1)
+    assert tensors.version_of(t) != before, "look at Tensor._version"
+    weight.grad = torch.ones(2)
+    torch.optim.AdamW([weight], fused=True).step()
+    assert tensors.version_of(weight) != stepped, "look at hooks on all optimizers' steps"
+    with torch.inference_mode():
+        assert tensors.version_of(torch.ones(2)) is None
+
+
+def test_heads_of_others_are_known():
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = make("llama")
+    assert hf.chunks_its_head(model) is None
+    add_fused_lm_head(model)
+    assert hf.chunks_its_head(model) == "TRL", "TRL puts its fused head elsewhere"
 
 
 SHARDED = """
@@ -493,6 +593,10 @@ SHARDED = """
         model(torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long))
         assert seen[-1] is shown, "fsdp.twins: _unsharded_param is not what a forward reads"
         torch.testing.assert_close(sharded.full_tensor(), whole["blocks.0.up.weight"])
+    given = model(torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long))
+    hooks = [*(given._backward_hooks or {}).values()]
+    assert any(map(fsdp.only_announces, hooks)), "FSDP2 does not hook its outputs any more"
+    assert not fsdp.only_announces(print)
     distributed.destroy_process_group()
     print("equal")
 """
@@ -673,7 +777,7 @@ class Seen:
     """A stage.Watcher that counts; stage.staged plays."""
 
     def __init__(self) -> None:
-        self.alive, self.ran_flops, self.open = {}, 0, 0
+        self.alive, self.ran_flops, self.open, self.compiled = {}, 0, 0, 0
 
     def came(self, key, size, operation):
         self.alive[key] = size, stage.place_in_backward()
@@ -687,8 +791,9 @@ class Seen:
     def closed(self):
         self.open -= 1
 
-    def ran(self, operation, flops, dtype, traffic):
+    def ran(self, operation, flops, dtype, traffic, compiled):
         self.ran_flops += flops
+        self.compiled += compiled
 
 
 def test_a_stage_sees_storages_come_and_go():
@@ -709,7 +814,7 @@ def test_a_stage_sees_storages_come_and_go():
         assert w.grad is not None
         places = [place for _, place in seen.alive.values() if place is not None]
         assert places and min(places) >= first, "_current_autograd_node knows no place any more"
-        assert bool((w.grad > 0).all()) and loss.item() == 1.0  # what only data could tell
+        assert bool((w.grad > 0).all()) and loss.item() == 0.5  # what only data could tell
         del y, loss
         assert sum(size for size, _ in seen.alive.values()) == 4 * (8 * 16 + 2 * 16 * 16), look
         product = 2 * 8 * 16 * 16
@@ -726,6 +831,7 @@ def test_what_runs_as_one_leaves_nothing_but_its_results():
             y = here.one("twice", "key", lambda x: (x + 1).exp() * 2, (x,))
             assert y.shape == (64,)
         assert sorted(size for size, _ in seen.alive.values()) == [256, 256]
+        assert seen.compiled == 2
         assert tensors.address(x[1:]) == tensors.address(x) + 4 != tensors.address(y)
     real = torch.ones(2)
     assert tensors.address(real) == real.data_ptr()
@@ -869,7 +975,14 @@ def test_what_is_around_a_backward_a_forward_and_a_step():
     assert modules.around_all([Two]) != before, "look at torch.nn's _global_forward_hooks"
     put.remove()
     assert modules.around_all([Two]) == before
+    with ModuleTracker():
+        watching = torch_module._global_forward_pre_hooks
+        assert watching, "look at ModuleTracker: it puts no hooks on all modules"
+        with modules.unwatched():
+            assert not watching, "look at modules.unwatched: torch's trackers are told otherwise"
+        assert watching
     layer = nn.Linear(2, 2)
+    assert modules.all_held(layer)["weight"] is layer.weight, "look at Module._parameters"
     assert not modules.is_computed(layer, "weight")
     prune.identity(layer, "weight")
     assert modules.is_computed(layer, "weight"), "pruning calls what it keeps otherwise"
@@ -928,3 +1041,20 @@ def test_peft_still_has_the_class_that_reads_gradients():
     adalora = pytest.importorskip("peft.tuners.adalora")
     assert hf.wants_gradients(nn.Linear(2, 2)) is None
     assert hasattr(adalora, "AdaLoraModel"), "hf.wants_gradients would not find it"
+
+
+def test_peft_still_says_what_lora_is_made_of():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["layers.0"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(Two(), config)
+    ((name, (layer, kind)),) = hf.lora_layers(model).items()
+    assert name == "base_model.model.layers.0" and kind is None
+    ((a, b, scale),) = hf.lora_factors(layer) or []
+    torch.testing.assert_close(scale * b @ a, layer.get_delta_weight("default"))
+    with model.disable_adapter():
+        assert hf.lora_factors(layer) is None
+    model.merge_adapter()
+    assert hf.lora_factors(layer) is None
+    more = peft.LoraConfig(target_modules=["layers.0"], r=2, use_dora=True)
+    ((_, kind),) = hf.lora_layers(peft.get_peft_model(Two(), more)).values()
+    assert kind is not None and "Dora" in kind, "layer.lora_variant would not tell DoRA from LoRA"

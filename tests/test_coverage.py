@@ -256,11 +256,10 @@ def test_a_node_of_another_pass_behind_a_gate_does_not_break_identity(
 
 def test_a_dry_run_reaches_nothing(monkeypatch):
     """A node that loses the weight's identity in real runs is told, though the account found it."""
-    from surgery.subspace import nodes
     from surgery.weights import sites
 
     found = sites.site_of
-    monkeypatch.setattr(nodes, "read", lambda place: found(place) if sites.is_fake(place) else None)
+    monkeypatch.setattr(sites, "read", lambda place: found(place) if sites.is_fake(place) else None)
     model = surgery.apply(make("llama"), passes.Rso(rank=4))
     with pytest.raises(surgery.CaptureError, match=r"not reached|not read by a Linear"):
         loss_of(model, inputs_of("llama"))

@@ -53,7 +53,7 @@ SCRIPT = """
                 torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9, msg=row)
             assert_same(both[name], (row, name))
         dense = sum(p.numel() for p in alone.values())
-        if row in ("rso", "velora"):  # only what stands for the weights travels
+        if row in ("rso", "velora", "galore"):  # only what stands for the weights travels
             assert sum(sent) / 11 < 0.6 * dense, (row, sum(sent) / 11, dense)
     print("equal")
 """
@@ -63,7 +63,7 @@ SCRIPT = """
     "rows",
     [
         ["misa", "misa_always", "lisa", "badam"]
-        + ["rso", "velora", "misa_and_both", "misa_of_rso", "compress"]
+        + ["rso", "velora", "galore", "galore_renewed", "misa_and_both", "misa_of_rso", "compress"]
     ],
     ids=str,
 )

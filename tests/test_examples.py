@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -12,8 +13,12 @@ import processes
 import pytest
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import surgery
+from examples import chat_sft
+from examples.real import smollm2
 from surgery.cli import app
 
 TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]  # processes
@@ -98,12 +103,15 @@ def trains_and_exports(output: str) -> None:
         (["fabric", "--pass", "rso"], 1),
         (["accelerated"], 1),
         (["sharded"], 2),
+        (["dpo"], 1),
+        (["distill", "--layers", "2"], 1),
     ],
-    ids=["sft", "fabric", "accelerate", "fsdp2"],
+    ids=["sft", "fabric", "accelerate", "fsdp2", "dpo", "distill"],
 )
 def test_other_loops(command, ranks, tmp_path):
+    example, *more = command
     options = ["--layers", "1", "--steps", "4", "--length", "32", "--out", str(tmp_path / "out")]
-    trains_and_exports(run([*command, *options], tmp_path, ranks))
+    trains_and_exports(run([example, *options, *more], tmp_path, ranks))
 
 
 @pytest.mark.real
@@ -146,3 +154,45 @@ def test_the_command_line_plans_from_a_config_alone(tmp_path):
     assert "optimizer" in found.output and "budget=0.2" in found.output
     refused = runner.invoke(app, ["plan", str(tmp_path), "budget=7"])
     assert refused.exit_code == 2 and "lies in (0, 1]" in refused.output.replace("\n", " ")
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.*pad_token_id")
+def test_a_chat_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    model, tokenizer = smollm2(layers=2)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    talks = [
+        [
+            {"role": "user", "content": f"What is {n} + 1?"},
+            {"role": "assistant", "content": f"It is {n + 1}."},
+        ]
+        for n in range(6)
+    ]
+    row = chat_sft.example(tokenizer, talks[3], 512)
+    counted = row["input_ids"][row["labels"] != chat_sft.IGNORED]
+    assert tokenizer.decode(counted).startswith("It is 4.") and 5 < len(counted) < 10
+    data = tmp_path / "chats.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": messages}) for messages in talks))
+
+    def train(out: str) -> list[str]:
+        options = {"batch": 2, "epochs": 2, "lr": 1e-3, "save_every": 2}
+        chat_sft.main(data, str(tmp_path / "model"), tmp_path / out, **options)
+        return capsys.readouterr().out.splitlines()
+
+    whole = train("whole")
+    losses = [float(line.split()[-1]) for line in whole[:-1]]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    save = surgery.save
+
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts")
+    monkeypatch.setattr(surgery, "save", save)
+    assert capsys.readouterr().out.splitlines() + train("parts") == whole
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert tensor.equal(load_file(tmp_path / "parts" / "model.safetensors")[name]), name

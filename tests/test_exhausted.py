@@ -115,3 +115,11 @@ def test_outside_of_training_nothing_is_remembered():
     with torch.no_grad(), surgery.explain_oom(make("plain")):
         model(tokens, tokens)
     assert copy.deepcopy(model) is not model
+
+
+def test_what_is_no_model_is_told():
+    with (
+        pytest.raises(surgery.ModelError, match=r"takes an nn\.Module, not a str"),
+        surgery.explain_oom("x"),
+    ):
+        pass

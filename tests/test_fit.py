@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import state_of
-from models import inputs_of, make
+from models import batch, inputs_of, layers, make
 
 import surgery
 from surgery.memory import storage_bytes
+from surgery.reports import fitting
+from surgery.reports.compositions import Composition
 from surgery.testing.models import Tiny, tokens
 
 
@@ -31,7 +33,9 @@ def test_exact_passes_come_first_and_the_fastest_that_fits_is_recommended(found)
     exact = [row for row in found.rows if row.quality == "the same gradients" and row.fits]
     assert found.best in exact
     assert found.best.milliseconds == min(row.milliseconds for row in exact)
-    assert "Recommended" in str(found) and found.best.title in str(found)
+    assert found.best.title in str(found) and "leaves 10% of the memory free" in str(found)
+    *_, line = str(found).splitlines()  # to paste: not indented
+    assert line.rstrip() == found.best.lines
     assert found.nearest.peak == min(row.peak for row in found.rows if row.peak)
     assert all(row.rows >= 64 and row.length >= 6 for row in found.rows if row.fits)
 
@@ -98,6 +102,10 @@ def test_where_nothing_fits_the_nearest_is_named():
         ({"memory": 1000}, "the weights of this LlamaForCausalLM alone are"),
         ({"memory": "1GB", "device": "h1000"}, "Did you mean 'h100'"),
         ({"memory": "1GB", "goal": "half"}, "goal='half' must be one of"),
+        ({"memory": "1GB", "clip": -1.0}, r"clip=-1\.0 must be a positive norm"),
+        ({"memory": "1GB", "autocast": "bf16"}, "autocast='bf16' is no dtype"),
+        ({"memory": "1GB", "optimizer": "adamw"}, "should be what makes one"),
+        ({"memory": "1GB", "device": torch.device("cpu")}, "is no name, such as 'h100'"),
     ],
 )
 def test_bad_input(options, said):
@@ -110,6 +118,34 @@ def test_a_backend_without_a_graph_is_refused():
         surgery.apply(small(), "auto", batch=BATCH, memory="1GB", backend="inductor")
 
 
+def test_a_batch_without_labels_is_refused_unless_the_loop_has_a_loss():
+    ids = {"input_ids": inputs_of("llama")["input_ids"]}
+    for call in (surgery.fit, surgery.plan):
+        with pytest.raises(surgery.OptionError, match="the batch has no labels"):
+            call(make("llama"), ids, "1GB" if call is surgery.fit else "recompute")
+    found = surgery.plan(
+        make("llama"), ids, "recompute", loss=lambda model, batch: model(**batch).logits.mean()
+    )
+    assert found.after.peak
+
+
+def test_a_batch_that_is_none_is_named_by_its_type():
+    with pytest.raises(surgery.OptionError, match="batch=a Tensor is neither"):
+        surgery.fit(make("llama"), torch.ones(64, 64), "1GB")
+
+
+def test_small_sizes_are_told_in_mebibytes():
+    with pytest.raises(
+        surgery.OptionError, match=r"alone are 0\.\d\d MiB, and memory= is 0\.00 MiB"
+    ):
+        surgery.fit(make("llama"), (1, 8), 1000)
+
+
+def test_auto_names_a_misspelt_option():
+    with pytest.raises(surgery.OptionError, match="Did you mean 'memory'"):
+        surgery.apply(small(), "auto", batch=BATCH, memry="1GB")
+
+
 def test_auto_needs_a_batch():
     with pytest.raises(surgery.OptionError, match="batch=batch"):
         surgery.apply(make("llama"), "auto", memory="1GB")
@@ -117,5 +153,34 @@ def test_auto_needs_a_batch():
 
 @pytest.mark.parametrize(("goal", "name"), [("forwards", "mezo"), ("adapter", "recompute")])
 def test_other_goals(goal, name):
-    found = surgery.fit(small(), BATCH, "1GB", goal=goal)
+    model = small()
+    model.head.requires_grad_(goal == "forwards")
+    found = surgery.fit(model, BATCH, "1GB", goal=goal)
     assert any(name in row.spec for row in found.rows) and found.best is not None
+
+
+def test_adapters_are_put_on_the_model_of_a_config():
+    from peft import LoraConfig, get_peft_model
+
+    config = make("llama").config
+    found = surgery.fit(config, (2, 24), "1GiB", goal="adapter")
+    model = get_peft_model(make("llama"), LoraConfig(r=16, target_modules="all-linear"))
+    own = surgery.fit(model, (2, 24), "1GiB", goal="adapter")
+    assert [row.peak for row in found.rows] == [row.peak for row in own.rows]
+    assert found.best is not None and "get_peft_model(model, LoraConfig(" in found.best.lines
+    assert own.best is not None and own.best.lines == "# nothing: it fits as it is"
+    with pytest.raises(surgery.OptionError, match="no adapters to plan for"):
+        surgery.fit(make("llama"), (2, 24), "1GiB", goal="adapter")
+
+
+def test_a_model_in_evaluation_mode_is_played_as_it_will_be_trained(monkeypatch):
+    """As from_pretrained gives it: checkpoints work in training mode only."""
+    two = (Composition(names=()), Composition(names=(), checkpointing=True))
+    monkeypatch.setattr(fitting, "GROUPS", {"full": (two,)})
+    inputs, options = batch("llama", rows=4, length=64), layers("llama", 3)
+    trained = surgery.fit(make("llama", **options), inputs, "1GiB")
+    model = make("llama", **options).eval()
+    found = surgery.fit(model, inputs, "1GiB")
+    assert [row.peak for row in found.rows] == [row.peak for row in trained.rows]
+    assert (found.rows[1].peak or 0) < 0.7 * (found.rows[0].peak or 0)
+    assert not any(module.training for module in model.modules())

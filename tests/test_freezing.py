@@ -30,6 +30,7 @@ SPECS = {
     "misa": lambda: passes.Misa(budget=0.2),
     "rso": lambda: passes.Rso(rank=4),
     "velora": lambda: passes.Velora(groups=4),
+    "galore": lambda: passes.Galore(rank=4),
     "mezo": lambda: passes.Mezo(targets=["up", "down"]),
     "misa and recompute": lambda: [passes.Misa(budget=0.2), passes.Recompute()],
 }

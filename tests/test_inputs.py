@@ -18,10 +18,12 @@ EXACT: dict[str, list[Any]] = {
     "recompute": [passes.Recompute()],
     "velora": [passes.Velora(groups=8, init="random")],
     "rso": [passes.Rso(rank=8)],
+    "galore": [passes.Galore(rank=8, projection="random")],
 }
 ALL = EXACT | {
     "compress": [passes.Compress()],
     "recompute, compress": [passes.Recompute(), passes.Compress()],
+    "galore, recompute": [passes.Galore(rank=8), passes.Recompute()],
     "rso, recompute, compress": [passes.Rso(rank=8), passes.Recompute(), passes.Compress()],
 }
 INPUTS = {

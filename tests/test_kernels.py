@@ -28,6 +28,8 @@ STEPS = {  # weights of 16 bits where steps are rounded
     "velora": (lambda: passes.Velora(groups=4), torch.bfloat16),
     "mezo": (lambda: passes.Mezo(directions=2), torch.bfloat16),
     "mezo normal": (lambda: passes.Mezo(noise="gaussian"), torch.float32),
+    "mezo in blocks": (lambda: passes.Mezo(blocks=1, directions=3), torch.float32),
+    "lozo in blocks": (lambda: passes.Lozo(blocks=1, directions=6), torch.float32),
     "sparse_mezo": (lambda: passes.SparseMezo(), torch.float32),
     "sparse_mezo at random": (lambda: passes.SparseMezo(mask="random"), torch.bfloat16),
     "lozo": (lambda: passes.Lozo(), torch.float32),

@@ -27,9 +27,10 @@ for room, below in (
     ("engine", ("contract",)),
     ("sampling", ("contract",)),
     ("activations", ("graph",)),
+    ("logits", ("activations",)),
     ("subspace", ("contract", "activations")),
     ("zeroth_order", ("contract", "activations")),
-    ("passkit", ("sampling", "subspace", "zeroth_order", "activations")),
+    ("passkit", ("sampling", "subspace", "zeroth_order", "logits")),
     ("passes", ("passkit",)),
     ("catalogue", ("passes", "contract")),
     ("prediction", ("engine",)),
@@ -39,6 +40,7 @@ for room, below in (
     ("testing", ("checkpoints",)),
     ("__init__", ("testing",)),
     ("cli", ("__init__",)),
+    ("__main__", ("cli",)),
 ):
     LOWER[room if room == "passes" else f"surgery.{room}"] = tuple(
         each if each == "passes" or "." in each else f"surgery.{each}" for each in below
@@ -49,6 +51,8 @@ LONG = {
     "surgery/testing/laws.py": "one law after another, each by itself",
     "benchmarks/activation_memory.py": "one table: its rows are peers of one another",
     "benchmarks/subspace.py": "two comparisons that share their peers",
+    "benchmarks/tables.py": "one kind of table after another",
+    "tests/test_fsdp.py": "what is sharded and what is not, one case after another",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",
     "tests/test_by_hand.py": "what others do, one kind after another",
@@ -56,6 +60,7 @@ LONG = {
     "tests/long_life.py": "one life: what may happen to a model, and its reference",
     "tests/test_optimizers.py": "one table of optimizers, and what each needs",
     "tests/test_misa.py": "all that is MISA's own",
+    "tests/test_galore.py": "all that is GaLore's own",
     "tests/test_rso.py": "all that is RSO's own",
     "tests/test_velora.py": "all that is VeLoRA's own",
     "tests/test_zeroth_runs.py": "runs of all zeroth-order passes share their set-up",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from types import FrameType
 
 import pytest
@@ -216,3 +219,10 @@ def test_a_step_leaves_no_circle_with_tensors_in_it(row):
         gc.garbage.clear()
         gc.enable()
     assert not left
+
+
+def test_measuring_prints_nothing():
+    code = "import torch as t, surgery.memory as m; m.measure(lambda: t.ones(3), t.device('cpu'))"
+    env = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+    made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "", "")

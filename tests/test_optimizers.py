@@ -14,6 +14,7 @@ from models import inputs_of, loss_of, make
 
 import passes
 import surgery
+from passes.galore import Frame
 from surgery.testing import Tiny
 
 
@@ -36,12 +37,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "bitsandbytes 8-bit": bitsandbytes,
     "schedulefree": schedulefree,
     "CAME": came,
+    "torch Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
     "torch NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
     "torch Muon": lambda parameters: torch.optim.Muon(
         [p for p in parameters if p.ndim == 2], lr=1e-2
     ),
 }
-CASES = [(kind, row) for kind in OPTIMIZERS for row in ("misa", "rso", "badam")]
+CASES = [(kind, row) for kind in OPTIMIZERS for row in ("misa", "rso", "galore", "badam")]
 CASES += [("bitsandbytes 8-bit", row) for row in ("lisa", "velora_redrawn")]
 CASES.remove(("torch Muon", "badam"))  # it takes matrices only, and blocks have vectors
 
@@ -121,17 +123,12 @@ def test_an_optimizer_outside_torch(row):
     assert any(not torch.equal(p, before[n]) for n, p in own(model).items())
 
 
-@pytest.mark.parametrize("row", ["misa", "badam", "rso", "velora"])
-def test_lomo_steps_inside_of_backward(row):
-    """It is SGD, and takes each gradient away as soon as the next one is there."""
-    lomo = pytest.importorskip("lomo_optim").Lomo
-    spec = PASSES[row](period=2)
-    plain, ours = (surgery.apply(make("plain"), spec) for _ in range(2))
-    sgd, fused = torch.optim.SGD(plain.parameters(), lr=1e-2), lomo(ours, lr=1e-2)
+def fused_beside(plain, ours, reference, fused) -> None:
+    """Five steps that are made inside of backward, beside those of a reference."""
     for seed in range(5):
         loss_of(plain, inputs_of("plain", seed=seed)).backward()
-        sgd.step()
-        sgd.zero_grad()
+        reference.step()
+        reference.zero_grad()
         loss = loss_of(ours, inputs_of("plain", seed=seed))
         surgery.step(ours, fused, lambda loss=loss: fused.fused_backward(loss, 1e-2))
         for name, parameter in own(ours).items():
@@ -139,6 +136,57 @@ def test_lomo_steps_inside_of_backward(row):
         active = [[c.active for c in surgery.coordinates(model)] for model in (plain, ours)]
         assert active[0] == active[1]
     assert state_of(ours).clock.step == 5
+
+
+@pytest.mark.parametrize("row", ["misa", "badam", "rso", "velora", "galore"])
+def test_lomo_steps_inside_of_backward(row):
+    """It is SGD, and takes each gradient away as soon as the next one is there."""
+    lomo = pytest.importorskip("lomo_optim").Lomo
+    spec = PASSES[row](period=2)
+    plain, ours = (surgery.apply(make("plain"), spec) for _ in range(2))
+    sgd = torch.optim.SGD(plain.parameters(), lr=1e-2)
+    fused_beside(plain, ours, sgd, lomo(ours, lr=1e-2))
+
+
+class Factored(torch.optim.Optimizer):
+    """AdaLomo (2310.10195, algorithm 1), in a step of its own."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.count, self.held = 0, {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        keep = 1.0 - self.count**-0.8
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
+            square = p.grad.square() + 1e-30
+            kinds = [square.mean(1), square.mean(0)] if p.ndim == 2 else [square]
+            held = self.held.get(id(p), [torch.zeros_like(each) for each in kinds])
+            self.held[id(p)] = held = [
+                keep * old + (1 - keep) * new for old, new in zip(held, kinds, strict=True)
+            ]
+            if p.ndim == 2:
+                second = torch.outer(held[0], held[1]) / held[0].mean()
+            else:
+                (second,) = held
+            update = p.grad / second.sqrt()
+            update /= update.square().mean().sqrt().clamp(min=1.0)
+            size = p.square().mean().sqrt().clamp(min=1e-3)
+            p -= self.param_groups[0]["lr"] * size * update
+
+
+@pytest.mark.parametrize("row", ["misa", "lisa", "badam", "rso", "galore", "velora"])
+def test_adalomo_steps_inside_of_backward(row, monkeypatch):
+    """Its factors lie in lists of its own, by name: those of a round that has ended stay."""
+    adalomo = pytest.importorskip("lomo_optim").AdaLomo
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_: self)  # it puts its state there
+    plain, ours = (surgery.apply(make("plain"), PASSES[row](period=2)) for _ in range(2))
+    before = weights(ours)
+    fused_beside(plain, ours, Factored(plain.parameters(), lr=1e-2), adalomo(ours, lr=1e-2))
+    assert any(not torch.equal(p, before[n]) for n, p in own(ours).items())
 
 
 def test_gradients_that_vanish_within_backward_are_told():
@@ -301,3 +349,36 @@ def test_sparse_adam_refuses_dense_gradients_as_without_surgery():
     with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
         optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in own(model).items())
+
+
+RENEWED: dict[str, Callable[[Any], Any]] = OPTIMIZERS | {
+    "torch AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, amsgrad=True),
+    "torch SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "torch RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, centered=True),
+    "torch Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    "torchao 8-bit": lambda parameters: pytest.importorskip("torchao.optim").AdamW8bit(
+        parameters, lr=1e-2, block_size=16
+    ),
+}
+
+
+@pytest.mark.parametrize("state", ["keep", "project"])
+@pytest.mark.parametrize("kind", RENEWED)
+def test_a_subspace_that_is_renewed_as_it_was_changes_nothing(kind, state, monkeypatch):
+    """What an optimizer keeps goes along, the iterate of schedule-free ones among it."""
+    monkeypatch.setattr(Frame, "_drawn", lambda self, grad, x: torch.eye(self.channels, 4))
+    found = []
+    for period in (2, 1000):
+        model = make("plain").double()
+        surgery.apply(model, passes.Galore(rank=4, period=period, state=state))
+        optimizer = RENEWED[kind](model.parameters())
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0  # of R, which begins again
+        if (kind, state) == ("bitsandbytes 8-bit", "project"):
+            with pytest.raises(surgery.OptimizerError, match=r"optimizer's 'state1' goes into"):
+                steps(model, optimizer, range(8))
+            return
+        steps(model, optimizer, range(8))
+        found.append(weights(model))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -62,6 +62,7 @@ def check(row: str, found: Mapping[str, Tensor], folder: Path) -> None:
 def test_every_pass_goes_on_on_two_ranks_and_back_on_one(tmp_path):
     used = {each.name for row in ROWS for each in resolve(SHARDED[row](), {})}
     ours = {name for name, kind in registered().items() if kind.__module__.startswith("passes.")}
+    ours -= {"flat_lora", "trim"}  # of PEFT's models; of tables, which FSDP2 may not cut
     assert surgery.available() and used == ours
     runs = {row: start(row, None) for row in ROWS}
     for row, (model, optimizer) in runs.items():
@@ -108,7 +109,7 @@ HELD = """
         assert (clock.step, clock.skipped) == (5, 1), (row, order)
         return whole_weights(model)
 
-    for row in ("misa", "rso", "velora", "mezo"):
+    for row in ("misa", "rso", "velora", "galore_svd", "mezo"):
         alone = go(row, None)
         for order in ("DDP", "apply, shard"):
             for name, value in go(row, order).items():

@@ -127,13 +127,9 @@ def test_sft_trainer_on_a_model_that_has_surgery_already(tmp_path):
         sft(begin("misa"), tmp_path).train()
 
 
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [(row, r"lm_head\.weight") for row in ("lisa", *ZEROTH)]
-    + [("chunked_loss", "nothing to do in the forward.*no cross entropy")],
-)
-def test_what_the_fused_head_of_sft_trainer_leaves_no_room_for(row, why, tmp_path):
+@pytest.mark.parametrize("row", ["lisa", *ZEROTH])
+def test_what_the_fused_head_of_sft_trainer_leaves_no_room_for(row, tmp_path):
     trainer = sft(make("llama", use_cache=False), tmp_path)
     surgery.apply(trainer.model, PASSES[row]())
-    with pytest.raises(surgery.CaptureError, match=why):
+    with pytest.raises(surgery.CaptureError, match=r"lm_head\.weight"):
         trainer.train()

@@ -85,13 +85,30 @@ def test_the_course_of_memory_reaches_the_peak_and_names_its_phases(tmp_path, fi
 
 def test_what_is_neither_faster_nor_smaller_stands_back(tmp_path, figures):
     pictures.bytes_against_time(ROWS, tmp_path / "rows.png")
-    weights = {text.get_text(): text.get_fontweight() for text in figures[0].axes[0].texts}
-    assert weights == {
-        "plain": "bold",
-        "recompute": "bold",
-        "misa + recompute": "bold",
-        "compress": "normal",
+    (axes,) = figures[0].axes
+    named = axes.get_legend().get_texts()
+    assert {text.get_text(): text.get_fontweight() for text in named} == {
+        "1  plain": "bold",
+        "2  recompute": "bold",
+        "3  misa + recompute": "bold",
+        "4  compress": "normal",
     }
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4"]
+
+
+def test_what_fit_has_found_goes_by_its_titles(tmp_path, figures):
+    fit = surgery.fit(make("llama"), (1, 8), "1GiB", device="h100")
+    pictures.bytes_against_time(fit.rows, tmp_path / "rows.png")
+    named = figures[0].axes[0].get_legend().get_texts()
+    told = {text.get_text().partition("  ")[2] for text in named}
+    assert {"as it is", "gradient checkpointing", "recompute"} < told
+
+
+def test_a_measured_peak_is_a_line_and_in_the_title(tmp_path, figures):
+    pictures.memory(steps(), tmp_path / "memory.png", {"after": 2 * 10**9})
+    before, after = figures[0].axes
+    assert after.lines[0].get_ydata()[0] == 2 and "measured: 2 GB" in after.get_title()
+    assert "measured" not in before.get_title()
 
 
 def test_modules_stand_in_the_order_of_blocks(tmp_path, figures):

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from surgery.engine.clock import LISTENING
 from surgery.kernels import directions
 from surgery.memory import loss_of, measure
 from surgery.prediction.devices import device_named
+from surgery.prediction.loop import Loop, foresee
 from surgery.zeroth_order import direction
 
 CPU = torch.device("cpu")
@@ -38,18 +39,29 @@ class Case:
     dtype: torch.dtype = torch.float32
     change: Callable[[Any], Any] = lambda model: model
     options: dict[str, Any] = field(default_factory=dict)  # of plan: of the loop
+    inputs: dict[str, torch.Tensor] | None = None
 
     def model(self) -> nn.Module:
         return self.change(build(self.family).to(self.dtype))
 
     def batch(self) -> dict[str, torch.Tensor]:
-        made = batch(self.family, rows=2, length=32)
-        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in made.items()}
+        made = self.inputs or batch(self.family, rows=2, length=32)
+        return {
+            k: v.to(self.dtype) if v.is_floating_point() else v.clone() for k, v in made.items()
+        }
 
 
 def checkpointed(model: Any) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def torchao(kind: str) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda trained: getattr(pytest.importorskip("torchao.optim"), kind)(trained)
+
+
+def wide(model: Any) -> Any:
+    return build("llama", hidden_size=128, intermediate_size=256)
 
 
 CASES = {  # each costs a capture, and one more beside real tensors
@@ -59,8 +71,15 @@ CASES = {  # each costs a capture, and one more beside real tensors
     "rso, fused AdamW": Case(
         spec=passes.Rso(rank=4), options={"optimizer": partial(AdamW, fused=True)}
     ),
+    "galore and both": Case(spec=[passes.Galore(rank=4), *EXACT]),
     "badam, bfloat16, foreach": Case(
         spec=passes.BAdam(), dtype=BF16, options={"optimizer": partial(AdamW, foreach=True)}
+    ),
+    "NAdam, which reads its state": Case(
+        spec=passes.Recompute(), change=wide, options={"optimizer": torch.optim.NAdam}
+    ),
+    "8 bits, in a compiled step": Case(
+        spec=passes.Recompute(), change=wide, options={"optimizer": torchao("AdamWFp8")}
     ),
     "mezo, SGD": Case(spec=passes.Mezo(), options={"optimizer": partial(SGD, lr=1e-3)}),
     "checkpointing": Case(spec=passes.Misa(budget=0.5), change=checkpointed),
@@ -125,6 +144,26 @@ def test_the_peak_is_the_allocators(name):
         assert side.peak == pytest.approx(peak, rel=0.03), spec
         assert side.phase == phase
     assert sum(holder.bytes for holder in planned.holders) == planned.after.peak
+
+
+@pytest.mark.parametrize("padding", ["right", "none"])
+def test_a_mask_is_kept_only_if_it_hides_something(padding):
+    """With one, attention repeats its keys and values for each query's head."""
+    inputs = batch("llama", rows=2, length=128, padding=padding)
+    change = partial(make, "llama", num_attention_heads=8, num_key_value_heads=1)
+    case = Case(spec=None, change=lambda _: change())
+    planned = surgery.plan(case.model(), inputs, passes.Recompute(), compile=False)
+    peak, _ = really(replace(case, inputs=inputs), None)
+    assert planned.before.peak == pytest.approx(peak, rel=0.005)
+    whole = surgery.plan(case.model(), (2, 128), passes.Recompute(), compile=False)
+    same = planned.before.activations == pytest.approx(whole.before.activations, rel=0.01)
+    assert same == (padding == "none")
+
+
+def test_what_a_step_compiles_is_put_back():
+    compile = torch.compile
+    surgery.plan(build("llama"), batch("llama"), "recompute", optimizer=torch.optim.Adagrad)
+    assert torch.compile is compile
 
 
 def test_holders_are_named_by_module_and_operation():
@@ -228,7 +267,28 @@ def test_the_device_that_is_here_is_measured_once():
     assert planned.before.milliseconds and planned.after.milliseconds
 
 
-@pytest.mark.parametrize("row", ["misa", "rso", "velora", "compress", "mezo", "lozo", "subzero"])
+def test_a_step_is_no_faster_than_its_host():
+    """Of a tiny model each operation is there before the host has launched the next."""
+    h100 = device_named("h100")
+    assert h100 is not None
+    inputs, sgd = batch("llama"), partial(SGD, lr=1e-3)
+    quick = Loop(device=replace(h100, host=0.0, call=0.0), optimizer=sgd)
+    plain, free = (foresee(make("llama"), inputs, (), d) for d in (Loop(device=h100), quick))
+    assert plain.milliseconds == pytest.approx(1e3 * plain.launches * h100.host)
+    assert free.milliseconds is not None and free.milliseconds < 1e3 * free.launches * h100.host
+    mezo = (passes.Mezo(),)
+    step = foresee(make("llama"), inputs, mezo, Loop(device=h100, optimizer=sgd))
+    assert step.milliseconds is not None
+    assert h100.host < step.milliseconds / step.launches / 1e3 < h100.call  # some are compiled
+    slow = foresee(make("llama"), inputs, (), Loop(device=replace(h100, bandwidth=1e6)))
+    assert slow.milliseconds is not None and slow.milliseconds > 2 * (plain.milliseconds or 0)
+    here = device_named("here")
+    assert here is not None and here.host == here.call == 0
+
+
+@pytest.mark.parametrize(
+    "row", ["misa", "rso", "velora", "galore", "compress", "mezo", "lozo", "subzero"]
+)
 @pytest.mark.filterwarnings("ignore:.*scalars that")
 def test_kernels_of_accelerators_are_told_apart_by_what_they_count(row):
     """Of the same layout of arguments, one makes 32 numbers for each row and another 96."""

@@ -226,4 +226,4 @@ def test_in_float64_gradients_agree_to_1e_14():
 def test_report_says_what_is_recomputed():
     model = surgery.apply(make("llama", num_hidden_layers=3), "recompute")
     text = str(surgery.report(model, inputs_of("llama", rows=4, length=32)))
-    assert "recompute takes away" in text and "0.5 MB kept for backward" in text
+    assert "saved by recompute" in text and "0.5 MB kept for backward" in text

@@ -130,6 +130,13 @@ def test_frozen_weights_are_never_unfrozen():
     assert not any(model.get_parameter(name).requires_grad for name in frozen)
 
 
+def test_a_coordinate_prints_in_one_line():
+    model = surgery.apply(make("llama"), "misa", budget=1.0, targets=["layers.0.self_attn.q_proj"])
+    (c,) = surgery.coordinates(model)
+    name, shape = "model.layers.0.self_attn.q_proj.weight", tuple(c.parameter.shape)
+    assert repr(c) == f"Coordinates(weight={name!r}, shape={shape}, active=True)"
+
+
 def test_coordinates_follow_a_model_that_moves():
     model = make("gpt2")
     surgery.apply(model, "misa", budget=1.0)

@@ -111,15 +111,15 @@ def test_a_step_runs_2q_forwards_and_keeps_modes_buffers_and_masks():
         norm = copy.deepcopy(model.norm)
         x, runs, masks = torch.randn(5, 8), [], []
         method = method_of(model, TwoPoint)
-        at = method._at
+        at = method.run_at
 
-        def noted(run, shift, at=at, runs=runs, masks=masks):
-            output = at(run, shift)
+        def noted(shift, run, at=at, runs=runs, masks=masks):
+            output = at(shift, run)
             runs.append(shift)
             masks.append(torch.get_rng_state())
             return output
 
-        method._at = noted
+        method.run_at = noted
         y = model(x)
         assert len(runs) == count
         assert all(torch.equal(state, masks[0]) for state in masks)
@@ -238,6 +238,31 @@ def test_sign_steps_have_entries_of_the_learning_rate():
         (torch.optim.Adam, {"lr": 0.01}),
     ],
 )
+@pytest.mark.parametrize("kind", ["mezo", "sparse", "lozo"])
+def test_copies_of_16_bit_weights_get_the_dense_estimate(kind, build_optimizer, options):
+    model, twin = make("plain").bfloat16(), make("plain").bfloat16()
+    surgery.apply(model, ZEROTH[kind](dense=True, directions=2))
+    surgery.apply(twin, ZEROTH[kind](directions=2))
+    before = weights(model)
+    for each in (model, twin):
+        loss_of(each, inputs_of("plain")).backward()
+    g = scalars(twin).grad
+    assert g is not None and bool(g.any())
+    found = {c.weight: c.parameter for c in surgery.coordinates(model)}
+    for c in surgery.coordinates(twin):
+        expected = c.expand(g).view_as(before[c.weight])
+        torch.testing.assert_close(found[c.weight].grad, expected, msg=c.weight)
+    build_optimizer(model.parameters(), **options).step()
+    assert all(not torch.equal(p, before[n]) for n, p in own(model).items())
+
+
+@pytest.mark.parametrize(
+    ("build_optimizer", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Adam, {"lr": 0.01}),
+    ],
+)
 def test_momentum_and_adam_over_weights_are_those_of_the_dense_estimate(build_optimizer, options):
     model, twin = make("plain"), make("plain")
     surgery.apply(model, passes.Mezo(dense=True, directions=2))
@@ -280,7 +305,11 @@ def test_a_conservative_step_is_taken_back_whole_when_it_raises_the_loss():
     assert taken and refused
 
 
-@pytest.mark.parametrize("rows", [["mezo", "sparse_mezo", "lozo", "subzero"]], ids=str)
+TWO_RANKS = ["mezo", "mezo_sign", "mezo_conservative", "mezo_blocks"]
+TWO_RANKS += ["sparse_mezo", "lozo", "subzero"]
+
+
+@pytest.mark.parametrize("rows", [TWO_RANKS], ids=["each"])
 def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
     script = """
         import sys
@@ -310,7 +339,8 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
 
         def compare(options):
             both, sent = run(options, True)
-            assert sent == [options.directions] * 4, (options, sent)
+            upper = getattr(options, "backward", None)
+            assert upper or sent == [options.directions] * 4, (options, sent)
             alone, _ = run(options, False)
             for name in alone:
                 torch.testing.assert_close(both[name], alone[name], rtol=1e-7, atol=1e-9)
@@ -319,6 +349,8 @@ def test_two_ranks_take_the_step_of_one_on_the_joined_batch(rows, tmp_path):
 
         for row in ROWS:
             compare(PASSES[row]())
+        compare(passes.Mezo(blocks=1, update="conservative"))
+        compare(passes.Lozo(backward=r"blocks\\.1.*", estimate="one_sided"))
         both = compare(passes.Mezo(directions=2))
         own, sent = run(passes.Mezo(directions=2, per_rank=True), True)
         assert sent == [4] * 4, sent

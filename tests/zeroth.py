@@ -1,10 +1,10 @@
-"""What the tests of zeroth-order passes share: the kinds, their directions, small losses."""
+"""What the tests of zeroth-order passes share: the kinds, their directions, dense references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from laws import method_of
+from laws import method_of, own, weights
 from models import inputs_of, loss_of
 from torch import nn
 
@@ -12,6 +12,7 @@ import passes
 import surgery
 from surgery.zeroth_order.method import TwoPoint
 
+EPS, RATE = 1e-3, 2e-3
 ZEROTH = {
     "mezo": lambda **o: passes.Mezo(**o),
     "gaussian": lambda **o: passes.Mezo(noise="gaussian", **o),
@@ -50,6 +51,43 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, family: str, seed: 
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def step_in_parts(model: nn.Module, optimizer, scaler, parts: int, seed: int) -> None:
+    """A step of so many micro-batches, under a GradScaler."""
+    for part in inputs_of("plain", rows=4, seed=seed)["tokens"].chunk(parts):
+        scaler.scale(loss_of(model, {"tokens": part}) / parts).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def moved(model: nn.Module, change: dict[str, torch.Tensor]) -> nn.Module:
+    """Add to each weight, in place."""
+    for name, parameter in own(model).items():
+        if name in change:
+            parameter += change[name]
+    return model
+
+
+@torch.no_grad()
+def loss_at(plain: nn.Module, shift: float, z: dict[str, torch.Tensor], inputs) -> float:
+    """The loss of a plain model at W + shift z."""
+    held = weights(plain)
+    loss = loss_of(moved(plain, {n: shift * value for n, value in z.items()}), inputs).item()
+    for name, parameter in own(plain).items():
+        parameter.copy_(held[name])
+    return loss
+
+
+def slope_of(plain: nn.Module, z: dict[str, torch.Tensor], inputs) -> float:
+    return (loss_at(plain, EPS, z, inputs) - loss_at(plain, -EPS, z, inputs)) / (2 * EPS)
+
+
+def assert_same_weights(model: nn.Module, plain: nn.Module) -> None:
+    for name, parameter in own(plain).items():
+        torch.testing.assert_close(own(model)[name], parameter, rtol=1e-7, atol=1e-8, msg=name)
 
 
 class Bowl(nn.Module):

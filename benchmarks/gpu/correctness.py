@@ -25,6 +25,8 @@ SPECS: dict[str, Callable[[], Any]] = {
     "compress": lambda: passes.Compress(),
     "rso": lambda: passes.Rso(rank=4, period=2),
     "velora": lambda: passes.Velora(groups=4),
+    "galore": lambda: passes.Galore(rank=4, period=2),
+    "galore, recompute": lambda: [passes.Galore(rank=4, period=2), passes.Recompute()],
     "mezo": lambda: passes.Mezo(),
     "sparse_mezo": lambda: passes.SparseMezo(),
     "lozo": lambda: passes.Lozo(),

@@ -219,6 +219,7 @@ ROWS: dict[str, Callable[[Setting], Step]] = {
     "misa 3 % + recompute + chunked_loss": ours(_misa, R, C),
     "rso + recompute + chunked_loss": ours(passes.Rso, R, C),
     "velora + recompute + chunked_loss": ours(passes.Velora, R, C),
+    "galore + recompute + chunked_loss": ours(passes.Galore, R, C),
     "MeZO as published": published_mezo,
     "mezo": ours(passes.Mezo, sgd=True),
     "recompute + chunked_loss + checkpointing": ours(R, C, checkpointed=True),

@@ -18,15 +18,20 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from surgery.compat.autograd import first_order_only
 from surgery.graph.linear import add_input_gradient, input_gradient, linear, rows_of
+from surgery.graph.reduced import Reduction
 from surgery.kernels import fused
+from surgery.kernels.autocast import Cast, cast_now
+from surgery.weights.sites import trained_by
 
 
 class Reader(NamedTuple):
-    """A Linear: which result of the body it reads, whether W is (in, out), whether b is given."""
+    """A Linear: which result of the body it reads, whether W is (in, out), whether b is given,
+    whether W's gradient is reduced."""
 
     source: int
     transposed: bool
     bias: bool
+    reduced: bool = False
 
 
 class Spec(NamedTuple):
@@ -40,17 +45,25 @@ class Spec(NamedTuple):
 
 
 def recomputed(body: GraphModule, *inputs: Any) -> tuple[Tensor, ...]:
-    """Run a region, `body.meta["spec"]`: inputs of its body, then weight (and bias) of each reader.
+    """Run a region, `body.meta["spec"]`: inputs of its body, then weight (and bias) of each reader,
+    then the model's own parameter of each whose weight's gradient is reduced.
 
     Returns the first `spec.escaping` results of the body, then the readers' results.
     """
-    return _Recomputed.apply(body, body.meta["spec"], *inputs)
+    spec: Spec = body.meta["spec"]
+    end = len(inputs) - sum(reader.reduced for reader in spec.readers)
+    found = [trained_by(place, Reduction) for place in inputs[end:]]
+    rules = [None if each is None else each[1] for each in found]
+    coordinates = [None if each is None else each[0].read for each in found]
+    return _Recomputed.apply(body, spec, rules, *inputs[:end], *coordinates)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, body: GraphModule, spec: Spec, *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.body, ctx.spec = body, spec
+    def forward(
+        ctx: Any, body: GraphModule, spec: Spec, rules: Sequence[Reduction | None], *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.body, ctx.spec, ctx.rules = body, spec, rules
         ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.devices, states = _random_state(inputs) if spec.random else (None, [])
         tensors = [value for value in inputs if isinstance(value, Tensor)]
@@ -60,9 +73,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.dtypes = [result.dtype for result in results]
         weights = iter(inputs[spec.count :])
         outputs = []
-        for source, transposed, biased in spec.readers:
-            weight, bias = next(weights), next(weights) if biased else None
-            outputs.append(linear(results[source], weight, bias, transposed))
+        for reader in spec.readers:
+            weight, bias = next(weights), next(weights) if reader.bias else None
+            outputs.append(linear(results[reader.source], weight, bias, reader.transposed))
         return (*results[: spec.escaping], *outputs)
 
     @staticmethod
@@ -75,14 +88,16 @@ class _Recomputed(torch.autograd.Function):
         if ctx.devices is not None:
             random = next(tensors), ctx.devices, [next(tensors) for _ in ctx.devices]
         inputs = [next(tensors) if value is None else value for value in ctx.plain]
-        needed, own = ctx.needs_input_grad[2:], inputs[: spec.count]
+        needed, own = ctx.needs_input_grad[3:], inputs[: spec.count]
+        readers = [*_readers(spec, ctx.rules, inputs, needed, grads)]
         flows = any(needed[: spec.count])
         compiled = flows and not spec.random and fused.takes(ctx.body, own)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(flows and not compiled))
             _reenter(stack, ctx.autocast, random)
             if compiled:
-                return None, None, *_pulled(ctx.body, spec, inputs, needed, grads, ctx.dtypes)
+                pulled = _pulled(ctx.body, spec, own, needed, grads, ctx.dtypes, readers)
+                return None, None, None, *pulled
             given = [
                 value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
                 for value, need in zip(own, needed, strict=False)
@@ -91,17 +106,13 @@ class _Recomputed(torch.autograd.Function):
         wanted = [v for v in given if isinstance(v, Tensor) and v.requires_grad]
         back: list[Tensor | None] = [*grads[: spec.escaping]]
         back += [None] * (len(results) - spec.escaping)
-        found: list[Tensor | None] = []
-        for reader, grad, weight, need in _readers(spec, inputs, needed, grads):
-            result = results[reader.source]
-            if grad is None:
-                found += [None] * len(need)
-                continue
-            if result.requires_grad:
-                dx = _input_gradient(reader, grad, weight, result)
-                held = back[reader.source]
-                back[reader.source] = dx if held is None else held + dx
-            found += _own_gradients(reader, grad, result.detach(), weight, need)
+        for each in readers:
+            source, result = each.reader.source, results[each.reader.source]
+            if each.grad is not None and result.requires_grad:
+                dx = _input_gradient(each, each.grad, result)
+                held = back[source]
+                back[source] = dx if held is None else held + dx
+        found = _own_gradients(readers, [result.detach() for result in results])
         pairs = [(r, g) for r, g in zip(results, back, strict=True) if r.requires_grad]
         roots = [(r, g) for r, g in pairs if g is not None]
         through: Sequence[Tensor | None] = [None] * len(wanted)
@@ -110,25 +121,38 @@ class _Recomputed(torch.autograd.Function):
             through = torch.autograd.grad(ends, wanted, ends_grads, allow_unused=True)
         flow = iter(through)
         first = [next(flow) if isinstance(v, Tensor) and v.requires_grad else None for v in given]
-        return None, None, *first, *found
+        return None, None, None, *first, *found
+
+
+class Turn(NamedTuple):
+    """A Linear in one backward: the gradient of its result, its weight, which of its weight and
+    bias need theirs, and how the weight's is reduced. `need`: of a reduced weight, its coordinate.
+    """
+
+    reader: Reader
+    grad: Tensor | None
+    weight: Tensor
+    need: Sequence[bool]
+    rule: Reduction | None
 
 
 def _pulled(
     body: GraphModule,
     spec: Spec,
-    inputs: Sequence[Any],
+    own: Sequence[Any],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
     dtypes: Sequence[torch.dtype],
+    readers: Sequence[Turn],
 ) -> list[Tensor | None]:
     """Return the gradients of all inputs, with one compiled function for the cheap part: what the
-    Linears send back is known before their inputs are computed again. dtypes: of the results."""
+    Linears send back is known before their inputs are computed again. own: inputs of the body.
+    dtypes: of the results."""
     wanted = [i for i in range(spec.count) if needed[i]]
     depends = _depends(body)
     back: dict[int, Tensor] = {i: g for i, g in enumerate(grads[: spec.escaping]) if g is not None}
     ours: set[int] = set()  # not to be written into: what autograd has given
-    readers = [*_readers(spec, inputs, needed, grads)]
-    for reader, grad, weight, _ in readers:
+    for reader, grad, weight, *_ in readers:
         source = reader.source
         if grad is None or not depends[source] & set(wanted):
             continue
@@ -141,7 +165,6 @@ def _pulled(
         back[source] = back[source] + dx if source in back else dx
         ours.add(source)
     roots = [i for i in back if depends[i] & set(wanted)]
-    own = inputs[: spec.count]
     results: Sequence[Tensor]
     found: list[Tensor | None]
     if roots:
@@ -149,23 +172,26 @@ def _pulled(
         results, found = fused.pulled(body, own, wanted, roots, [back.pop(i) for i in roots])
     else:
         results, found = fused.run(body, own), [None] * spec.count
-    for reader, grad, weight, need in readers:
-        if grad is None:
-            found += [None] * len(need)
-        else:
-            found += _own_gradients(reader, grad, results[reader.source], weight, need)
-    return found
+    return [*found, *_own_gradients(readers, results)]
 
 
 def _readers(
-    spec: Spec, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
-) -> Iterator[tuple[Reader, Tensor | None, Tensor, Sequence[bool]]]:
-    """Return each Linear, the gradient of its result, its weight, and which of its weight and bias
-    need theirs."""
+    spec: Spec,
+    rules: Sequence[Reduction | None],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> Iterator[Turn]:
+    """Return each Linear's part in a backward. rules: of those whose weight's is reduced."""
     place = spec.count
+    reduced = iter(zip(rules, needed[len(inputs) - len(rules) :], strict=True))
     for reader, grad in zip(spec.readers, grads[spec.escaping :], strict=True):
         width = 2 if reader.bias else 1
-        yield reader, grad, inputs[place], needed[place : place + width]
+        weight, need, rule = inputs[place], needed[place : place + width], None
+        if reader.reduced:
+            rule, own = next(reduced)
+            need = (own, *need[1:])
+        yield Turn(reader, grad, weight, need, rule)
         place += width
 
 
@@ -189,23 +215,31 @@ def _run(body: GraphModule, spec: Spec, *inputs: Any) -> Sequence[Tensor]:
     return fused.run(body, inputs)
 
 
-def _input_gradient(reader: Reader, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def _input_gradient(turn: Turn, grad: Tensor, x: Tensor) -> Tensor:
     """Return dx of one Linear, as x."""
-    return input_gradient(rows_of(grad), weight, reader.transposed).view(x.shape).to(x.dtype)
+    dx = input_gradient(rows_of(grad), turn.weight, turn.reader.transposed)
+    return dx.view(x.shape).to(x.dtype)
 
 
-def _own_gradients(
-    reader: Reader, grad: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return dW, and db if there is a bias, in the dtype that the Linear computed in, cast back."""
-    rows, dw = rows_of(grad), None
-    if need[0]:
-        features = rows_of(x.to(grad.dtype))
-        dw = features.t() @ rows if reader.transposed else rows.t() @ features
-        dw = dw.to(weight.dtype)
-    if not reader.bias:
-        return [dw]
-    return [dw, rows.sum(0).to(weight.dtype) if need[1] else None]
+def _own_gradients(readers: Sequence[Turn], results: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return dW, and db if there is a bias, of each Linear, in the dtype that it computed in, cast
+    back; then the gradients of the coordinates of those that are reduced."""
+    found: list[Tensor | None] = []
+    coordinates: list[Tensor | None] = []
+    for reader, grad, weight, need, rule in readers:
+        dw = db = None
+        if grad is not None and need[0]:
+            rows, x = rows_of(grad), rows_of(results[reader.source].to(grad.dtype))
+            if rule is not None:
+                dw = rule.gradient(rows, x)
+            else:
+                dw = (x.t() @ rows if reader.transposed else rows.t() @ x).to(weight.dtype)
+        if grad is not None and reader.bias and need[1]:
+            db = rows_of(grad).sum(0).to(weight.dtype)
+        found += [None] if reader.reduced else [dw]
+        found += [db] if reader.bias else []
+        coordinates += [dw] if reader.reduced else []
+    return [*found, *coordinates]
 
 
 def _random_state(inputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
@@ -214,19 +248,16 @@ def _random_state(inputs: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
     return list(devices), [torch.get_rng_state(), *states]
 
 
-def _autocast_state(inputs: Sequence[Any]) -> tuple[str, torch.dtype, bool]:
-    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+def _autocast_state(inputs: Sequence[Any]) -> Cast:
+    return cast_now(next(value.device.type for value in inputs if isinstance(value, Tensor)))
 
 
 def _reenter(
     stack: ExitStack,
-    autocast: tuple[str, torch.dtype, bool],
+    autocast: Cast,
     random: tuple[Tensor, list[int], list[Tensor]] | None,
 ) -> None:
-    device, dtype, enabled = autocast
-    if enabled != torch.is_autocast_enabled(device) or enabled:
-        stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+    stack.enter_context(autocast.again())
     if random is not None:
         cpu, devices, states = random
         stack.enter_context(torch.random.fork_rng(devices))

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.activations.recomputed import Reader, Spec, recomputed
-from surgery.graph.reading import is_linear, is_random, name_of, operands
+from surgery.graph.reading import is_random, name_of
+from surgery.graph.reduced import is_reader, is_turned, place_of, read_by
 from surgery.graph.saved import GENERATOR, Saved
 
 LARGEST = 48  # operations in a region; a norm has 6, NewGELU 9, a norm under LoRA about 20
@@ -54,15 +55,12 @@ class Finder:
         self.order = list(graph.graph.nodes)
         self.place = {node: i for i, node in enumerate(self.order)}
         self.before: dict[Node, int] = {}  # bit set of all that a node depends on
-        self.scope: dict[Node, int] = {}
-        scope = 0
+        self.scope = scopes(self.order)
         for node in self.order:
             mask = 1 << self.place[node]
             for source in node.all_input_nodes:
                 mask |= self.before[source]
             self.before[node] = mask
-            scope += name_of(node) in _SCOPES
-            self.scope[node] = scope
         self.taken: set[Node] = set()
         self.savers: dict[int, set[object]] = {s: set(n) for s, n in saved.keepers.items()}
         self.written = saved.written
@@ -81,7 +79,7 @@ class Finder:
 
     def _keeps(self, node: Node) -> bool:
         reads = any(
-            self.saved.saves[u] & self.saved.outputs[node] for u in node.users if is_linear(u)
+            self.saved.saves[u] & self.saved.outputs[node] for u in node.users if is_reader(u)
         )
         return bool(self.saved.saves[node]) or reads
 
@@ -125,7 +123,7 @@ class Finder:
             for user in end.users:
                 if user in self.taken | grown.nodes or not self._leads_to_linear(end, user):
                     continue
-                into = grown.readers if is_linear(user) else grown.members
+                into = grown.readers if is_reader(user) else grown.members
                 into.add(user)
                 if self.scope[user] != self.scope[node] or not self.convex(grown):
                     into.discard(user)
@@ -136,8 +134,8 @@ class Finder:
 
     def _leads_to_linear(self, value: Node, user: Node, depth: int = 4) -> bool:
         """Whether a Linear reads `value`, as its x and nothing else, through cheap operations."""
-        if is_linear(user):
-            return operands(user)[0] is value and value not in operands(user)[1:]
+        if is_reader(user):
+            return read_by(user)[0] is value and value not in read_by(user)[1:]
         further = depth > 0 and user in self.cheap
         return further and any(self._leads_to_linear(user, u, depth - 1) for u in user.users)
 
@@ -176,6 +174,15 @@ class Finder:
         scope = self.scope[next(iter(region.members))]
         first = next(i for i, n in enumerate(self.order) if self.scope[n] == scope)
         return max([first, *(self.place[n] for n in inputs(region))]) + 1
+
+
+def scopes(order: Iterable[Node]) -> dict[Node, int]:
+    """Return, by a number, between which changes of autocast and gradient mode nodes stand."""
+    scope, found = 0, {}
+    for node in order:
+        scope += name_of(node) in _SCOPES
+        found[node] = scope
+    return found
 
 
 def inputs(region: Region) -> list[Node]:
@@ -245,14 +252,15 @@ def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
     """Put one `recomputed` node in the place of a region."""
     members, readers = sorted(region.members), sorted(region.readers)
     read, outside = sources(region), escaping(region)
-    results = list(dict.fromkeys([*outside, *(operands(reader)[0] for reader in readers)]))
-    specs, weights = [], []
+    results = list(dict.fromkeys([*outside, *(read_by(reader)[0] for reader in readers)]))
+    specs, weights, places = [], [], []
     for reader in readers:
-        end, *own = operands(reader)
-        specs.append(Reader(results.index(end), reader.target is torch.addmm, len(own) > 1))
+        (end, *own), place = read_by(reader), place_of(reader)
+        specs.append(Reader(results.index(end), is_turned(reader), len(own) > 1, place is not None))
         weights += own
+        places += [] if place is None else [place]
     body = own_graph(read, members, results)
     body.meta["draws"] = region.random
     body.meta["spec"] = Spec(tuple(specs), len(outside), region.random, len(read))
-    given, made = [*read, *weights], [*outside, *readers]
+    given, made = [*read, *weights, *places], [*outside, *readers]
     replace(graph, region, name, body, recomputed, given, made, after)

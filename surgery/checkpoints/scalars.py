@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
-from surgery.errors import ModelError
+from surgery.errors import ModelError, listed
 from surgery.weights.carry import carry
 from surgery.zeroth_order.method import TwoPoint
 
@@ -65,7 +65,14 @@ def _scalars(method: TwoPoint) -> int:
 def _method(surgery: Surgery) -> TwoPoint:
     for method in surgery.decision.methods:
         if isinstance(method, TwoPoint) and not method.dense:
-            return method
+            others = {each.weight for each in surgery.decision.coordinates}
+            others -= {each.weight for each in method.weights}
+            if not others:
+                return method
+            raise ModelError(
+                f"{listed(sorted(others))} are trained by backward beside {method.name}, so its "
+                "scalars are not the whole run. Save it: surgery.save(model, folder, optimizer)."
+            )
     names = ", ".join(options.name for options in surgery.decision.passes)
     raise ModelError(
         f"only the steps of zeroth-order passes are scalars, and {names} was applied (dense=True "

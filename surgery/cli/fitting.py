@@ -10,6 +10,7 @@ import typer
 from surgery.cli.given import dtype_of, optimizer_of
 from surgery.cli.planning import AUTOCAST, CLIP, JSON, MODEL, ROWS, TOKENS, WORLD, WRAP
 from surgery.cli.screen import err, show
+from surgery.errors import OptionError
 from surgery.reports.fitting import Fit, Row, fit
 
 
@@ -28,6 +29,8 @@ def fit_of(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Say what to turn on so that training fits; exit code 1 if nothing does."""
+    if memory is None and device is None:
+        raise OptionError("say how much memory there is: --memory 24GiB, or --device rtx4090.")
     with err().status("playing a step of each composition ...") as status:
 
         def told(row: Row) -> None:

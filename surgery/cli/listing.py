@@ -26,7 +26,7 @@ def list_passes(
     if name is None:
         out().print(_all(known))
     elif name in known:
-        out().print(_one(name))
+        out().print(_one(name) if fields(registered()[name]) else f"{name}: no options.")
     else:
         raise OptionError(
             f"unknown pass {name!r}.{near_misses(name, known)} Known: {', '.join(known)}."
@@ -36,25 +36,42 @@ def list_passes(
 def _all(known: list[str]) -> Table:
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in known:
-        groups[getattr(registered()[name], "saves", ())].append(name)
+        saves = getattr(registered()[name], "saves", ("not said",))
+        groups[saves or ("nothing",)].append(name)
     table = Table("saves", "pass", "what it is")
     for saves in sorted(groups, key=lambda saves: (-len(saves), saves)):
         for i, name in enumerate(groups[saves]):
             said = _said(inspect.getmodule(registered()[name]))
             first = re.split(r"\.\s", said, maxsplit=1)[0]  # what follows is where it is from
-            told = ", ".join(saves) or "not said"
-            table.add_row("" if i else told, name, escape(first))
+            table.add_row("" if i else ", ".join(saves), name, escape(first))
         table.add_section()
     return table
 
 
 def _one(name: str) -> Table:
     kind: Any = registered()[name]
-    table = Table("option", "default", title=name, caption=escape(_said(kind)))
-    table.caption_justify = "left"
+    said = explained(kind)
+    table = Table("option", "default", "what it is", title=name)
     for field in fields(kind):
-        table.add_row(field.name, escape(repr(getattr(kind(), field.name))))
+        default = escape(repr(getattr(kind(), field.name)))
+        table.add_row(field.name, default, escape(said.get(field.name, "")))
     return table
+
+
+def explained(kind: Any) -> dict[str, str]:
+    """Return what the docstrings of an options class and its bases say of each option.
+
+    They say it as "name: text. other: text."; a text ends where the next option's begins.
+    """
+    names = "|".join(field.name for field in fields(kind))
+    found = {"seed": "of what is drawn at random"}
+    for base in reversed(kind.__mro__):
+        said = " ".join((inspect.cleandoc(vars(base).get("__doc__") or "")).split())
+        _, *parts = re.split(rf"(?:^|(?<=\. ))({names}): ", said)
+        found |= {
+            name: text.strip(" .") for name, text in zip(parts[::2], parts[1::2], strict=True)
+        }
+    return found
 
 
 def _said(what: object) -> str:

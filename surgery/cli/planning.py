@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.given import dtype_of, optimizer_of, passes_of
-from surgery.cli.screen import show
+from surgery.cli.screen import BAD_INPUT, show
 from surgery.reports.predicted import plan
 from surgery.reports.table import Report
 
@@ -37,7 +37,7 @@ def plan_of(
     wrap: Annotated[str, WRAP] = "fsdp2",
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Predict the memory of training, from the config alone: no weights are loaded."""
+    """Predict the memory of training, from the config alone; exit code 2 without a peak."""
     shared: Any = wrap
     found = plan(
         model,
@@ -51,6 +51,8 @@ def plan_of(
         wrap=shared,
     )
     show(found, as_object(found) if as_json else None)
+    if found.after.peak is None:
+        raise typer.Exit(BAD_INPUT)
 
 
 def as_object(report: Report) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +45,13 @@ def joined(device: str) -> Iterator[str]:
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # of an exit, too: they hold what has run
+        raise
     finally:
+        # Did a DistributedDataParallel outlive the group, torch would end the group's threads under
+        # Python's lock, for which one of them may be waiting, to let a tensor go.
+        gc.collect()
         if not own:
             distributed.destroy_process_group()
 

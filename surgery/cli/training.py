@@ -74,6 +74,8 @@ def train(
     _choice("--wrap", wrap, processes.WRAPS)
     _no_float16(dtype, autocast)
     _at_least(1, batch=batch, accumulate=accumulate, length=length, steps=steps)
+    if clip is not None and not clip > 0:
+        raise OptionError(f"--clip {clip} is no positive norm.")
     _at_least(0, warmup=warmup, held_out=held_out)
     _at_least(0, evaluate_every=evaluate_every, save_every=save_every, epochs=epochs)
     own = Settings(

@@ -21,6 +21,7 @@ a callback at the end of backward; versions; norms  autograd
 storages, fake tensors, trees, wrapper subclasses   tensors
 a step played without memory: storages, places      stage
 FSDP2's sharded and whole parameters                fsdp.twins             torch < 2.13: (3)
+gradients that FSDP2 has yet to send                fsdp.waits
 modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
 one process of many, played without the others      world

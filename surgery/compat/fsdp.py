@@ -47,6 +47,17 @@ def _groups(module: FSDPModule) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
+def waits(model: nn.Module, whole: Tensor) -> bool:
+    """Whether the gradient of a whole parameter has yet to be sent, as `set_requires_gradient_sync`
+    wants it: it is there, or FSDP2 has put it away in the dtype that it is sent in."""
+    if whole.grad is not None:
+        return True
+    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in _groups(m)]
+    cut = [p for group in groups for p in group.fsdp_params]
+    own = (p for p in cut if getattr(p, "_unsharded_param", None) is whole)
+    return any(p.unsharded_accumulated_grad is not None for p in own)
+
+
 def leave_to_us(kind: M) -> M:
     """Let `fully_shard` leave modules of a class alone: as what is replicated, not sharded."""
     setattr(kind, REGISTRY_KEY, {"replicate": RegistryItem()})
@@ -110,3 +121,10 @@ def level(wrapper: DistributedDataParallel, tensors: Iterable[Tensor]) -> None:
 def is_zero(parameter: Tensor) -> bool:
     """Whether DeepSpeed ZeRO has laid a parameter out anew."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def only_announces(hook: Any) -> bool:
+    """Whether a hook on a result is FSDP2's, which has weights gathered before a backward comes to
+    them and does not look at the gradient."""
+    owner = getattr(hook, "__self__", None)
+    return type(owner).__module__.startswith("torch.distributed.fsdp.")

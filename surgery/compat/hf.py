@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.compat import modules
 
@@ -122,6 +122,29 @@ def of_adapters(model: nn.Module) -> set[nn.Module]:
     return found
 
 
+def lora_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
+    """Return PEFT's LoRA on Linears, by name: each with the kind of it that is more than LoRA."""
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    named = [(n, m) for n, m in model.named_modules() if lora and isinstance(m, lora.Linear)]
+    kinds = [next(iter(getattr(m, "lora_variant", {}).values()), None) for _, m in named]
+    return {
+        name: (module, None if kind is None else type(kind).__name__)
+        for (name, module), kind in zip(named, kinds, strict=True)
+    }
+
+
+def lora_factors(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """Return A, B and s of each active adapter of a LoRA layer; None if they are switched off, or
+    merged into the weight."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        for name in active
+    ]
+
+
 def wants_gradients(model: nn.Module) -> str | None:
     """Return the name of a module of PEFT that reads gradients of its weights between steps."""
     adalora: Any = sys.modules.get("peft.tuners.adalora")
@@ -153,3 +176,13 @@ def _only_makes_biases_require(module: nn.Module) -> bool:
     names = code.co_names if code is not None else ()
     reads = "gradient_checkpointing" in names and "requires_grad" in names
     return reads and "_gradient_checkpointing_func" not in names
+
+
+def chunks_its_head(model: nn.Module) -> str | None:
+    """Return who has given a model a forward that computes head and loss in chunks: "TRL", None."""
+    for module in model.modules():
+        own = module.__dict__.get("forward")
+        function: Any = getattr(own, "__func__", own)
+        if str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("trl."):
+            return "TRL"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -28,6 +28,11 @@ _HOOKS_OF_ALL = (  # of torch.nn.modules.module.register_module_...
 def held(owner: nn.Module, key: str) -> nn.Parameter | None:
     """Return the parameter that a module itself holds under a name now."""
     return owner._parameters.get(key)
+
+
+def all_held(owner: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Return the parameters that a module itself holds, as they are at any time."""
+    return owner._parameters
 
 
 def child(owner: nn.Module, key: str) -> nn.Module | None:
@@ -60,6 +65,25 @@ def around_all(kinds: Iterable[type[nn.Module]]) -> tuple[_Same, ...]:
     hooks = [*_HOOKS_OF_ALL, *(kind.forward for kind in kinds)]
     found = [[*each.values()] if isinstance(each, dict) else [each] for each in hooks]
     return tuple(_Same(hook) for place in found for hook in (*filter(_is_users, place), None))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Take the hooks of torch's own trackers (of modules, of FLOPs) off all modules inside: a graph
+    runs no modules, and torch 2.11 would break it at each of them."""
+    off = [
+        (hooks, key, hook)
+        for hooks in _HOOKS_OF_ALL
+        for key, hook in [*hooks.items()]
+        if not _is_users(hook)
+    ]
+    for hooks, key, _ in off:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in off:
+            hooks[key] = hook
 
 
 def _is_users(hook: Any) -> bool:

@@ -10,24 +10,27 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey  # pyright: ignore[reportPrivateImportUsage]
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from surgery.compat.fsdp import held_of
 from surgery.compat.hf import fakes_taken_for_real
+from surgery.compat.known import Known
 from surgery.compat.tensors import is_fake, playing
 
 T = TypeVar("T")
 
 aten = torch.ops.aten
-# What only data could tell. A finite, positive number lets every check pass.
+# What only data could tell. A finite, positive number lets every check pass; one less it is none.
 _ANSWERS: dict[Any, Callable[[Any], Any]] = {
     aten._local_scalar_dense.default: lambda t: _one(t.dtype),
     aten.equal.default: lambda t: True,
@@ -41,6 +44,8 @@ def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 _STAND_INS: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+# Written in other operations, whose results are in memory for a while: dequantised weights.
+_OF_OTHERS = {"bitsandbytes::gemm_4bit"}
 
 
 class Watcher(Protocol):
@@ -62,9 +67,11 @@ class Watcher(Protocol):
         """It has ended: what came and went meanwhile was never in memory."""
         ...
 
-    def ran(self, operation: str, flops: int, dtype: torch.dtype, traffic: int) -> None:
+    def ran(
+        self, operation: str, flops: int, dtype: torch.dtype, traffic: int, compiled: bool
+    ) -> None:
         """An operation ran. flops: of products, 0 for all else. dtype: of its first tensor.
-        traffic: bytes of what it read and wrote."""
+        traffic: bytes of what it read and wrote. compiled: it is a function that is one launch."""
         ...
 
 
@@ -81,6 +88,7 @@ class Stage(TorchDispatchMode):
         self.depth = 0  # inside of functions that run as one launch
         self.inside = 0  # floating-point operations of products in there
         self.results: dict[object, tuple[Callable[[], Any] | None, int]] = {}
+        self.known = Known()
 
     def ignore_compile_internals(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let Dynamo capture, and run what it has captured."""
@@ -123,12 +131,20 @@ class Stage(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         options = kwargs or {}
+        if any(map(_is_quantised, types)):
+            return NotImplemented  # and what is made inside comes here
+        if func.name() in _OF_OTHERS:
+            with self:
+                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **options)
+        data = self.known.result(func, args, options)
         answer = _ANSWERS.get(func)
         if answer is not None and self._ours(args[0]):
-            return answer(args[0])
+            return answer(args[0]) if data is None else data
         run: Any = _STAND_INS.get(func, func)
         result = run(*args, **options)
         made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
+        if data is not None and len(made) == 1:
+            self.known.note(made[0], data)
         known = [t.untyped_storage() in self.keys for t in made]
         for t in made:
             self.see(t, func.name())
@@ -162,14 +178,41 @@ class Stage(TorchDispatchMode):
             result = again()
         if not self.depth:
             made = [t for t in pytree.tree_leaves(result) if self._ours(t)]
-            self._tell(name, flops, given, made)
+            self._tell(name, flops, given, made, compiled=True)
         return result
 
-    def _tell(self, name: str, flops: int, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def launch(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Run a function as one launch; it is played each time, for what it does beside."""
+        before, self.inside = self.inside, 0
+        self.depth += 1
+        self.watcher.opened()
+        try:
+            result = function(*args, **options)
+        finally:
+            self.depth -= 1
+            self.watcher.closed()
+            flops, self.inside = self.inside, self.inside + before
+        if not self.depth:
+            given, made = (
+                [t for t in pytree.tree_leaves(tree) if self._ours(t)]
+                for tree in ((args, options), result)
+            )
+            name = getattr(function, "__name__", "compiled")
+            self._tell(name, flops, given, made, compiled=True)
+        return result
+
+    def _tell(
+        self,
+        name: str,
+        flops: int,
+        given: Sequence[Tensor],
+        made: Sequence[Tensor],
+        compiled: bool = False,
+    ) -> None:
         tensors = [*given, *made]
         if tensors:
             traffic = sum(t.numel() * t.element_size() for t in tensors)
-            self.watcher.ran(name, flops, tensors[0].dtype, traffic)
+            self.watcher.ran(name, flops, tensors[0].dtype, traffic, compiled)
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, FakeTensor) and value.fake_mode is self.mode
@@ -205,6 +248,12 @@ def place_in_backward() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
+@cache
+def _is_quantised(kind: type) -> bool:
+    """Whether tensors of a class are made of others, as torchao's are; DTensor is known here."""
+    return hasattr(kind, "__tensor_flatten__") and not issubclass(kind, (DTensor, FakeTensor))
+
+
 def _layout(value: Any) -> object:
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.stride()
@@ -235,7 +284,7 @@ def _same(value: Any) -> Any:
 def _one(dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else 1
+    return 0.5 if dtype.is_floating_point else 1
 
 
 def _moves_nothing(func: Any, known: bool) -> bool:

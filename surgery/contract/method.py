@@ -6,8 +6,9 @@ nothing. The hooks of what it returns are called by the engine, in this order:
     apply      coordinates, after, conflicts, compiles are read
     capture    reread(graph), then rewrite(graph, inputs, saved): once for each captured graph
     forward    before_forward(arguments, run), drive(forward, run); the first time check_reached()
-    step       the first of an optimizer: check(optimizer); before_step(), then, once the step is
-               carried into the weights and counted, after_step(run)
+    step       the first of an optimizer: check(optimizer); before_step(run); then, when it has made
+               the step, stepped(optimizer, run), and once that is carried into the weights and
+               counted, after_step(run)
     save, load state(), restore(state)
     report     lines()
 
@@ -78,7 +79,8 @@ class Method:
     after: ClassVar[Collection[str]] = ()
     before: ClassVar[Collection[str]] = ()
     # Name of a pass, or EVERY -> why the two cannot be applied together; {other} is the other one.
-    conflicts: ClassVar[Mapping[str, str]] = {}
+    # None: they can, whatever is said of EVERY.
+    conflicts: ClassVar[Mapping[str, str | None]] = {}
     # Whether each step trains the same, so that a compiler may have its nodes.
     compiles: ClassVar[bool] = False
     # What makes few kernels of the cheap operations that no pass has taken: `fuse` of the kit, as a
@@ -107,7 +109,8 @@ class Method:
         """Take the arguments of a training forward, by name."""
 
     def drive(self, forward: Callable[[], Any], run: Run) -> Any:
-        """Return the output of a training forward; `forward` runs the captured one.
+        """Return the output of a training forward; `forward` runs the captured one, as often as it
+        is called, until the next step is carried.
 
         Of passes that replace backward. They conflict with EVERY other.
         """
@@ -123,8 +126,13 @@ class Method:
     def check(self, optimizer: Optimizer) -> None:
         """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""
 
-    def before_step(self) -> None:
-        """Raise OptimizerError if the optimizer step about to be made would do nothing."""
+    def before_step(self, run: Run) -> None:
+        """Prepare for the optimizer step about to be made, whose gradients are there, or raise
+        OptimizerError if it would do nothing. It may still be refused, and come again."""
+
+    def stepped(self, optimizer: Optimizer, run: Run) -> None:
+        """Change, in place, what an optimizer has made of mapped coordinates that it holds, before
+        that is carried into the weights."""
 
     def after_step(self, run: Run) -> None:
         """Do what is due after an optimizer step; `run.step` steps have been made."""

@@ -21,6 +21,7 @@ from surgery.errors import OptimizerError, SurgeryError
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.gradients import norms
+from surgery.weights.indices import block_of
 from surgery.weights.sites import Site
 
 
@@ -181,7 +182,7 @@ class Backward:
                         "pulls weights towards zero."
                     )
             else:
-                own = gradient if each.index is None else gradient[each.index]
+                own = block_of(gradient, each.index)
             into, own = each.parameter, own.to(each.parameter.dtype, copy=True)
             into.grad = own if into.grad is None else into.grad + own
 

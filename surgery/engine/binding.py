@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,9 @@ from surgery.weights.table import TABLE, CoordinateTable
 
 @dataclass(eq=False, kw_only=True)
 class Binding:
-    """The binding of one surgery. cut: whether FSDP2 shards the model."""
+    """The binding of one surgery. cut: whether FSDP2 shards the model. known: of a model whose
+    weights are trained themselves, every parameter as it was last bound: where it is held, under
+    which key, and whether it was trained."""
 
     decision: Decision
     backward: Backward
@@ -31,9 +33,10 @@ class Binding:
     cut: bool = False
     handles: list[Any] = field(default_factory=list)
     ways: dict[str, tuple[nn.Module, str, nn.Module]] | None = None  # to the modules of sites
+    known: list[tuple[Mapping[str, Any], str, nn.Parameter, bool]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"bound": False, "handles": []}
+        return self.__dict__ | {"bound": False, "handles": [], "known": []}
 
     def bind(self, step: int, forward: bool = False, stepping: bool = False) -> None:
         """Make sites, copies and hooks be of the model's present parameters; cheap when they are.
@@ -45,11 +48,14 @@ class Binding:
         sites, coordinates = self.decision.sites, self.decision.coordinates
         self._check_modules()
         self.backward.begin()
+        if self._settled():
+            return
         self._freeze()
         table = modules.child(self.decision.model, TABLE)
         if self.bound and all(site.in_place() for site in sites):
             self.keep_up(step, stepping)
             copies.settle(table, sites, step)
+            self._know()
             return
         self.release()
         model = self.decision.model
@@ -75,9 +81,29 @@ class Binding:
         self.handles += [self.backward.watch(each) for each in once]
         self.handles += [self.backward.watch_weight(site) for site in sites if not site.whole]
         self.bound = True
+        self._know()
+
+    def _know(self) -> None:
+        """Remember what is bound, where that is all that there is to see to."""
+        decision = self.decision
+        if self.cut or not decision.sites or not all(site.whole for site in decision.sites):
+            return
+        held = ((modules.all_held(owner), key) for owner, key, _ in decision.flags)
+        self.known = [
+            (own, key, p, p.requires_grad) for own, key in held if (p := own.get(key)) is not None
+        ]
+
+    def _settled(self) -> bool:
+        """Whether all is as it was remembered: a look at each parameter, and nothing more."""
+        return bool(self.known) and all(
+            held.get(key) is p and p.requires_grad is trained
+            for held, key, p, trained in self.known
+        )
 
     def swapped(self) -> bool:
         """Whether torch.func.functional_call has put other tensors in the place of weights."""
+        if self._settled():
+            return False
         held = [modules.held(owner, key) for owner, key, _ in self.decision.flags]
         if any(p is not None and not isinstance(p, nn.Parameter) for p in held):
             return True
@@ -186,3 +212,4 @@ class Binding:
         for site in self.decision.sites:
             site.release()
         self.bound = False
+        self.known.clear()

@@ -31,7 +31,7 @@ from surgery.engine.nested import Nested
 from surgery.engine.unmoved import Unmoved
 from surgery.errors import OptimizerError
 from surgery.weights import copies
-from surgery.weights.coordinate import Coordinate, unique
+from surgery.weights.coordinate import Coordinate, Whole, unique
 from surgery.weights.gradients import finite, norms
 from surgery.weights.table import TABLE
 
@@ -131,8 +131,7 @@ class Clock:
     ) -> None:
         """Check an optimizer at its first step; drop the gradients of a step that is not finite.
 
-        where: what calls the step. closure: whether it computes its gradients itself, see
-        `computed`.
+        where: what calls the step. closure: whether it computes its gradients, see `computed`.
         """
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         if optimizer not in self.optimizers and not self._steps_us(held):
@@ -198,8 +197,9 @@ class Clock:
         ):
             raise around("no gradient has reached a coordinate")
         for method in methods:
-            method.before_step()
-        self.refused = not finite([c for c in unique(coordinates) if id(c.parameter) in held])
+            method.before_step(self)
+        live = unique(c for c in coordinates if c.active)  # of those that share one, some may rest
+        self.refused = not finite([c for c in live if id(c.parameter) in held])
         if self.refused:
             for parameter in held.values():
                 parameter.grad = None
@@ -279,7 +279,11 @@ class Clock:
     def _carry(self, optimizer: Optimizer) -> None:
         others = [each for each in self.driving if each is not optimizer]
         self.nested.check(optimizer, self.decision.sites, others)
+        for method in self.decision.methods:
+            method.stepped(optimizer, self)
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        if all(isinstance(each.rule, Whole) for each in self.decision.coordinates):
+            return
         for each in unique(self.decision.coordinates):
             group = groups.get(id(each.parameter))
             if group is not None and each.active and each.mapped and each.mapped.prox:

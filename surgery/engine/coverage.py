@@ -48,7 +48,7 @@ class Coverage:
 
     def before(self) -> Any:
         """Return what `after` needs of the state before a forward."""
-        if not self.missing:
+        if self.complete and not self.missing:
             return None
         return torch.get_rng_state(), get_device_states(*self.decision.model.parameters())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ class Decision:
     backend: Backend | None
     compile: Compile
 
-    @property
-    def coordinates(self) -> list[Coordinate]:
+    @cached_property
+    def coordinates(self) -> Sequence[Coordinate]:
+        """Those of all sites."""
         return [each for site in self.sites for each in site.coordinates]
 
 
@@ -226,8 +228,9 @@ def _ranks(first: Method, then: Method) -> bool:
 
 
 def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
-    # Passes that sample draw from what passes that map have made of the same weights.
-    for method in methods:
+    # Passes that sample draw from what passes that map have made of the same weights, except where
+    # these come without a gradient from backward.
+    for method in [each for each in methods if not overrides(each, "drive")]:
         for each in [c for c in method.coordinates if c.mapped]:
             for other in methods:
                 if other is not method and other.adopt(each):

@@ -99,11 +99,12 @@ class Dispatch(Forward):
 
     @contextmanager
     def listening(self) -> Iterator[list[tuple[GraphModule, Sequence[Any]]]]:
-        """Give the graphs that are run inside, with their inputs."""
+        """Give the graphs that autograd follows inside, with their inputs."""
         found = []
 
         def heard(graph: GraphModule, inputs: Sequence[Any]) -> Any:
-            found.append((graph, inputs))
+            if torch.is_grad_enabled():
+                found.append((graph, inputs))
             return _forward(graph, inputs)
 
         with self.running_by(heard):
@@ -175,10 +176,18 @@ class Dispatch(Forward):
         before = surgery.coverage.before()
         output = self._run(self._captured, args, kwargs)
         plain = partial(self.plain, *args, **kwargs)
-        lost = surgery.coverage.after(before, plain, self.captures)
-        if not lost:
-            return self._anchored(output)
-        self._capture_alone(lost)
+        try:
+            lost = surgery.coverage.after(before, plain, self.captures)
+            if not lost:
+                return self._anchored(output)
+            self._capture_alone(lost)
+        except CaptureError:
+            # Nothing of its own in what was captured: a head stands in a loop over cut blocks.
+            more = [] if self.leaves else outside_of_blocks(self.model, trained=False)
+            if not more:
+                raise
+            self.leaves = self._put_leaves(more)
+            self._go_on_alone()
         with again(self.model, before):
             output = self._run(self._captured, args, kwargs)
         lost = surgery.coverage.after(before, plain, self.captures)
@@ -242,15 +251,16 @@ class Dispatch(Forward):
         """Return the output of a training forward."""
         driving = [m for m in self.surgery.decision.methods if overrides(m, "drive")]
         most = captures.STRUCTURES
-        shown = nullcontext() if self.backend is not None else self.surgery.binding.as_applied()
 
-        def forward() -> Any:
-            self.pieces = 0
-            return captured(*args, **kwargs)
+        def forward() -> Any:  # passes may call it again, until the step
+            alone = self.backend is not None
+            shown = nullcontext() if alone else self.surgery.binding.as_applied()
+            with dynamo.capturing(most), modules.unwatched(), running(self), shown:
+                self.pieces = 0
+                return captured(*args, **kwargs)
 
         try:
-            with dynamo.capturing(most), running(self), shown:
-                output = driving[0].drive(forward, self.surgery.clock) if driving else forward()
+            output = driving[0].drive(forward, self.surgery.clock) if driving else forward()
         except dynamo.LimitHit as error:
             raise CaptureError(
                 f"the forward of {type(self.model).__name__} was captured {most} times for "

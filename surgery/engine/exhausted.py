@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.compat.failures import hear, is_out_of_memory
 from surgery.compat.tensors import each, is_playing
 from surgery.errors import in_a_line
+from surgery.kernels.autocast import cast_now
 
 if TYPE_CHECKING:
     from surgery.engine.surgery import Surgery
@@ -67,7 +68,7 @@ def noted(model: nn.Module, surgery: Surgery | None, args: Any, kwargs: Any) -> 
     """Remember a training forward, without keeping its tensors or its model alive."""
     shapes = each(_shape, (tuple(args), dict(kwargs)))
     kind = next((p.device.type for p in model.parameters()), "cpu")
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype = cast_now(kind).dtype
     model_alive = weakref.ref(model)
     surgery_alive = weakref.ref(surgery) if surgery is not None else None
 

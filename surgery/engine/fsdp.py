@@ -11,6 +11,7 @@ from surgery.compat.fsdp import Twins
 from surgery.errors import ModelError
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
+from surgery.weights.indices import Rows
 from surgery.weights.sites import Site
 
 
@@ -26,6 +27,11 @@ def take_cut(
     weight is trained in parts.
     """
     parts = [each for each in coordinates if each.index is not None]
+    if parts and isinstance(parts[0].index, Rows):
+        raise ModelError(
+            f"some rows of {parts[0].weight} are trained, and FSDP2 cuts its rows in its own way. "
+            "Train all of it; or use DistributedDataParallel."
+        )
     if parts:
         raise ModelError(
             f"{parts[0].weight} is trained in parts, {parts[0].name} first, and FSDP2 cuts it in "
@@ -81,5 +87,9 @@ def replicated(coordinates: Sequence[Coordinate]) -> Sequence[Coordinate]:
 
 def average_replicated(coordinates: Sequence[Coordinate], sites: Iterable[Site]) -> None:
     """Average the gradients of coordinates that every rank holds whole."""
+    sites = [*sites]
     cut = next(w for site in sites if isinstance(w := site.weight(), DTensor))
-    shards.average([each.parameter for each in coordinates if each.active], cut)
+    live = {
+        id(c.parameter) for site in sites for c in site.coordinates if c.active
+    }  # shared ones too
+    shards.average([c.parameter for c in coordinates if id(c.parameter) in live], cut)

@@ -112,7 +112,8 @@ def check_wrapping(coordinates: Iterable[Coordinate]) -> None:
     wrapper = fsdp.ddp_around()
     if wrapper is None or wrapper.find_unused_parameters:
         return
-    if not all(each.active for each in coordinates):
+    trained = {id(each.parameter) for each in coordinates if each.active}  # weights may share one
+    if not all(id(each.parameter) in trained for each in coordinates):
         raise ModelError(
             "DistributedDataParallel waits for a gradient of every weight, and only some are "
             "trained in a round. Wrap it as "

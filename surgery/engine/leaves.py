@@ -34,12 +34,15 @@ class Leaf:
         return (self.captured if self.running() else self.forward)(*args, **kwargs)
 
 
-def outside_of_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that read weights outside of the blocks that FSDP2 has cut."""
+def outside_of_blocks(model: nn.Module, trained: bool = True) -> list[nn.Module]:
+    """Return the modules that read weights outside of the blocks that FSDP2 has cut. trained: only
+    weights that passes train."""
     inside = [m for m in model.modules() if m is not model and is_cut_block(m)]
     covered = {id(own) for block in inside for own in block.modules()}
     outside = [m for m in model.modules() if id(m) not in covered] if inside else []
-    reading = [m for m in outside if any(site_of(p) for p in m.parameters(recurse=False))]
+    reading = [
+        m for m in outside if any(site_of(p) or not trained for p in m.parameters(recurse=False))
+    ]
     return [m for m in reading if can_be_leaf(m)]
 
 

@@ -124,6 +124,8 @@ def _gate_reads(graph: GraphModule, reads: list[Node]) -> None:
         writing = [user for user in users if _writes(user, node)]
         with graph.graph.inserting_before(first):
             whole = graph.graph.call_function(written, (node,)) if writing else node
+        if writing:
+            whole.meta = {k: v for k, v in node.meta.items() if k == "example_value"}
         # What a forward writes it reads as it is then, each time.
         for place, those in [(user, [user]) for user in users] if writing else [(first, users)]:
             with graph.graph.inserting_before(place):

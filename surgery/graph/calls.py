@@ -78,6 +78,20 @@ def insert(
     return made
 
 
+def put(graph: GraphModule, old: Node, run: Callable[..., Any], *args: Any) -> Node:
+    """Put a call run(*args) in the place of a node."""
+    with graph.graph.inserting_before(old):
+        return take_place(graph.graph.call_function(run, args), old)
+
+
+def take_place(new: Node, old: Node) -> Node:
+    """Let a node be what another one was; erase that."""
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    return new
+
+
 class Owner(nn.Module):
     """The state of a pass, as an attribute of a graph."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -31,6 +33,28 @@ def input_gradient(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 def add_input_gradient(into: Tensor, rows: Tensor, weight: Tensor, transposed: bool) -> None:
     """Add dx = g W to a gradient of the same dtype (rows, in), in one pass over it."""
     into.addmm_(rows, _out_by_in(weight, rows, transposed))
+
+
+def sent_back(
+    ctx: Any, grad: Tensor, weight: Tensor, transposed: bool, bias: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx and db of a Linear that is a node of autograd, as far as they are needed.
+
+    ctx: of the node, whose first input is x and whose input of number `bias` is b. given: shape and
+    dtype of x, and the dtype of b, as `note_given` has noted them.
+    """
+    rows, (shape, dtype, own) = rows_of(grad), ctx.given
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = input_gradient(rows, weight, transposed).view(shape).to(dtype)
+    if ctx.needs_input_grad[bias]:
+        db = rows.sum(0).to(own)
+    return dx, db
+
+
+def note_given(ctx: Any, x: Tensor, bias: Tensor | None) -> None:
+    """Note in forward what `sent_back` wants to know."""
+    ctx.given = x.shape, x.dtype, None if bias is None else bias.dtype
 
 
 def _out_by_in(weight: Tensor, rows: Tensor, transposed: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.compat.dynamo import CHECKPOINT, copy_sources, fake_mode_of, without_source
 from surgery.errors import CaptureError
+from surgery.graph.calls import take_place
 from surgery.graph.nodes import gate
 from surgery.graph.reading import bodies, inside, placeholders
 from surgery.weights.coordinate import Coordinate
@@ -154,11 +155,7 @@ class Body:
         name = f"resolved_{node.name}"
         self.graph.add_submodule(name, module)
         with self.graph.graph.inserting_before(node):
-            new = self.graph.graph.call_module(name, args)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        self.graph.graph.erase_node(node)
-        return new
+            return take_place(self.graph.graph.call_module(name, args), node)
 
 
 def _found_by_nodes(sites: Mapping[int, Site]) -> dict[int, Coordinate]:

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from surgery.compat.autograd import hooks_alone
 from surgery.compat.dynamo import policy_of
 from surgery.errors import ModelError
-from surgery.weights.coordinate import Index
-from surgery.weights.sites import read, site_of
+from surgery.weights.indices import Block, block_of
+from surgery.weights.sites import site_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ def gate(weight: Tensor) -> Tensor:
     site = site_of(weight)
     if site is None or site.mapped:
         return weight
-    read(weight)
+    site.was_read(weight)
     active = [each for each in site.coordinates if each.active]
     if not active:
         return weight.detach()
@@ -83,7 +83,7 @@ class _Copies(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         own: Callable[[], Tensor | None],
-        indices: tuple[Index | None, ...],
+        indices: tuple[Block | None, ...],
         *copies: Tensor,
     ) -> Tensor:
         ctx.given = [(i, c.dtype) for i, c in zip(indices, copies, strict=True)]
@@ -100,7 +100,7 @@ class _Copies(torch.autograd.Function):
             grad = grad if changed is None else changed
         # Copied: a view would keep the gradient of the whole weight alive in `.grad`.
         parts = [
-            grad.to(dtype) if index is None else grad[index].to(dtype, copy=True)
+            grad.to(dtype) if index is None else block_of(grad, index).to(dtype, copy=True)
             for index, dtype in ctx.given
         ]
         return None, None, None, *parts

@@ -15,7 +15,7 @@ from torch import SymInt, Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 
-from surgery.compat.tensors import FakeTensorMode, fakes, is_wrapper, leaves, storage_of
+from surgery.compat.tensors import FakeTensorMode, fakes, held_by, is_wrapper, leaves, storage_of
 from surgery.graph.nodes import checkpointed
 from surgery.graph.reading import bodies, writes
 from surgery.weights.sites import site_of, stand_in
@@ -33,8 +33,8 @@ class _Storages:
     def of(self, values: Iterable[Any]) -> set[int]:
         found = set()
         for value in values:
-            if isinstance(value, Tensor):
-                storage, key = value.untyped_storage(), storage_of(value)
+            for own in held_by(value):
+                storage, key = own.untyped_storage(), storage_of(own)
                 self._kept.append(storage)
                 self.size[key] = storage.nbytes()
                 found.add(key)

@@ -111,14 +111,24 @@ def moved(weight: Tensor, shift: Tensor, dtype: torch.dtype, *z: Any) -> Tensor:
     return total.to(dtype).view(weight.shape)
 
 
-def summed(weight: Tensor, values: Tensor, scale: Tensor, keys: tuple[int, ...], *z: Any) -> Tensor:
+def moved_by(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype, key: int, table: Tensor | None
+) -> Tensor:
+    """Return W + scale z in a dtype, as `moved`. scale: broadcasts, in the dtype of steps."""
+    z = whole(weight, key, "gaussian", table, None).view(weight.shape)
+    return (weight.to(scale.dtype) + scale * z.to(scale.dtype)).to(dtype)
+
+
+def summed(
+    weight: Tensor, values: Tensor, scale: Tensor, slots: Tensor, keys: tuple[int, ...], *z: Any
+) -> Tensor:
     """Return scale sum_k a_k z_k, shaped as the weight, in the dtype of the values (K,).
 
-    z: the arguments of `whole` after the key.
+    slots: the k that are in the sum, with their keys. z: the arguments of `whole` after the key.
     """
-    total = values.new_zeros(weight.numel())
-    for slot, key in enumerate(keys):
-        total = total + whole(weight, key, *z).to(values.dtype) * (values[slot] * scale)
+    total, factors = values.new_zeros(weight.numel()), values[slots] * scale
+    for place, key in enumerate(keys):
+        total = total + whole(weight, key, *z).to(values.dtype) * factors[place]
     return total.view(weight.shape)
 
 

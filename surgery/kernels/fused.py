@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from surgery.compat import inductor, stage
 from surgery.compat.tensors import is_fake, is_wrapper
 from surgery.kernels import plan
+from surgery.kernels.autocast import cast_now
 from surgery.kernels.compiled import Compiled
 
 T = TypeVar("T")
@@ -159,8 +160,7 @@ def _run(
             layout.append((len(value),))
         else:
             layout.append(_Fixed(value))
-    device = first.device.type
-    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    cast = cast_now(first.device.type)
     key = (name, tuple(layout), static, cast, first.device, plan.counting())
     made = _MADE.get(key)
     if made is None:

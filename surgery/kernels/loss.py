@@ -17,28 +17,26 @@ def cross_entropy(
     body: GraphModule,
     pull: GraphModule | None,
     smoothing: float,
-    shown: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return log softmax(l)[y] (n, 1) of logits l = body(z)[0], its sum over classes, and what the
-    model returns as logits, body(z)[1], if shown.
+) -> tuple[Tensor, Tensor | None]:
+    """Return log softmax(l)[y] (n, 1) of logits l = body(z), and its sum over classes if some of
+    the target is spread over all of them.
 
     z (n, V): becomes the gradient of sum_i share_i L_i, by `pull`, `gradient_of(body)`; stays if
     that is None. places (n, 1): the targets.
     """
-    logits, seen = body(z)
+    logits = body(z)
     # The sums are in float32 at least, as those of torch.log_softmax are.
     full = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = full - full.logsumexp(-1, keepdim=True)
     picked = log_p.gather(1, places).to(logits.dtype)
     spread = log_p.sum(-1).to(logits.dtype) if smoothing else None
-    seen = seen.clone() if shown else None
     if pull is not None:
         classes = z.shape[-1]
         hit = torch.arange(classes, device=z.device)[None, :] == places
         target = torch.where(hit, 1.0 - smoothing, 0.0) + smoothing / classes
         slope = (log_p.exp() - target) * share[:, None]
         z.copy_(pull(z, slope.to(logits.dtype)))
-    return picked, spread, seen
+    return picked, spread
 
 
 @cache

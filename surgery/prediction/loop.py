@@ -14,19 +14,22 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.optim import Optimizer
 
-from surgery.compat.fsdp import stays_out_of_ddp
+from surgery.compat.fsdp import held_of, stays_out_of_ddp
 from surgery.compat.stage import Stage, staged
+from surgery.compat.tensors import inside
+from surgery.compat.uncompiled import uncompiled
 from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
+from surgery.errors import OptionError
 from surgery.graph.reading import module_of
 from surgery.kernels import plan
 from surgery.memory import loss_of
 from surgery.prediction.devices import Device
+from surgery.prediction.optimizers import Making, check_making, made_for
 from surgery.prediction.skeleton import hollow, skeleton
 from surgery.prediction.timeline import Holder, Kind, Phase, Timeline
 from surgery.weights.targets import blocks
 
-Making = Callable[[Iterable[nn.Parameter]], Optimizer]
 Wrap = Literal["fsdp2", "ddp"]
 
 
@@ -52,6 +55,13 @@ class Loop:
     prepare: Callable[[Any], Any] | None = None
     world: int = 1
     wrap: Wrap = "fsdp2"
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise OptionError(f"clip={self.clip!r} must be a positive norm, or None for none.")
+        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
+            raise OptionError(f"autocast={self.autocast!r} is no dtype, such as torch.bfloat16.")
+        check_making(self.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +105,20 @@ def foresee(model: nn.Module, batch: Mapping[str, Any], passes: Sequence[Any], l
         copy, inputs, surgery = played
         buckets = _buckets(copy) if loop.wrap == "ddp" and loop.world > 1 else []
         timeline.call("gradients", map(stage.key_of, buckets))
-        timeline.call("batch", map(stage.key_of, _tensors(inputs.values())))
-        timeline.call("weights", map(stage.key_of, [*copy.parameters(), *copy.buffers()]))
+        timeline.call("batch", map(stage.key_of, _parts(inputs.values())))
+        held = [*copy.parameters(), *copy.buffers()]
+        timeline.call("weights", map(stage.key_of, _parts(held)))
         with _naming(copy, surgery, timeline):
             trained = [p for p in copy.parameters() if p.requires_grad]
-            optimizer = _made(loop, trained)
+            optimizer = made_for(loop.device, loop.optimizer, trained)
             _step(copy, inputs, optimizer, loop, timeline, stage)
             gc.collect()  # captures leave circles behind, with tensors in them
             timeline.begin()
             first = timeline.alive()
             start = timeline.live()
             state = [v for held in optimizer.state.values() for v in held.values()]
-            timeline.call("optimizer", map(stage.key_of, _tensors(state)))
-            timeline.call("weights", map(stage.key_of, copy.parameters()))
+            timeline.call("optimizer", map(stage.key_of, _parts(state)))
+            timeline.call("weights", map(stage.key_of, _parts(copy.parameters())))
             activations = _step(copy, inputs, optimizer, loop, timeline, stage)
         said = _said(surgery) if surgery is not None else {}
     peak, phase, holders = timeline.peak()
@@ -163,11 +174,13 @@ def put_on(
     """Give a copy of a model and a batch on a stage, with passes applied, while it plays."""
     with staged(stage), torch.random.fork_rng([]):
         copy, inputs = skeleton(model), hollow(batch)
+        for name, t in batch.items():
+            if isinstance(t, Tensor):
+                stage.known.keep(inputs[name], t)
         if prepare is not None:
             prepare(copy)
         if not passes:
-            # What torch.compile has made of a part is machine code, which needs memory.
-            with torch.compiler.set_stance("force_eager"):
+            with uncompiled():
                 yield copy, inputs, None
             return
         surgery = Surgery(decide(copy, passes, compile=compile))
@@ -197,7 +210,7 @@ def _step(
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     timeline.call("gradients", map(stage.key_of, grads))
     del grads
-    with timeline.during("step"):
+    with timeline.during("step"), uncompiled():
         if loop.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), loop.clip)
         optimizer.step()
@@ -211,17 +224,10 @@ def _said(surgery: Surgery) -> dict[str, tuple[tuple[str, str], ...]]:
     return {method.name: tuple(method.lines()) for method in rewriting}
 
 
-def _made(loop: Loop, trained: Sequence[nn.Parameter]) -> Optimizer:
-    optimizer = loop.optimizer(trained)
-    if loop.device is not None and loop.device.accelerator:
-        for group in optimizer.param_groups:
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                group["foreach"] = True  # what torch takes there by itself
-    return optimizer
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    return (value for value in values if isinstance(value, Tensor))
+def _parts(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Return the tensors with memory: of a quantised one, those that it is made of."""
+    tensors = (held_of(value) for value in values if isinstance(value, Tensor))
+    return (part for t in tensors for part in inside(t))
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

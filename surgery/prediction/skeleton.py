@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from surgery.compat import modules
-from surgery.compat.tensors import is_wrapper
+from surgery.compat.tensors import beside, is_packed, is_wrapper, rebuilt, storage_of
 from surgery.engine.surgery import Surgery
 from surgery.errors import ModelError
 from surgery.weights.table import TABLE
@@ -25,7 +27,8 @@ HERE = "cpu"
 def skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose tensors have no memory; to be called on a stage.
 
-    Raises ModelError, naming a weight of a kind that has its own idea of memory.
+    Quantised weights are made of the like of what they are made of. Raises ModelError, naming a
+    weight of a kind that has its own idea of memory.
     """
     return _copied(model, {}, {}, HERE)
 
@@ -34,8 +37,11 @@ def _copied(
     model: nn.Module, memo: dict[int, Any], flags: Mapping[int, bool], device: str
 ) -> nn.Module:
     """flags: `requires_grad` of parameters, by their ids, where it is another."""
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter or is_wrapper(parameter):
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if type(parameter) is not nn.Parameter and not (
+            is_wrapper(parameter) or is_packed(parameter)
+        ):
             raise ModelError(
                 f"{name} is a {type(parameter).__name__}, whose memory is not that of its shape"
             )
@@ -43,12 +49,33 @@ def _copied(
         memo[id(parameter)] = nn.Parameter(_hollow(parameter, device), required)
     for _, buffer in model.named_buffers():
         memo[id(buffer)] = _hollow(buffer, device)
-    copied = copy.deepcopy(model, memo)
+    with _Hollowing(device, [(p, memo[id(p)]) for p in own.values() if beside(p)]):
+        copied = copy.deepcopy(model, memo)
+        for parameter in own.values():
+            vars(memo[id(parameter)]).update(copy.deepcopy(beside(parameter), memo))
     for module in copied.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, FunctionType):  # which deepcopy returns as it is
             module.__dict__["forward"] = _rebound(forward, memo)
     return copied
+
+
+class _Hollowing(TorchFunctionMode):
+    """Copies no tensor with its memory: bitsandbytes keeps scales outside of parameters, and gives
+    the bytes of a weight a second name."""
+
+    def __init__(self, device: str, packed: Iterable[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.device = device
+        self.known = {storage_of(t): like for t, like in packed}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **kwargs or {})
+        like = self.known.get(storage_of(args[0]))
+        if like is not None and like.shape == args[0].shape:
+            return like.detach()
+        return _hollow(args[0], self.device)
 
 
 def _rebound(function: Any, memo: dict[int, Any]) -> Any:
@@ -104,4 +131,6 @@ def hollow(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hollow(t: Tensor, device: str = HERE) -> Tensor:
+    if is_wrapper(t):
+        return rebuilt(t, partial(_hollow, device=device))
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)

@@ -55,8 +55,8 @@ class Timeline:
         self.kinds: dict[int, Kind] = {}
         self.phase: Phase | None = None
         self.events: list[tuple[int, Phase | None]] = []  # key + 1 of what came, -(key + 1)
-        self.seconds = 0.0
         self.launches = 0
+        self._on_device = self._on_host = 0.0
         self._where = ""
         self._called = ""
         self._marks: list[tuple[int, str]] = []  # number of an autograd node, and whose it is
@@ -87,10 +87,13 @@ class Timeline:
         told = {abs(event) for event, _ in inside if event < 0} & {e for e, _ in inside if e > 0}
         self.events[place:] = [each for each in inside if abs(each[0]) not in told]
 
-    def ran(self, operation: str, flops: int, dtype: torch.dtype, traffic: int) -> None:
+    def ran(
+        self, operation: str, flops: int, dtype: torch.dtype, traffic: int, compiled: bool
+    ) -> None:
         self.launches += 1
         if self.device is not None:
-            self.seconds += self.device.seconds(flops, dtype, traffic)
+            self._on_device += self.device.seconds(flops, dtype, traffic)
+            self._on_host += self.device.call if compiled else self.device.host
 
     # -- told by the step -------------------------------------------------------------------------
 
@@ -118,7 +121,8 @@ class Timeline:
         alive = self.alive()
         self.events = [(key + 1, None) for key in alive]
         self.storages = {key: self.storages[key] for key in alive}
-        self._marks, self.seconds, self.launches = [], 0.0, 0
+        self._marks, self.launches = [], 0
+        self._on_device = self._on_host = 0.0
 
     def alive(self) -> list[int]:
         """Return what is alive now, the oldest first."""
@@ -140,6 +144,11 @@ class Timeline:
             self.kinds.setdefault(key, kind)
 
     # -- asked ------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """The device's time, or the host's, which launches ahead of it, if that is longer."""
+        return max(self._on_device, self._on_host)
 
     def course(self) -> list[tuple[Phase | None, Mapping[Kind, int]]]:
         """Return the bytes by kind after each event, with the phase that it fell into."""

@@ -21,6 +21,41 @@ class Composition:
     checkpointing: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One composition. spec: names of passes, to be applied. peak: bytes, None if it cannot be
+    played (`note` says why). activations: bytes that forward leaves for backward. rows, length: the
+    most that fit of a batch of this length, of these rows, by how the peak grows with the batch.
+    before: lines that come before its own."""
+
+    spec: tuple[str, ...]
+    checkpointing: bool
+    peak: int | None
+    milliseconds: float | None
+    fits: bool
+    quality: str
+    note: str = ""
+    rows: int | None = None
+    length: int | None = None
+    activations: int | None = None
+    before: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        names = [*self.spec, *(["gradient checkpointing"] if self.checkpointing else [])]
+        return " + ".join(names) or "as it is"
+
+    @property
+    def lines(self) -> str:
+        """The lines to paste before the optimizer is built."""
+        found = [*self.before]
+        if self.checkpointing:
+            found.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
+        if self.spec:
+            found.append(f"surgery.apply(model, {list(self.spec)!r})")
+        return "\n".join(found) or "# nothing: it fits as it is"
+
+
 _BOTH = ("recompute", "chunked_loss")
 # From what changes nothing to what changes the method; each group is tried when none before fits.
 _EXACT = (
@@ -39,6 +74,7 @@ _METHODS = (
     Composition(names=("misa", *_BOTH, "compress"), quality=f"{SAMPLED}; {ROUNDED}"),
     Composition(names=("badam", *_BOTH), quality=SAMPLED),
     Composition(names=("rso", *_BOTH), quality=MAPPED),
+    Composition(names=("galore", *_BOTH), quality=MAPPED),
     Composition(names=("velora", *_BOTH), quality=MAPPED),
 )
 _FORWARDS = tuple(
@@ -47,6 +83,6 @@ _FORWARDS = tuple(
 )
 GROUPS: Mapping[str, tuple[tuple[Composition, ...], ...]] = {
     "full": (_EXACT, _METHODS),
-    "adapter": (_EXACT,),
+    "adapter": (_EXACT, (Composition(names=("velora", *_BOTH), quality=MAPPED),)),
     "forwards": (_FORWARDS,),
 }

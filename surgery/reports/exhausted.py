@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from surgery.catalogue import resolve
 from surgery.compat.tensors import each
 from surgery.engine.exhausted import Call, Shape, explain_by, explained, hear_steps, noted
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, SurgeryError
 from surgery.memory import loss_of, megabytes
 from surgery.prediction.loop import Loop, foresee
 from surgery.prediction.skeleton import without_surgery
@@ -73,8 +73,11 @@ def explain_oom(model: nn.Module) -> Iterator[None]:
     torch.OutOfMemoryError, or the RuntimeError of the CPU's allocator, goes on its way with a note
     (`error.__notes__`): the largest holders of the peak of a step of the last batch, by module and
     operation, and which passes, or half of the batch, would have made it how much smaller. The step
-    is played on tensors without memory, which takes seconds to a minute.
+    is played on tensors without memory, which takes seconds to a minute. Raises ModelError for what
+    is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"explain_oom(model) takes an nn.Module, not a {type(model).__name__}.")
 
     def before(model: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():

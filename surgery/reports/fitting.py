@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,11 +20,12 @@ from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
 from surgery.errors import ModelError, OptionError, SurgeryError, in_a_line
 from surgery.kernels.plan import Compile
-from surgery.memory import storage_bytes
+from surgery.memory import binary, storage_bytes
 from surgery.prediction.devices import device_named, memory_of
-from surgery.prediction.loop import Loop, Making, Step, Wrap, foresee, own_loss
-from surgery.prediction.sources import Source, batch_for, model_of
-from surgery.reports.compositions import GROUPS, Composition
+from surgery.prediction.loop import Loop, Step, Wrap, foresee, own_loss
+from surgery.prediction.optimizers import Making
+from surgery.prediction.sources import Source, adapted, batch_for, is_adapted, model_of, shape_of
+from surgery.reports.compositions import GROUPS, Composition, Row
 from surgery.reports.predicted import check_world
 
 Goal = Literal["full", "adapter", "forwards"]
@@ -31,47 +33,16 @@ SPARE = 0.1  # of the memory: what fragments, other libraries and the next longe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One composition. spec: names of passes, to be applied. peak: bytes, None if it cannot be
-    played (`note` says why). activations: bytes that forward leaves for backward. rows, length: the
-    most that fit of a batch of this length, of these rows, by how the peak grows with the batch."""
-
-    spec: tuple[str, ...]
-    checkpointing: bool
-    peak: int | None
-    milliseconds: float | None
-    fits: bool
-    quality: str
-    note: str = ""
-    rows: int | None = None
-    length: int | None = None
-    activations: int | None = None
-
-    @property
-    def title(self) -> str:
-        names = [*self.spec, *(["gradient checkpointing"] if self.checkpointing else [])]
-        return " + ".join(names) or "as it is"
-
-    @property
-    def lines(self) -> str:
-        """The lines to paste before the optimizer is built."""
-        found = []
-        if self.checkpointing:
-            found.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
-        if self.spec:
-            found.append(f"surgery.apply(model, {list(self.spec)!r})")
-        return "\n".join(found) or "# nothing: it fits as it is"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Played:
     """Steps of compositions, group by group; of one that cannot be played, why.
 
-    what, where: the model, the device and the goal in words. shape: of the batch's tokens.
+    what, where: the model, the device and the goal in words. before: the lines that come before
+    those of a row. shape: of the batch's tokens.
     """
 
     what: str
     where: str
+    before: tuple[str, ...]
     shape: tuple[int, int] | None
     groups: tuple[tuple[tuple[Composition, Step | str], ...], ...]
 
@@ -101,8 +72,8 @@ class Fit:
         """
         if self.best is None:
             raise ModelError(
-                f"nothing fits into {_gib(self.memory)} with {SPARE:.0%} to spare. The nearest is "
-                f"{self.nearest.title}, with {_gib(self.nearest.peak or 0)}: a shorter batch, "
+                f"nothing fits into {binary(self.memory)} with {SPARE:.0%} to spare. The nearest "
+                f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}: a shorter batch, "
                 'goal="forwards", or more memory.'
             )
         if self.best.checkpointing:
@@ -120,20 +91,24 @@ class Fit:
         return model
 
     def __rich__(self) -> Table:
-        table = Table("", "peak", "time", "fits", "rows", "length", "quality", title=self.title)
+        timed = any(row.milliseconds is not None for row in self.rows)
+        head = ["", "peak", *(["time"] if timed else []), "fits", "most rows", "longest row"]
+        table = Table(*head, "quality", title=self.title, caption_justify="left")
         for row in self.rows:
-            peak = "not known" if row.peak is None else _gib(row.peak)
+            peak = "not known" if row.peak is None else binary(row.peak)
             time = "" if row.milliseconds is None else f"{row.milliseconds:,.0f} ms"
             size = ["" if n is None else f"{n:,}" for n in (row.rows, row.length)]
+            numbers = [peak, *([time] if timed else []), "yes" if row.fits else "no", *size]
             style = "bold" if row is self.best else ""
             said = row.note or row.quality
-            table.add_row(
-                row.title, peak, time, "yes" if row.fits else "no", *size, said, style=style
-            )
+            table.add_row(row.title, *numbers, said, style=style)
+        rows, length = self.played.shape or (None, None)
+        batch = "" if rows is None else f"Rows: {rows:,}, length: {length:,}. "
+        fits = f"{batch}What fits leaves {SPARE:.0%} of the memory free."
         if self.best is not None:
-            table.caption = f"Recommended:\n{self.best.lines}"
+            table.caption = f"{fits}\nRecommended:\n{escape(self.best.lines)}"
         else:
-            table.caption = f"Nothing fits; the nearest is {self.nearest.title}."
+            table.caption = f"{fits}\nNothing fits; the nearest is {self.nearest.title}."
         return table
 
     def __str__(self) -> str:
@@ -163,8 +138,9 @@ def fit(
     model, batch, loss, clip, autocast, device, world, wrap: as `surgery.plan` takes them.
     optimizer: too; default: AdamW, SGD for "forwards". memory: bytes of one process, or such as
     "24GiB"; default: the device's.
-    goal: "full" trains all weights, "adapter" those that require gradients already, "forwards"
-    needs no backward. told: is given each row as it is found.
+    goal: "full" trains all weights, "adapter" those that require gradients already (the model of a
+    config gets LoRA of rank 16 on every Linear), "forwards" needs no backward. told: is given each
+    row as it is found. A step is one in training mode.
 
     Exact passes come first, methods only where none of these fits; of those that fit with a tenth
     to spare, the fastest is recommended, without a device the first. Changes nothing. Raises
@@ -174,15 +150,18 @@ def fit(
     size = memory_of(memory, known)
     if goal not in GROUPS:
         raise OptionError(f"goal={goal!r} must be one of {', '.join(map(repr, GROUPS))}.")
-    model = model_of(model)
+    source, model = model, model_of(model)
+    before: tuple[str, ...] = ()
+    if goal == "adapter" and not is_adapted(model):
+        model, before = adapted(model, there=source is model)
     check_world(world, wrap, batch)
     weights = storage_bytes(model.parameters()) // (world if wrap == "fsdp2" else 1)
     if weights > size:
         raise OptionError(
-            f"the weights of this {type(model).__name__} alone are {_gib(weights)}, and memory= is "
-            f"{_gib(size)}. Load them in fewer bits, or shard them over several devices."
+            f"the weights of this {type(model).__name__} alone are {binary(weights)}, and memory= "
+            f"is {binary(size)}. Load them in fewer bits, or shard them over several devices."
         )
-    given = batch_for(model, batch)
+    given = batch_for(model, batch, loss)
     loop = Loop(
         loss=loss or own_loss,
         optimizer=optimizer or (torch.optim.SGD if goal == "forwards" else torch.optim.AdamW),
@@ -192,9 +171,12 @@ def fit(
         world=world,
         wrap=wrap,
     )
-    ids = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim == 2), None)
-    shape = None if ids is None else (ids.shape[0], ids.shape[1])
-    said = (lambda one, step: told(_row(one, step, shape, size))) if told is not None else None
+    shape = shape_of(given)
+
+    def said(one: Composition, step: Step | str) -> None:
+        if told is not None:
+            told(_row(one, step, shape, size, before))
+
     with captures.kept():
         groups = [tuple(_played(model, given, group, loop, said)) for group in GROUPS[goal]]
     played = Played(
@@ -206,6 +188,7 @@ def fit(
                 f", goal {goal}",
             ]
         ),
+        before=before,
         shape=shape,
         groups=tuple(groups),
     )
@@ -217,34 +200,36 @@ def _played(
     batch: Mapping[str, Any],
     group: Sequence[Composition],
     loop: Loop,
-    said: Callable[[Composition, Step | str], Any] | None,
+    said: Callable[[Composition, Step | str], Any],
 ) -> Iterator[tuple[Composition, Step | str]]:
     for each in group:
         if each.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             continue
         try:
-            prepare = _checkpoint if each.checkpointing else None
+            prepare = _checkpointed if each.checkpointing else _trained
             passes = resolve(list(each.names), {}) if each.names else ()
             step: Step | str = foresee(model, batch, passes, replace(loop, prepare=prepare))
         except SurgeryError as error:  # of a pass that this model is not for
             step = in_a_line(error, 160)
         except Exception as error:  # of a model's own code, of any kind
             step = f"cannot be played: {type(error).__name__}: {in_a_line(error, 120)}"
-        if said is not None:
-            said(each, step)
+        said(each, step)
         yield each, step
 
 
 def _judged(played: Played, memory: int) -> Fit:
     """Return what fits. Raises ModelError if nothing could be played."""
-    groups = [[_row(*one, played.shape, memory) for one in group] for group in played.groups]
+    groups = [
+        [_row(*one, played.shape, memory, played.before) for one in group]
+        for group in played.groups
+    ]
     rows = [row for group in groups for row in group]
     known = [row for row in rows if row.peak is not None]
     if not known:
         raise ModelError(f"no composition could be played for this {played.what}: {rows[0].note}")
     fitting = next((fits for group in groups if (fits := [r for r in group if r.fits])), [])
     return Fit(
-        title=f"{played.what} in {_gib(memory)}{played.where}",
+        title=f"{played.what} in {binary(memory)}{played.where}",
         rows=tuple(rows),
         best=min(fitting, key=lambda row: row.milliseconds or 0.0, default=None),
         nearest=min(known, key=lambda row: row.peak or 0),
@@ -253,9 +238,16 @@ def _judged(played: Played, memory: int) -> Fit:
     )
 
 
-def _row(one: Composition, step: Step | str, shape: tuple[int, int] | None, memory: int) -> Row:
+def _row(
+    one: Composition,
+    step: Step | str,
+    shape: tuple[int, int] | None,
+    memory: int,
+    before: tuple[str, ...],
+) -> Row:
     row = Row(
         spec=one.names,
+        before=before,
         checkpointing=one.checkpointing,
         peak=None,
         milliseconds=None,
@@ -281,9 +273,16 @@ def _row(one: Composition, step: Step | str, shape: tuple[int, int] | None, memo
     )
 
 
+def _trained(model: nn.Module) -> None:
+    """Play in training mode what `from_pretrained` has left in evaluation mode."""
+    if not model.training:
+        model.train()
+
+
+def _checkpointed(model: nn.Module) -> None:
+    _trained(model)
+    _checkpoint(model)
+
+
 def _checkpoint(model: Any) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):,.2f} GiB"

@@ -24,7 +24,7 @@ def bytes_of(
     own = [p for name, p in named if TABLE not in name.split(".")]
     coordinates = unique(decision.coordinates)
     dense = sum(map(_size, trainable))
-    active = [each.parameter for each in coordinates if each.active]
+    active = [c.parameter for c in unique(c for c in decision.coordinates if c.active)]
     live = sum(map(_size, active)) if decision.sites else dense
     mapped = [each.parameter for each in coordinates if each.mapped]
     carried = [c.mapped.carried for c in decision.coordinates if c.mapped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     for options, method in zip(decision.passes, decision.methods, strict=True):
         lines += [("pass", repr(options)), *method.lines()]
         if method.name in dispatch.taken and dispatch.backend is None:
-            lines.append((f"{method.name} takes away", _taken(dispatch.taken[method.name])))
+            lines.append((f"saved by {method.name}", _taken(dispatch.taken[method.name])))
     if dispatch.backend is not None:
         lines.append(("compiled by", name_of_backend(dispatch.backend)))
     if clock.idle:
@@ -102,9 +103,11 @@ def _with_activations(
             with dispatch.listening() as calls:
                 model(**batch)  # captures
             kept = account(calls)
+            gc.collect()  # what it frees meanwhile would count as given back
             now = measure(lambda: loss_of(model(**batch)), device).live
         with _as_before(surgery):
             plain(**batch)
+            gc.collect()
             then = measure(lambda: loss_of(plain(**batch)), device).live
     return (
         replace(before, activations=then),

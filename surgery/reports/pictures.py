@@ -27,7 +27,7 @@ POINTS = 2000  # of a course: more are not seen
 
 
 class Plotted(Protocol):
-    """One composition of `surgery.fit`."""
+    """One composition of `surgery.fit`; its `title`, if it has one, is its name."""
 
     @property
     def spec(self) -> Any: ...
@@ -37,11 +37,13 @@ class Plotted(Protocol):
     def milliseconds(self) -> float | None: ...
 
 
-def memory(steps: Mapping[str, Step], target: Target) -> None:
+def memory(
+    steps: Mapping[str, Step], target: Target, measured: Mapping[str, int] | None = None
+) -> None:
     """Draw the bytes of one step by what holds them, as it goes on; the steps side by side.
 
-    steps: title -> what `surgery.prediction.loop.foresee` has found. Raises ModuleNotFoundError
-    without matplotlib, OptionError for no steps.
+    steps: title -> what `surgery.prediction.loop.foresee` has found. measured: title -> the peak of
+    a real step. Raises ModuleNotFoundError without matplotlib, OptionError for no steps.
     """
     _some(steps, "steps")
     figure = _figure(5.0 * len(steps), 4.0)
@@ -54,46 +56,53 @@ def memory(steps: Mapping[str, Step], target: Target) -> None:
         axes.stackplot(
             places, heights, labels=kinds, colors=[COLOURS[k] for k in kinds], step="pre"
         )
-        axes.axhline(step.peak / GB, color="black", linewidth=0.8, linestyle=":")
+        line = (measured or {}).get(title, step.peak) / GB
+        axes.axhline(line, color="black", linewidth=0.8, linestyle=":")
         phases = [phase for phase, _ in course]
         for i, phase in enumerate(phases):
             if phase is not None and (not i or phases[i - 1] != phase):
                 axes.axvline(i, color="black", linewidth=0.5)
                 axes.annotate(phase, (i, 0), xytext=(2, 2), textcoords="offset points", fontsize=7)
-        axes.set_title(f"{title}: {step.peak / GB:.3g} GB, in {step.phase}")
+        said = f"{step.peak / GB:.3g} GB, in {step.phase}"
+        if title in (measured or {}):
+            said += f"; measured: {line:.3g} GB (dotted)"
+        axes.set_title(f"{title}\n{said}", fontsize=10)
         axes.set_xlabel("allocations and releases of a step")
         axes.set_xticks([])
+        axes.margins(x=0)
     panels[0].set_ylabel("GB")
     panels[-1].legend(loc="upper right", fontsize=7)
     _write(figure, target)
 
 
 def bytes_against_time(rows: Iterable[Plotted], target: Target) -> None:
-    """Draw the peak of each composition against the time of a step.
+    """Draw the peak of each composition against the time of a step, numbered from the fastest; in
+    bold what nothing else is both faster and smaller than.
 
     rows: of `surgery.fit`; those without a peak or a time are left out. Raises ModuleNotFoundError
     without matplotlib, OptionError if none is left.
     """
     points = [
-        (row.milliseconds, row.peak / GB, _called(row.spec))
+        (row.milliseconds, row.peak / GB, _called(row))
         for row in rows
         if row.peak is not None and row.milliseconds is not None
     ]
     _some(points, "rows with a peak and a time: plan with a device=")
-    figure = _figure(7.0, 4.5)
+    figure = _figure(9.0, 4.5)
     axes = figure.subplots()
-    best = float("inf")
-    for x, y, name in sorted(points):
+    best, weights = float("inf"), []
+    for number, (x, y, name) in enumerate(sorted(points), 1):
         ahead, best = y < best, min(y, best)  # nothing is both faster and smaller
-        axes.scatter(x, y, s=16, color="tab:blue" if ahead else "tab:gray")
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=7,
-            weight="bold" if ahead else "normal",
-        )
+        weights.append("bold" if ahead else "normal")
+        colour = "tab:blue" if ahead else "tab:gray"
+        axes.scatter(x, y, s=20, color=colour, label=f"{number}  {name}")
+        place = {"xytext": (4, 3), "textcoords": "offset points"}
+        axes.annotate(str(number), (x, y), **place, fontsize=8, weight=weights[-1])
+    legend = axes.legend(
+        loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handletextpad=0.1
+    )
+    for text, weight in zip(legend.get_texts(), weights, strict=True):
+        text.set_weight(weight)
     axes.set_xlabel("ms of a step")
     axes.set_ylabel("GB at the peak")
     axes.set_ylim(bottom=0)
@@ -174,8 +183,10 @@ def _some(values: Any, what: str) -> None:
 
 
 def _thinned(step: Step) -> list[tuple[Any, Mapping[Kind, int]]]:
-    """Return a course of at most so many points, the largest of each stretch."""
-    course = step.course
+    """Return a course from the beginning of forward, of at most so many points, the largest of each
+    stretch."""
+    began = next((i for i, (phase, _) in enumerate(step.course) if phase is not None), 0)
+    course = step.course[max(0, began - 1) :]
     stretch = max(1, -(-len(course) // POINTS))
     return [
         max(course[i : i + stretch], key=lambda point: sum(point[1].values()))
@@ -183,7 +194,10 @@ def _thinned(step: Step) -> list[tuple[Any, Mapping[Kind, int]]]:
     ]
 
 
-def _called(spec: Any) -> str:
+def _called(row: Plotted) -> str:
+    title, spec = getattr(row, "title", None), row.spec
+    if title is not None:
+        return title
     passes = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     named = [each if isinstance(each, str) else getattr(each, "name", each) for each in passes]
     return " + ".join(map(str, named)) if spec is not None and named else "plain"

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
 from surgery.engine.decide import decide
-from surgery.errors import OptionError, in_a_line
+from surgery.errors import OptimizerError, OptionError, in_a_line
 from surgery.kernels.plan import Compile
 from surgery.memory import Bytes
 from surgery.prediction.devices import device_named
-from surgery.prediction.loop import Loop, Making, Step, Wrap, foresee, own_loss
-from surgery.prediction.sources import Source, batch_for, model_of
+from surgery.prediction.loop import Loop, Step, Wrap, foresee, own_loss
+from surgery.prediction.optimizers import Making
+from surgery.prediction.sources import Source, batch_for, model_of, shape_of
 from surgery.ranks import is_joined
 from surgery.reports.holding import bytes_of
 from surgery.reports.table import Report
@@ -55,7 +56,8 @@ def plan(
 
     Parameters, gradients and Adam's state are exact. The rest comes of one step, played on tensors
     without memory: every storage is counted as it comes and goes. Raises what `apply` raises, and
-    OptionError for an unknown device or a world that cannot be.
+    OptionError for an unknown device or a world that cannot be, OptimizerError if the optimizer
+    does not take what is trained.
     """
     check_world(world, wrap, batch)
     model = model_of(model)
@@ -77,7 +79,9 @@ def plan(
         lines.append(("world", f"the first of {world} processes, {wrap}"))
     then = now = None
     if batch is not None:
-        given = batch_for(model, batch)
+        given = batch_for(model, batch, loss)
+        if (shape := shape_of(given)) is not None:
+            lines.append(("batch", f"rows: {shape[0]:,}, length: {shape[1]:,}"))
         then = _played(model, given, (), loop, lines)
         now = _played(model, given, passes, loop, lines)
     if device is not None:
@@ -101,10 +105,12 @@ def _played(
 ) -> Step | None:
     try:
         return foresee(model, batch, passes, loop)
+    except OptimizerError:
+        raise
     except Exception as error:  # of a model's own code, of any kind
         what = "with the passes" if passes else "without the passes"
         said = in_a_line(error, 300)
-        reason = f"a step {what} cannot be played without data: {type(error).__name__}: {said}"
+        reason = f"a step {what} cannot be played: {type(error).__name__}: {said}"
         lines.append(("peak not predicted", reason))
         return None
 

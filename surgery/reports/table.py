@@ -43,7 +43,7 @@ class Report:
             table.add_section()
         for one in self.kept[:LARGEST_KINDS]:
             what = f"{one.count} x {one.made_by} in {one.where or 'the model'}"
-            table.add_row(f"kept, {megabytes(one.bytes)}", f"{what}, for {one.kept_by}")
+            table.add_row(f"kept, {megabytes(one.bytes)}", f"{what}, for backward of {one.kept_by}")
         if self.holders:
             table.add_section()
         for held in self.holders[:LARGEST_KINDS]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgery.contract.method import Method, Run
@@ -17,8 +17,9 @@ from surgery.errors import CaptureError, TargetError, listed
 from surgery.graph.saved import Saved
 from surgery.subspace import lowering  # noqa: F401 # says how compilers take the nodes
 from surgery.subspace.nodes import Projection, projection_of
+from surgery.subspace.reducing import OneSided
 from surgery.subspace.rewrite import Rewritten, project_linears
-from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
+from surgery.weights.coordinate import Coordinate, Mapped
 from surgery.weights.linears import inputs_of, linears
 from surgery.weights.matrices import wide
 from surgery.weights.targets import Targets, select
@@ -32,81 +33,83 @@ def choose(
     option: str,
     size: int,
     stacked: bool = False,
+    width: Callable[[nn.Module, str], int] = inputs_of,
+    channels: str = "inputs",
 ) -> tuple[list[str], list[str]]:
     """Return the weights to project, and those to train densely, in the model's order.
 
     Linears among the default targets with no more than `size` inputs are trained densely. Raises
     TargetError, naming the pass `what` and its `option` of that size. stacked: also of experts.
+    width: what is held against the size in place of the inputs, and `channels` its name.
     """
     dense = set(select(model, always, "always")) if always else set()
     names = [name for name in linears(model, targets, what, stacked) if name not in dense]
-    small = [name for name in names if inputs_of(model, name) <= size]
+    small = [name for name in names if width(model, name) <= size]
     if small and targets is not None:
         raise TargetError(
-            f"{what}: {listed(small)} has {inputs_of(model, small[0])} inputs, no more than "
+            f"{what}: {listed(small)} has {width(model, small[0])} {channels}, no more than "
             f"{option}={size}: there is nothing to project. Train it densely with always=[...], or "
             f"use a smaller {option}."
         )
     names = [name for name in names if name not in small]
     if not names:
         raise TargetError(
-            f"{what}: no trainable Linear with more than {option}={size} inputs among the targets. "
-            f"Use a smaller {option}, name others with targets=[...], and check that requires_grad "
-            "was not switched off before surgery.apply."
+            f"{what}: no trainable Linear with more than {option}={size} {channels} among the "
+            f"targets. Use a smaller {option}, name others with targets=[...], and check that "
+            "requires_grad was not switched off before surgery.apply."
         )
     return names, [name for name, _ in model.named_parameters() if name in dense | set(small)]
 
 
-def densely(model: nn.Module, names: Iterable[str]) -> list[Coordinate]:
-    """Return coordinates for weights that are trained whole, all the time."""
-    found = [coordinate_of(model, name) for name in names]
-    for each in found:
-        each.active = True
-    return found
-
-
 def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
     """Return a coordinate (out, k) of a weight, zero, with a projection of its x as map."""
+    out = model.get_parameter(name).numel() // inputs_of(model, name)
+    return mapped_as(model, name, projection, (out, projection.width))
+
+
+def mapped_as(
+    model: nn.Module, name: str, beside: Projection | OneSided, shape: tuple[int, ...]
+) -> Coordinate:
+    """Return a coordinate of a weight, zero, of this shape, with what stands beside it as map."""
     weight = model.get_parameter(name)
-    out = weight.numel() // inputs_of(model, name)
-    start = torch.zeros(out, projection.width, dtype=wide(weight), device=weight.device)
+    start = torch.zeros(shape, dtype=wide(weight), device=weight.device)
     return Coordinate(
         weight=name,
         parameter=nn.Parameter(start),
-        rule=Mapped(map=projection, covers=weight.numel()),
+        rule=Mapped(map=beside, covers=weight.numel()),
         owner=model.get_submodule(name.rpartition(".")[0]),
-        beside=projection,
+        beside=beside,
         drawn=True,
     )
 
 
-@dataclass(eq=False, kw_only=True)
-class Projecting(Method, ABC):
-    """The run-time state: which weights are projected, and since when.
+@torch.no_grad()
+def from_zero(coordinate: Coordinate, run: Run) -> None:
+    """Let a coordinate begin from zero, and with it the iterate that schedule-free optimizers keep
+    beside it."""
+    own = coordinate.parameter.detach()
+    for optimizer in run.optimizers:
+        iterate = optimizer.state.get(coordinate.parameter, {}).get("z")
+        if isinstance(iterate, Tensor) and iterate.shape == own.shape:
+            iterate -= own
+    own.zero_()
 
-    total: parameters of the model. named: whether the user named the targets. period: optimizer
-    steps after which `redraw` is called. shared: one projection for all readers of an input.
+
+@dataclass(eq=False, kw_only=True)
+class Subspace(Method):
+    """The run-time state of passes that train some weights by small coordinates of them.
+
+    total: parameters of the model.
     """
 
     name: str
     total: int
-    named: bool
-    period: int | None
-    compiles = True
-    shared: bool = True
     projected: list[Coordinate] = field(default_factory=list)
     always: list[Coordinate] = field(default_factory=list)
-    found: Rewritten = field(default_factory=Rewritten)
-    round: int = 0
-    steps: int = 0  # optimizer steps made in this round
 
     @property
     def coordinates(self) -> Sequence[Coordinate]:
         return [*self.projected, *self.always]
-
-    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
-        wanted = {each.weight for each in self.projected}
-        project_linears(graph, inputs, wanted, self.found, self.shared)
 
     def check_reached(self) -> None:
         missing = [c.weight for c in self.projected if not c.reached and not c.unused]
@@ -116,6 +119,36 @@ class Projecting(Method, ABC):
                 "captured forward, so its input cannot be projected. Leave it out of targets=, or "
                 "train it densely with always=[...]."
             )
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        numel = sum(each.numel for each in self.projected)
+        yield "projected", f"{len(self.projected)} weights, by {numel:,} coordinates"
+        always = sum(each.numel for each in self.always)
+        yield "trained densely", f"{always:,} parameters, {always / self.total:.2%}"
+
+
+@dataclass(eq=False, kw_only=True)
+class Projecting(Subspace, ABC):
+    """The run-time state: which weights are projected, and since when.
+
+    named: whether the user named the targets. period: optimizer steps after which `redraw` is
+    called. shared: one projection for all readers of an input.
+    """
+
+    named: bool
+    period: int | None
+    compiles = True
+    shared: bool = True
+    found: Rewritten = field(default_factory=Rewritten)
+    round: int = 0
+    steps: int = 0  # optimizer steps made in this round
+
+    def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
+        wanted = {each.weight for each in self.projected}
+        project_linears(graph, inputs, wanted, self.found, self.shared)
+
+    def check_reached(self) -> None:
+        super().check_reached()
         if self.found.kept and self.named:
             warnings.warn(
                 f"{self.name} saves no activations at {self._kept()}. Its gradient and optimizer "
@@ -150,12 +183,9 @@ class Projecting(Method, ABC):
                 own[name].share(own[origin])
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        numel = sum(each.numel for each in self.projected)
-        yield "projected", f"{len(self.projected)} weights, by {numel:,} coordinates"
+        yield from super().lines()
         if self.found.kept:
             yield "no activations saved", self._kept()
-        always = sum(each.numel for each in self.always)
-        yield "trained densely", f"{always:,} parameters, {always / self.total:.2%}"
         if self.period is not None:
             yield "round", f"{self.round}, step {self.steps} of {self.period}"
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from surgery.compat.autograd import first_order_only
 from surgery.compat.tensors import is_fake
-from surgery.graph.linear import input_gradient, linear, rows_of
+from surgery.graph.linear import linear, note_given, rows_of, sent_back
 from surgery.graph.nodes import by_identity
 from surgery.subspace import experts
 from surgery.weights.coordinate import Beside, Coordinate
-from surgery.weights.sites import read, site_of
+from surgery.weights.sites import site_of, trained_by
 
 
 class Projection(Beside, ABC):
@@ -131,7 +131,7 @@ def projected(
     place: the model's own parameter, by whose identity the coordinate is found; `weight` may be
     what another pass has made of it.
     """
-    found = _reached(place)
+    found = trained_by(place, Projection)
     if z is None or found is None:
         return linear(x, weight.detach(), bias, transposed)
     coordinate, projection = found
@@ -155,21 +155,11 @@ def projected_experts(
     x: Tensor, z: Tensor | None, weight: Tensor, offsets: Tensor, fused: bool, place: Tensor
 ) -> Tensor:
     """Return x W_e^T for rows x (rows, in) sorted by expert e, keeping z (rows, k)."""
-    found = _reached(place)
+    found = trained_by(place, Projection)
     if z is None or found is None:
         return experts.multiply(x, weight.detach().transpose(-2, -1), offsets, fused)
     coordinate, _ = found
     return experts.ProjectedExperts.apply(x, z, weight.detach(), offsets, coordinate.read, fused)
-
-
-def _reached(place: Tensor) -> tuple[Coordinate, Projection] | None:
-    """Return the projected coordinate of a weight, if it has one that is being trained now."""
-    site = read(place)
-    if site is None:
-        return None
-    coordinate, projection = site.coordinates[0], site.beside(Projection)
-    coordinate.reached = coordinate.reached or not is_fake(place)
-    return (coordinate, projection) if projection and coordinate.active else None
 
 
 class _Projected(torch.autograd.Function):
@@ -183,8 +173,8 @@ class _Projected(torch.autograd.Function):
         coordinate: Tensor,
         projection: Projection,
     ) -> Tensor:
-        ctx.projection, ctx.given = projection, (x.shape, x.dtype, coordinate.dtype)
-        ctx.bias = None if bias is None else bias.dtype
+        ctx.projection, ctx.wanted = projection, coordinate.dtype
+        note_given(ctx, x, bias)
         ctx.save_for_backward(z, weight)
         return linear(x, weight, bias, projection.transposed)
 
@@ -192,15 +182,11 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only(ctx.projection.by)
         z, weight = ctx.saved_tensors
-        shape, dtype, wanted = ctx.given
-        rows = rows_of(grads[0])
-        dx = db = ds = None
-        if ctx.needs_input_grad[0]:
-            dx = input_gradient(rows, weight, ctx.projection.transposed).view(shape).to(dtype)
-        if ctx.needs_input_grad[3]:
-            db = rows.sum(0).to(ctx.bias)
+        dx, db = sent_back(ctx, grads[0], weight, ctx.projection.transposed, bias=3)
+        ds = None
         if ctx.needs_input_grad[4]:
-            ds = (rows.t() @ z.to(rows.dtype)).to(wanted)
+            rows = rows_of(grads[0])
+            ds = (rows.t() @ z.to(rows.dtype)).to(ctx.wanted)
             if ctx.projection.scale != 1.0:
                 ds *= ctx.projection.scale
             if ctx.projection.dense:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgery.graph.calls import put
 from surgery.graph.nodes import gate
 from surgery.graph.reading import bodies, inside, is_linear, name_of, operands, placeholders
+from surgery.graph.reduced import reduced
 from surgery.graph.saved import Saved
 from surgery.subspace import experts
 from surgery.subspace.nodes import project, projected, projected_experts
@@ -36,22 +38,54 @@ def project_linears(
 
     shared: whether weights that read the same x keep one z between them.
     """
-    names: dict[Node, str] = {}
-    for node, value in zip(placeholders(graph), inputs, strict=True):
-        site = site_of(value) if isinstance(value, Tensor) else None
-        if site is not None and site.name in wanted:
-            names[node] = site.name
+    names = _named(graph, inputs, wanted)
     if names:
         _rewrite(graph, {node: node for node in names}, shared)
         _look(graph, Saved(graph, inputs), names, found)
 
 
-def _rewrite(graph: GraphModule, places: dict[Node, Node], shared: bool) -> None:
-    """places: what a Linear may read -> the input of the graph that is the model's own weight."""
+def reduce_linears(graph: GraphModule, inputs: Sequence[Any], wanted: Container[str]) -> None:
+    """Let the Linears of the wanted weights reduce their gradients, in one captured graph, in place
+    (see graph/reduced.py)."""
+    names = _named(graph, inputs, wanted)
+    if names:
+        _reduce(graph, {node: node for node in names})
+
+
+def _named(graph: GraphModule, inputs: Sequence[Any], wanted: Container[str]) -> dict[Node, str]:
+    """Return the inputs of a graph that are wanted weights, with their names."""
+    found: dict[Node, str] = {}
+    for node, value in zip(placeholders(graph), inputs, strict=True):
+        site = site_of(value) if isinstance(value, Tensor) else None
+        if site is not None and site.name in wanted:
+            found[node] = site.name
+    return found
+
+
+def _reduce(graph: GraphModule, places: dict[Node, Node]) -> None:
+    """places: see `_rewrite`."""
+    _follow(graph, places)
+    for node in [*graph.graph.nodes]:
+        if is_linear(node) and operands(node)[1] in places:
+            x, weight, *bias = operands(node)
+            how = (bias[0] if bias else None, node.target is torch.addmm, places[weight])
+            put(graph, node, reduced, x, weight, *how)
+    for node, body in [*bodies(graph)]:
+        _reduce(body, _carried_in(node, body, places))
+        body.recompile()
+
+
+def _follow(graph: GraphModule, places: dict[Node, Node]) -> None:
+    """Add to places what gates and other passes make of them."""
     for node in graph.graph.nodes:
         source = _made_from(node)
         if source in places:
             places[node] = places[source]
+
+
+def _rewrite(graph: GraphModule, places: dict[Node, Node], shared: bool) -> None:
+    """places: what a Linear may read -> the input of the graph that is the model's own weight."""
+    _follow(graph, places)
     groups: dict[tuple[Node, Node | None], list[Node]] = {}
     for node in graph.graph.nodes:
         found = _operands(node)
@@ -71,16 +105,12 @@ def _rewrite(graph: GraphModule, places: dict[Node, Node], shared: bool) -> None
 
 def _replace(graph: GraphModule, reader: Node, z: Node, places: dict[Node, Node]) -> None:
     x, weight, *more = _operands(reader)
-    with graph.graph.inserting_before(reader):
-        if is_linear(reader):
-            how = (more[0] if more else None, reader.target is torch.addmm, places[weight])
-            new = graph.graph.call_function(projected, (x, z, weight, *how))
-        else:
-            how = (*more, experts.is_fused(reader), places[weight])
-            new = graph.graph.call_function(projected_experts, (x, z, weight, *how))
-    new.meta = dict(reader.meta)
-    reader.replace_all_uses_with(new)
-    graph.graph.erase_node(reader)
+    if is_linear(reader):
+        how = (more[0] if more else None, reader.target is torch.addmm, places[weight])
+        put(graph, reader, projected, x, z, weight, *how)
+    else:
+        how = (*more, experts.is_fused(reader), places[weight])
+        put(graph, reader, projected_experts, x, z, weight, *how)
 
 
 def _made_from(node: Node) -> Node | None:

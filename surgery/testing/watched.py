@@ -223,9 +223,10 @@ def _adjoint(model: nn.Module, plain: nn.Module) -> Adjoint:
             off[names[0]] = max(off.get(names[0], 0.0), abs(left - right) / max(scale, 1e-30))
     listed = {id(p) for p in model.parameters()}
     found = coordinates(model)
+    alone = [c for c in found if id(c.parameter) not in active]  # of no weight that is trained
     return Adjoint(
         off=off,
-        untrained=[c.weight for c in found if not c.active and c.parameter.grad is not None],
+        untrained=[c.weight for c in alone if c.parameter.grad is not None],
         unlisted=[c.weight for c in found if id(c.parameter) not in listed],
     )
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.weights import shards
+from surgery.weights.indices import Block, Index, Rows, block_of, subscript
 from surgery.weights.matrices import wide
 
-Index: TypeAlias = tuple[int | slice, ...]
 Precision: TypeAlias = Literal["auto", "weights"]  # of copies: at least float32, or as weights are
 
 
@@ -79,7 +79,7 @@ class Copied:
     which it was copied.
     """
 
-    index: Index | None
+    index: Block | None
     resting: bool = True
     since: int = 0
 
@@ -146,19 +146,19 @@ class Coordinate:
         return self.rule if isinstance(self.rule, Copied) else None
 
     @property
-    def index(self) -> Index | None:
+    def index(self) -> Block | None:
         """Of a block; None for a whole weight and for a mapped coordinate."""
         return self.rule.index if isinstance(self.rule, Copied) else None
 
     @property
     def name(self) -> str:
         mapped = " (mapped)" if self.mapped else ""
-        return self.weight + (_subscript(self.index) if self.index is not None else mapped)
+        return self.weight + (subscript(self.index) if self.index is not None else mapped)
 
     @property
     def key(self) -> str:
         """Its name in the table, which patterns for names of weights match."""
-        return self.weight + (_subscript(self.index) if self.index is not None else "")
+        return self.weight + (subscript(self.index) if self.index is not None else "")
 
     @property
     def held_as(self) -> str:
@@ -166,8 +166,9 @@ class Coordinate:
         return self.weight.rpartition(".")[2]
 
     def part(self, weight: Tensor) -> Tensor:
-        """Return the block of its weight that it is of; the weight itself if it is of all."""
-        return weight.detach() if self.index is None else weight.detach()[self.index]
+        """Return the block of its weight that it is of, a view unless it is of rows; the weight
+        itself if it is of all."""
+        return block_of(weight.detach(), self.index)
 
     @property
     def read(self) -> nn.Parameter:
@@ -182,11 +183,6 @@ class Coordinate:
     def size(self) -> int:
         """Parameters of the model that it stands for."""
         return self.mapped.covers if self.mapped else self.numel
-
-
-def _subscript(index: Index) -> str:
-    parts = [str(i) if isinstance(i, int) else f"{i.start or 0}:{i.stop or ''}" for i in index]
-    return f"[{', '.join(parts)}]"
 
 
 def coordinate_of(
@@ -206,10 +202,23 @@ def coordinate_of(
     return Coordinate(weight=name, parameter=resting(weight, dtype, index), rule=rule, owner=owner)
 
 
-def resting(weight: Tensor, dtype: torch.dtype, index: Index | None = None) -> nn.Parameter:
+def densely(
+    model: nn.Module, names: Iterable[str], precision: Precision = "auto"
+) -> list[Coordinate]:
+    """Return coordinates for weights that are trained whole, all the time; see `coordinate_of`."""
+    found = [coordinate_of(model, name, precision=precision) for name in names]
+    for each in found:
+        each.active = True
+    return found
+
+
+def resting(weight: Tensor, dtype: torch.dtype, index: Block | None = None) -> nn.Parameter:
     """Return a parameter for weight[index] without memory; cut as the weight is."""
     own = shards.local(weight.detach())
-    shape = own.shape if index is None else own[index].shape
+    if isinstance(index, Rows):
+        shape = torch.Size([len(index.numbers), *own.shape[1:]])
+    else:
+        shape = block_of(own, index).shape
     # Of meta weights too: what a parameter is of cannot change.
     held = torch.zeros((), dtype=dtype, device=None if weight.is_meta else own.device)
     held = held.expand(shape)
@@ -237,3 +246,7 @@ class Coordinates:
     parameter: nn.Parameter
     expand: Callable[[Tensor], Tensor]
     active: bool
+
+    def __repr__(self) -> str:
+        name, shape = type(self).__name__, tuple(self.parameter.shape)
+        return f"{name}(weight={self.weight!r}, shape={shape}, active={self.active})"

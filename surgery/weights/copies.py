@@ -20,6 +20,7 @@ from surgery.kernels.fused import launch
 from surgery.weights import shards
 from surgery.weights.carry import carry, words_of
 from surgery.weights.coordinate import Coordinate, Copied, Mapped, Whole
+from surgery.weights.indices import Rows, write_block
 from surgery.weights.matrices import matrix_shape, wide
 from surgery.weights.sites import Site, fits
 from surgery.weights.table import CoordinateTable
@@ -91,7 +92,6 @@ def _agree(coordinate: Coordinate, weight: Tensor) -> bool:
     return bool((off <= own.abs().mul_(near.eps).add_(near.tiny)).all())
 
 
-@torch.no_grad()
 def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -> None:
     """Let a coordinate and its weight agree again, if one of them has been written since they did.
 
@@ -105,13 +105,16 @@ def keep_up(site: Site, coordinate: Coordinate, step: int, wins: bool = False) -
         return
     moved = _seen(coordinate.parameter) != coordinate.seen[:2]
     written = _seen(weight) != coordinate.seen[2:]
+    if not moved and not written:
+        return
     frozen = coordinate.frozen and isinstance(rule, Mapped)  # it may share what others are moved by
     if moved and (wins or not written) and not frozen:
         write(site, coordinate, step)
     elif isinstance(rule, Copied) and written:
-        shards.take(coordinate.parameter, coordinate.part(weight))
+        with torch.no_grad():
+            shards.take(coordinate.parameter, coordinate.part(weight))
         note(coordinate, weight)
-    elif moved or written:
+    else:
         accept(site, coordinate, step)
 
 
@@ -183,6 +186,15 @@ def write(
 
 def _round_into(coordinate: Coordinate, weight: Tensor, rule: Copied) -> None:
     part, now = shards.local(coordinate.part(weight)), shards.local(coordinate.parameter.detach())
+    _rounded(coordinate, weight, rule, part, now)
+    if isinstance(rule.index, Rows):  # of which a part is a copy
+        write_block(weight.detach(), rule.index, part)
+
+
+def _rounded(
+    coordinate: Coordinate, weight: Tensor, rule: Copied, part: Tensor, now: Tensor
+) -> None:
+    """Let a part of a weight be what its copy is now, rounded."""
     (height, width), top, left = matrix_shape(coordinate.parameter), 0, 0
     if shards.is_cut(weight):  # as a whole: blocks of it are refused
         _, top, left = shards.part_of(weight)

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.compat import autograd
+from surgery.compat.fsdp import waits
 from surgery.kernels.plan import plan_of
 from surgery.weights import shards
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.matrices import wide
 
 _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs nothing
+
+
+def has_gradient(coordinate: Coordinate, model: nn.Module) -> bool:
+    """Whether a backward since the last step has left a gradient, which FSDP2 may not have sent."""
+    if coordinate.parameter.grad is not None:
+        return True
+    return coordinate.twin is not None and waits(model, coordinate.twin)
 
 
 def norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:

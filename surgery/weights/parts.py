@@ -6,7 +6,7 @@ import itertools
 
 from torch import Tensor, nn
 
-from surgery.weights.coordinate import Index
+from surgery.weights.indices import Index
 from surgery.weights.modules import CONVOLUTIONS, in_features, is_linear_module, is_transposed
 
 

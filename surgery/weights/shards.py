@@ -57,6 +57,13 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: local(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
+def moment(value: Tensor) -> Tensor:
+    """Return all of an optimizer's tensor as a plain one in float64, of what it keeps in few bits
+    too."""
+    found = whole(value)
+    return torch.empty(found.shape, dtype=torch.float64, device=found.device).copy_(found)
+
+
 def version(t: Tensor) -> int:
     """Return a number that every change in place raises."""
     return autograd.version(local(t))

@@ -17,7 +17,15 @@ from surgery.compat.fsdp import Twins
 from surgery.compat.tensors import is_fake
 from surgery.errors import ModelError
 from surgery.weights import shards
-from surgery.weights.coordinate import Beside, Coordinate, Coordinates, Copied, Mapped, Whole
+from surgery.weights.coordinate import (
+    Beside,
+    Coordinate,
+    Coordinates,
+    Copied,
+    Mapped,
+    Whole,
+)
+from surgery.weights.indices import write_block
 from surgery.weights.matrices import wide
 
 B = TypeVar("B", bound=Beside)
@@ -77,6 +85,11 @@ class Site:
             self.reached = reached
             for each in self.coordinates:
                 each.unused = not reached
+
+    def was_read(self, weight: Tensor) -> None:
+        """Note that a graph has read the weight, this tensor; see `read`."""
+        if not self.reached and not is_fake(weight):
+            self.note(reached=True)
 
     def beside(self, kind: type[B]) -> B | None:
         """Return what stands beside the weight, if it is of this kind."""
@@ -142,9 +155,20 @@ def read(weight: Tensor) -> Site | None:
     A dry run on tensors without memory reaches nothing.
     """
     site = site_of(weight)
-    if site is not None and not site.reached and not is_fake(weight):
-        site.note(reached=True)
+    if site is not None:
+        site.was_read(weight)
     return site
+
+
+def trained_by(weight: Tensor, kind: type[B]) -> tuple[Coordinate, B] | None:
+    """Return the coordinate of a weight that a graph reads now, and what of a kind stands beside
+    it, if there are both and it is being trained."""
+    site = read(weight)
+    if site is None:
+        return None
+    coordinate, beside = site.coordinates[0], site.beside(kind)
+    coordinate.reached = coordinate.reached or not is_fake(weight)
+    return (coordinate, beside) if beside and coordinate.active else None
 
 
 def stand_in(fake: Tensor, weight: Tensor) -> None:
@@ -183,7 +207,7 @@ def _expand(coordinate: Coordinate, shape: torch.Size, delta: Tensor) -> Tensor:
             return change.t() if map.transposed else change.view(shape)
         case Copied(index=index) if index is not None:
             change = delta.new_zeros(shape)
-            change[index] = delta
+            write_block(change, index, delta)
             return change
         case _:
             return delta

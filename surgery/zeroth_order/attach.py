@@ -12,6 +12,7 @@ from surgery.compat.autograd import first_order_only
 from surgery.errors import SurgeryError
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.matrices import wide
+from surgery.zeroth_order.conservative import Again
 from surgery.zeroth_order.direction import perturbation_of
 
 if TYPE_CHECKING:
@@ -19,17 +20,23 @@ if TYPE_CHECKING:
 
 
 class Attach(torch.autograd.Function):
-    """Values of outputs, whose gradient goes to the coordinates by the slopes that are kept."""
+    """Values of outputs, whose gradient goes to the coordinates by the slopes that are kept.
+
+    tensors: the slopes, `count` of them; the values once more, if their gradients go on to weights
+    that are trained by backward; the coordinates.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, method: TwoPoint, slots: Sequence[int], values: Sequence[Tensor], count: int,
-        *tensors: Tensor,
+        ctx: Any, method: TwoPoint, slots: Sequence[int], again: Again | None,
+        values: Sequence[Tensor], count: int, *tensors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.method, ctx.slots, ctx.step, ctx.used = method, slots, method.step, False
+        ctx.again = again
         ctx.count = count
         ctx.save_for_backward(*tensors[:count])
-        return tuple(values)  # no inputs of the node: loops may write into them (loss *= ...)
+        # No inputs of the node: loops may write into them (loss *= ...).
+        return tuple(value.clone() if value.requires_grad else value for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -42,6 +49,8 @@ class Attach(torch.autograd.Function):
                 + ": its slope was taken along directions of one step. Run the model again."
             )
         ctx.used = True
+        if method.judged is not None and ctx.again.counts:
+            method.judged.keep(ctx.again, grads[0])
         kept = iter(ctx.saved_tensors)
         factor = method.scale * method.ranks  # data parallel training averages over ranks
         slopes: list[Tensor] = []
@@ -51,7 +60,8 @@ class Attach(torch.autograd.Function):
             ]
             slopes.append(factor * torch.stack(each).sum())
         found = _to_coordinates(method, ctx.slots, slopes)
-        return None, None, None, None, *([None] * ctx.count), *found
+        on = grads if len(ctx.needs_input_grad) > 5 + ctx.count + len(found) else ()
+        return None, None, None, None, None, *([None] * ctx.count), *on, *found
 
 
 def _to_coordinates(
@@ -62,7 +72,9 @@ def _to_coordinates(
     scalars[slots[0] : slots[0] + len(slots)] = torch.stack(slopes).to(scalars)
     if not method.dense:
         return [scalars]
-    return [None if each.unused else _dense(each, scalars) for each in method.weights]
+    return [
+        None if each.unused or not each.active else _dense(each, scalars) for each in method.weights
+    ]
 
 
 def _dense(coordinate: Coordinate, scalars: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ class Probe(Protocol):
         """The number of directions, of all ranks."""
         ...
 
+    def probes(self, group: int, slot: int) -> bool:
+        """Whether a direction of this step goes through the weights of a group."""
+        ...
+
 
 @dataclass(eq=False, kw_only=True)
 class Perturbation(Beside):
@@ -56,7 +60,18 @@ class Perturbation(Beside):
     name: str
     owner: nn.Module
     probe: Probe
+    group: int = 0  # of weights that are probed together
     transposed: bool = False  # z has the layout of the weight
+
+    @property
+    def slots(self) -> list[int]:
+        """The directions of this step in which z is not zero."""
+        return [slot for slot in range(self.probe.slots) if self.probe.probes(self.group, slot)]
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether the direction under way goes through the weight."""
+        return self.probe.probes(self.group, self.probe.slot)
 
     def current(self) -> Tensor:
         """Return the weight, which no evaluation writes."""
@@ -172,17 +187,24 @@ class Perturbation(Beside):
         height, width = matrix_shape(weight)
         count = len(range(*part.indices(height)))
         total = torch.zeros(count, width, dtype=delta.dtype, device=weight.device)
-        for slot, value in enumerate(delta.tolist()):
-            if value:
-                total.add_(self.rows(slot, part), alpha=value * self.probe.scale)
+        values = delta.tolist()
+        for slot in self.slots:
+            if values[slot]:
+                total.add_(self.rows(slot, part), alpha=values[slot] * self.probe.scale)
         return total
 
     def pure(self) -> tuple[Any, ...] | None:
-        drawn = [self.drawn(slot) for slot in range(self.probe.slots)]
-        keys = tuple(each[0] for each in drawn if each is not None)
-        if drawn[0] is None:
+        drawn = {slot: self.drawn(slot) for slot in self.slots}
+        keys = tuple(each[0] for each in drawn.values() if each is not None)
+        first = next(iter(drawn.values()), None)
+        if first is None:
             return None
-        return directions.summed, number(self.probe.scale, self.current()), keys, *drawn[0][1:]
+        return directions.summed, *self.factors_of(drawn), keys, *first[1:]
+
+    def factors_of(self, slots: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Return the factor of all scalars, and the places of some of them, as tensors."""
+        weight = self.current()
+        return number(self.probe.scale, weight), _places(tuple(slots), weight.device)
 
     def expand(self, delta: Tensor) -> Tensor:
         return self.change(delta, slice(None))
@@ -192,7 +214,8 @@ class Perturbation(Beside):
         return None
 
     def add_into(self, matrix: Tensor, delta: Tensor) -> None:
-        values = {slot: v * self.probe.scale for slot, v in enumerate(delta.tolist()) if v}
+        own = delta.tolist()
+        values = {slot: own[slot] * self.probe.scale for slot in self.slots if own[slot]}
         for part in parts(matrix) if values else ():
             if len(values) == 1:
                 ((slot, value),) = values.items()
@@ -216,6 +239,12 @@ def parts(matrix: Tensor) -> Iterable[slice]:
 def number(value: float, like: Tensor) -> Tensor:
     """Return a number as a tensor () beside another, in the dtype of its steps."""
     return _number(value, wide(like), like.device)
+
+
+@lru_cache(maxsize=64)
+def _places(slots: tuple[int, ...], device: torch.device) -> Tensor:
+    with off_stage():
+        return torch.tensor(slots, device=device)
 
 
 @lru_cache(maxsize=4096)

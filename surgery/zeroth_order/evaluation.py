@@ -36,12 +36,20 @@ class Same:
         for name, value in (self.first or {}).items():
             named[name].copy_(value)
 
-    def __call__(self) -> Any:
+    def last(self) -> Any:
+        """Run it for the last time, as any forward: buffers are as it leaves them."""
+        self._begin()
+        return self.forward()
+
+    def _begin(self) -> None:
         if self.generators is None:
             self.generators = get_rng_state(), get_device_states(*self.model.parameters())
         else:
             set_rng_state(self.generators[0])
             set_device_states(*self.generators[1])
+
+    def __call__(self) -> Any:
+        self._begin()
         modes = tuple(module.training for module in self.model.modules())
         named, known = dict(self.model.named_buffers()), self.written.get(modes)
         held = {n: b.clone() for n, b in named.items() if known is None or n in known}
@@ -83,6 +91,11 @@ class Output:
         self.values: list[Tensor] = [leaves[i] for i in self.places]
         self.slopes: list[Tensor] = []
         self.leaves = leaves
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether what carries the gradient is one number, the loss."""
+        return len(self.values) == 1 and self.values[0].ndim == 0
 
     def with_values(self, values: Sequence[Tensor]) -> Any:
         """Return the output with other tensors in the place of its values."""

@@ -1,7 +1,7 @@
 """Reads of a weight with what is added to it: nodes of captured graphs.
 
 A node finds what it has to add by the identity of the weight that it is given; a weight that has
-none is read as it is. No node lets autograd see a weight.
+none is read as it is, by autograd too if it is trained by backward. Of others autograd sees none.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from surgery.compat.tensors import is_fake
+from surgery.graph.nodes import gate
 from surgery.weights.matrices import wide
-from surgery.weights.sites import read
+from surgery.weights.sites import read, site_of
 from surgery.zeroth_order.direction import Perturbation
 from surgery.zeroth_order.thin import LowRank
 
@@ -25,25 +26,35 @@ HALF = (torch.bfloat16, torch.float16)
 def found(weight: Any) -> Perturbation | None:
     """Return what stands beside a weight, and note that a graph has read it.
 
-    None for one that its user has frozen: it would add to slopes, and not be moved.
+    None for one that its user has frozen: it would add to slopes, and not be moved. None too for
+    one that the direction under way leaves out.
     """
     if is_fake(weight) or not isinstance(weight, Tensor):
         return None
     site = read(weight)
-    return site.beside(Perturbation) if site is not None and site.coordinates[0].active else None
+    if site is None or not site.coordinates[0].active:
+        return None
+    beside = site.beside(Perturbation)
+    return beside if beside is not None and beside.is_probed else None
+
+
+def plain(weight: Tensor) -> Tensor:
+    """Return a weight as it is, which autograd sees if it is trained by backward."""
+    site = site_of(weight)
+    return gate(weight) if site is None or site.beside(Perturbation) is None else weight.detach()
 
 
 def perturb(weight: Tensor) -> Tensor:
     """Return a weight as it shall be read now."""
     beside = found(weight)
-    return weight.detach() if beside is None else beside.perturbed(weight.dtype)
+    return plain(weight) if beside is None else beside.perturbed(weight.dtype)
 
 
 def perturb_wide(weight: Tensor) -> Tensor:
     """Return a vector in float32: in bfloat16, most of a norm's entries would not move."""
     beside = found(weight)
     dtype = wide(weight)
-    return weight.detach().to(dtype) if beside is None else beside.perturbed(dtype)
+    return plain(weight).to(dtype) if beside is None else beside.perturbed(dtype)
 
 
 def perturbed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,13 +70,13 @@ def perturbed_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     beside = found(weight)
     half = bias is not None and bias.dtype in HALF
-    plain = None if bias is None or half else perturb(bias)
+    added = None if bias is None or half else perturb(bias)
     if beside is None or isinstance(beside, LowRank):
-        matrix = weight.detach()
-        y = functional.linear(x, matrix.t() if transposed else matrix, plain)
+        matrix = plain(weight)
+        y = functional.linear(x, matrix.t() if transposed else matrix, added)
         y = y if beside is None else beside.add_to(y, x, transposed)
     else:
-        y = beside.multiply(x, transposed, plain)
+        y = beside.multiply(x, transposed, added)
     if half:
         assert bias is not None
         y = (y.to(wide(y)) + perturb_wide(bias)).to(y.dtype)
@@ -75,7 +86,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 def perturbed_embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Return rows of W with what is added to them; z is drawn for these rows only."""
     beside = found(weight)
-    y = functional.embedding(ids, weight.detach())
+    y = functional.embedding(ids, plain(weight))
     if beside is None or beside.probe.shift is None:
         return y
     if ids.numel() >= weight.shape[0]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from surgery.compat import hf
 from surgery.contract.options import check_types, demand
-from surgery.errors import ModelError, TargetError
+from surgery.errors import ModelError, TargetError, listed
 from surgery.kernels.directions import Kind
 from surgery.ranks import rank_of_world
-from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of
+from surgery.weights.coordinate import Coordinate, Mapped, coordinate_of, densely
 from surgery.weights.linears import check_steps
 from surgery.weights.matrices import wide
-from surgery.weights.targets import Targets, select
+from surgery.weights.targets import Targets, blocks, select
 from surgery.zeroth_order.direction import Perturbation
-from surgery.zeroth_order.method import Estimate, TwoPoint
+from surgery.zeroth_order.method import Estimate, TwoPoint, Update
 
 # What a model is perturbed by, by kind of weight: MeZO's own for full weights, LoRA, prefixes.
 EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
@@ -34,17 +36,27 @@ class ZerothOrder:
     of z. estimate: "central", "one_sided" ((L(W + eps z) - L(W)) / eps: q + 1 forwards), or
     "forward": the exact derivative along z, by forward-mode differentiation, eps unused. dense:
     let the optimizer see g z, of the weights' own size, and not g: for momentum and Adam over
-    weights. per_rank: other directions on each rank of a data-parallel run. targets: weights,
-    biases and norms among them (default: all that require gradients).
+    weights. blocks: repeated blocks that a direction goes through, neighbours, and the next ones
+    each time; what lies before and behind them counts as a block (default: all). update: "sign"
+    makes each step lr sign(g z), whatever the size of g; "conservative" keeps of W, W - lr g z and
+    W + lr g z the one where the model's own loss is smallest: three forwards more. per_rank: other
+    directions on each rank of a data-parallel run. targets: weights, biases and norms among them
+    (default: all that require gradients). backward: weights that are trained by backward instead,
+    as without surgery: a forward more, at W, which is what is returned.
     """
+
+    thin: ClassVar[bool] = False  # whether directions of matrices are products of thin factors
 
     eps: float | None = None
     directions: int = 1
     noise: Kind = "rademacher"
     estimate: Estimate = "central"
     dense: bool = False
+    blocks: int | None = None
+    update: Update = "plain"
     per_rank: bool = False
     targets: Targets = None
+    backward: Targets = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +64,8 @@ class ZerothOrder:
         good = self.eps is None or (math.isfinite(self.eps) and self.eps > 0)
         demand(good, self, f"eps={self.eps} must be positive.")
         demand(self.directions >= 1, self, f"directions={self.directions} must be at least 1.")
+        good = self.blocks is None or self.blocks >= 1
+        demand(good, self, f"blocks={self.blocks} must be at least 1.")
 
     def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
         """Return what stands beside one weight: by default z, dense."""
@@ -67,7 +81,14 @@ class ZerothOrder:
                 "gradients of its weights, of which there are none. Use LoraConfig in the place of "
                 "AdaLoraConfig, or a pass that trains by backward."
             )
-        names = weights_of(model, self.targets, name)
+        above = [] if self.backward is None else backward_of(model, self.backward, name)
+        names = weights_of(model, self.targets, name, above)
+        runs = neighbours(model, names)
+        count = len(runs) if self.blocks is None else self.blocks
+        most = f"blocks={count}, but what is trained of the model lies in {len(runs)} blocks."
+        demand(count <= len(runs), self, most)
+        starts = range(0, len(runs), count)
+        groups = [set(itertools.chain(*runs[at : at + count])) for at in starts]
         method = TwoPoint(
             name=name,
             seed=self.seed,
@@ -76,15 +97,19 @@ class ZerothOrder:
             directions=self.directions,
             estimate=self.estimate,
             dense=self.dense,
+            update=self.update,
             per_rank=self.per_rank,
             ranks=rank_of_world()[1] if self.per_rank else 1,
+            groups=len(groups),
         )
+        self._check_update(method)
         first = model.get_parameter(names[0])
         count = self.directions * method.ranks
         scalars = nn.Parameter(torch.zeros(count, dtype=wide(first), device=first.device))
         for each in names:
             owner = model.get_submodule(each.rpartition(".")[0])
             z = self.beside(each, owner, method)
+            z.group = next(i for i, group in enumerate(groups) if each in group)
             if self.dense:
                 coordinate = coordinate_of(model, each)
                 coordinate.beside = z
@@ -93,9 +118,34 @@ class ZerothOrder:
                 coordinate = Coordinate(
                     weight=each, parameter=scalars, rule=rule, owner=owner, beside=z
                 )
-            coordinate.active = True
             method.weights.append(coordinate)
+        method.choose()
+        method.above += densely(model, above)
         return method
+
+    def _check_update(self, method: TwoPoint) -> None:
+        signs = self.noise == "rademacher" and not self.thin
+        alone = method.slots <= method.groups and not self.dense
+        demand(
+            self.update != "conservative" or (method.slots == 1 and not self.dense),
+            self,
+            'update="conservative" looks along one direction for the better end of a step: '
+            "directions=1, per_rank=False, dense=False.",
+        )
+        demand(
+            self.update != "conservative" or self.backward is None,
+            self,
+            'update="conservative" with backward=: the step of those weights is made already where '
+            "that of the others is judged. Leave one of them out.",
+        )
+        demand(
+            self.update != "sign" or (signs and alone),
+            self,
+            'update="sign" is carried by one scalar for a weight, along signs: directions=1 (one '
+            'for each group of blocks), per_rank=False, noise="rademacher", mezo or sparse_mezo. '
+            "For signs of other sums of g z, let the optimizer see these, dense=True without "
+            "update=, and take p.grad.sign_() of each p in model.parameters() before its step.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +162,12 @@ class Decaying(ZerothOrder):
         super().__post_init__()
         good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
         demand(good, self, f"weight_decay={self.weight_decay} must be >= 0.")
+        demand(
+            not self.weight_decay or self.update != "conservative",
+            self,
+            f'update="conservative" with weight_decay={self.weight_decay}: what a step is judged '
+            "by would not be what is kept. Leave one of them out.",
+        )
 
     def start(self, model: nn.Module) -> TwoPoint:
         """Choose the weights of a model; changes nothing. Raises TargetError."""
@@ -123,10 +179,36 @@ class Decaying(ZerothOrder):
         return method
 
 
-def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
-    """Return the names of the weights to perturb. Raises TargetError if one cannot be."""
+def backward_of(model: nn.Module, targets: str | Sequence[str], what: str) -> list[str]:
+    """Return the names of the weights to train by backward. Raises TargetError if there is none."""
+    wanted = select(model, targets, "backward")
+    found = [name for name in wanted if model.get_parameter(name).requires_grad]
+    if not found:
+        raise TargetError(
+            f"{what}: no trainable weight among backward={targets!r}. Check that requires_grad was "
+            "not switched off before surgery.apply."
+        )
+    for name in found:
+        check_steps(name, model.get_parameter(name), what)
+    return found
+
+
+def weights_of(
+    model: nn.Module, targets: Targets, what: str, above: Sequence[str] = ()
+) -> list[str]:
+    """Return the names of the weights to perturb. Raises TargetError if one cannot be.
+
+    above: weights that are trained by backward.
+    """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = [name for name in trained if name not in set(above)]
     wanted = trained if targets is None else select(model, targets, "targets")
+    both = [name for name in wanted if name in set(above)]
+    if both:
+        raise TargetError(
+            f"{what}: {listed(both)} in targets= and in backward=. A weight is trained by forwards "
+            "or by backward: leave it out of one."
+        )
     for name in wanted:
         weight = model.get_parameter(name)
         check_steps(name, weight, what)
@@ -142,6 +224,12 @@ def weights_of(model: nn.Module, targets: Targets, what: str) -> list[str]:
             "requires_grad was not switched off before surgery.apply."
         )
     return chosen
+
+
+def neighbours(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Cut names of weights, in the model's order, into its blocks and what lies between them."""
+    block_of = {name: block for block, own in blocks(model).items() for name in own}
+    return [list(run) for _, run in itertools.groupby(names, key=block_of.get)]
 
 
 def eps_of(names: Iterable[str]) -> float:

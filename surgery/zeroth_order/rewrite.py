@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from surgery.graph.nodes import gate
-from surgery.graph.reading import bodies, dtype_of, is_linear, name_of, placeholders
+from surgery.graph.nodes import checkpointed, gate
+from surgery.graph.reading import bodies, dtype_of, inside, is_linear, name_of, placeholders
 from surgery.zeroth_order.nodes import (
     HALF,
     perturb,
@@ -33,14 +34,30 @@ LOSSES = frozenset(
 )
 
 
-def perturb_reads(graph: GraphModule) -> None:
-    """Let every read of a weight in a captured graph be a perturbed one, in place."""
-    while region := next(iter(bodies(graph)), None):
+def perturb_reads(graph: GraphModule, regions: bool = False) -> None:
+    """Let every read of a weight in a captured graph be a perturbed one, in place.
+
+    regions: leave checkpointed regions as they are, since a backward recomputes them.
+    """
+    while not regions and (region := next(iter(bodies(graph)), None)):
         _inline(graph, *region)
-    for read in graph.graph.find_nodes(op="call_function", target=gate):
-        for user in list(read.users):
+    reads = graph.graph.find_nodes(op="call_function", target=gate)
+    _perturb(graph, {read: read.args[0] for read in reads})
+    for read in reads:
+        # Nodes know a weight by identity, which a gate of one that is trained in a copy takes away.
+        read.replace_all_uses_with(read.args[0])  # pyright: ignore[reportArgumentType]
+        graph.graph.erase_node(read)
+
+
+def _perturb(graph: GraphModule, reads: Mapping[Node, Any]) -> None:
+    """Let the users of reads be perturbed ones. reads: node -> the weight that it is."""
+    for node, body in bodies(graph):
+        _perturb(body, inside(body, node, reads))
+        body.recompile()
+    for read, weight in reads.items():
+        for user in [user for user in read.users if user.target is not checkpointed]:
             if not _in_place_of(user, read):
-                _before(graph, user, read)
+                _before(graph, user, read, weight)
     for node in [n for n in graph.graph.nodes if n.target in LOSSES]:
         values = node.args[0]
         if isinstance(values, Node) and dtype_of(values) in HALF:
@@ -91,10 +108,8 @@ def _in_place_of(user: Node, read: Node) -> bool:
     return user.target in (perturbed_linear, perturbed_addmm)
 
 
-def _before(graph: GraphModule, user: Node, read: Node) -> None:
+def _before(graph: GraphModule, user: Node, read: Node, weight: Node) -> None:
     """Form the perturbed weight right before the operation that reads it."""
-    weight = read.args[0]
-    assert isinstance(weight, Node)
     value = weight.meta["example_value"]
     narrow = value.ndim <= 1 and value.dtype in HALF
     cast = narrow and dtype_of(user) in HALF

@@ -15,7 +15,7 @@ from surgery.graph.linear import rows_of
 from surgery.kernels import directions, plan
 from surgery.kernels.fused import launch
 from surgery.weights.matrices import matrix_shape, wide
-from surgery.zeroth_order.direction import Perturbation, number
+from surgery.zeroth_order.direction import Perturbation
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,9 +81,9 @@ class LowRank(Perturbation):
 
     def pure(self) -> tuple[Any, ...] | None:
         own = self.current().dtype
-        pairs = [self.factors(slot, own) for slot in range(self.probe.slots)]
-        factors = [factor for pair in pairs for factor in pair]
-        return _products, number(self.probe.scale, self.current()), *factors
+        pairs = {slot: self.factors(slot, own) for slot in self.slots}
+        factors = [factor for pair in pairs.values() for factor in pair]
+        return (_products, *self.factors_of(pairs), *factors) if pairs else None
 
     def normal(
         self,
@@ -108,9 +108,10 @@ class LowRank(Perturbation):
         return left[ids] @ right
 
     def add_into(self, matrix: Tensor, delta: Tensor) -> None:
-        for slot, value in enumerate(delta.tolist()):
-            if value:
-                matrix.addmm_(*self.factors(slot), alpha=value * self.probe.scale)
+        values = delta.tolist()
+        for slot in self.slots:
+            if values[slot]:
+                matrix.addmm_(*self.factors(slot), alpha=values[slot] * self.probe.scale)
 
     def add_to(self, y: Tensor, x: Tensor, transposed: bool) -> Tensor:
         """Return y + s x z^T (or s x z if transposed), for y = x W^T; y may be overwritten."""
@@ -131,9 +132,10 @@ class LowRank(Perturbation):
         return (y.to(wide(y)) + shift * functional.linear(thin, second)).to(y.dtype)
 
 
-def _products(_: Tensor, delta: Tensor, scale: Tensor, *factors: Tensor) -> Tensor:
-    pairs = zip(factors[::2], factors[1::2], delta.unbind(), strict=True)
-    found = [(left.to(delta) * (value * scale)) @ right.to(delta) for left, right, value in pairs]
+def _products(_: Tensor, delta: Tensor, scale: Tensor, slots: Tensor, *factors: Tensor) -> Tensor:
+    values = (delta[slots] * scale).unbind()
+    pairs = zip(factors[::2], factors[1::2], values, strict=True)
+    found = [(left.to(delta) * value) @ right.to(delta) for left, right, value in pairs]
     return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 

@@ -1,0 +1,175 @@
+"""Head and loss where the logits are largest: peak and time beside eager and torch's own chunks.
+
+python -m benchmarks.losses [peaks | times]
+
+Vocabularies of Llama-3 (128,256) and Gemma-3 (262,144). Peaks: 4,096 tokens, one forward and
+backward, by the allocator, without hidden states and weights, which are there before. Times: 256
+tokens, alternating. "frozen": only hidden states get a gradient, as under LoRA and MISA's defaults.
+What is in the results already is not measured again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.common import alternate, load, ratio, save
+from surgery.logits.factored import factored
+from surgery.memory import measure
+
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = [(128_256, 1024), (128_256, 2048), (262_144, 1024), (262_144, 2048)]
+PEAK_TOKENS, TIMED_TOKENS, TIMES = 4096, 256, 7
+
+
+@dataclass(eq=False, kw_only=True)
+class Case:
+    """What a loss is computed of. hidden: (tokens, D). weight: (V, D)."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+    few: Tensor  # with 70 % ignored
+
+
+def case(vocabulary: int, width: int, tokens: int, dtype: torch.dtype, frozen: bool) -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) / width**0.5).to(dtype)
+
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    off = torch.rand(tokens, generator=generator) < 0.7
+    return Case(
+        hidden=(draw(tokens, width) * width**0.5).requires_grad_(),
+        weight=draw(vocabulary, width).requires_grad_(not frozen),
+        teacher=draw(tokens, width // 2),
+        teacher_weight=draw(vocabulary, width // 2),
+        labels=labels,
+        few=labels.masked_fill(off, -100),
+    )
+
+
+Head = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(head: Head, c: Case) -> Tensor:
+    return functional.cross_entropy(head(c.hidden, c.weight).float(), c.labels)
+
+
+def mostly_ignored(head: Head, c: Case) -> Tensor:
+    return functional.cross_entropy(head(c.hidden, c.weight).float(), c.few)
+
+
+def per_token(head: Head, c: Case) -> Tensor:
+    log_p = functional.log_softmax(head(c.hidden, c.weight).float(), -1)
+    return log_p.gather(-1, c.labels[:, None]).squeeze(-1)
+
+
+def log_probabilities(head: Head, c: Case) -> Tensor:
+    return (per_token(head, c) * torch.linspace(-1, 1, len(c.labels))).mean()
+
+
+def dpo(head: Head, c: Case) -> Tensor:
+    chosen, rejected = per_token(head, c).view(2, -1).sum(-1)
+    return -functional.logsigmoid(0.1 * (chosen - rejected))
+
+
+def distillation(head: Head, c: Case) -> Tensor:
+    with torch.no_grad():
+        teacher = functional.softmax(head(c.teacher, c.teacher_weight).float() / 2, -1)
+    student = functional.log_softmax(head(c.hidden, c.weight).float() / 2, -1)
+    return functional.kl_div(student, teacher, reduction="batchmean")
+
+
+LOSSES = {
+    "cross entropy": cross_entropy,
+    "cross entropy, 70 % ignored": mostly_ignored,
+    "per-token log-probabilities": log_probabilities,
+    "DPO pair": dpo,
+    "KL distillation": distillation,
+}
+HEADS: dict[str, Head] = {"eager": functional.linear, "chunked_loss": factored}
+
+
+def in_torch(c: Case, labels: Tensor) -> Tensor:
+    fused: Any = functional.linear_cross_entropy
+    options: Any = torch.nn.LinearCrossEntropyOptions()
+    return fused(c.hidden, c.weight, labels, ignore_index=-100, options=options)
+
+
+def ways(name: str, vocabulary: int, width: int) -> dict[str, Callable[[Case], Tensor]]:
+    found: dict[str, Callable[[Case], Tensor]] = {
+        way: partial(LOSSES[name], head) for way, head in HEADS.items()
+    }
+    # It takes ten times as long here: once, of the smallest head.
+    peer = vocabulary * width <= SIZES[0][0] * SIZES[0][1]
+    if peer and name.startswith("cross entropy") and hasattr(functional, "linear_cross_entropy"):
+        found["linear_cross_entropy"] = lambda c: in_torch(
+            c, c.few if "ignored" in name else c.labels
+        )
+    return found
+
+
+def step(loss: Callable[[Case], Tensor], c: Case) -> None:
+    c.hidden.grad = c.weight.grad = None
+    loss(c).backward()
+
+
+def missing(result: dict[str, Any], tokens: int) -> Iterator[tuple[str, str, Case]]:
+    """Return what is not in the results yet: its key, the loss and what it is computed of."""
+    for (vocabulary, width), dtype, frozen in itertools.product(SIZES, DTYPES, (False, True)):
+        for name in LOSSES:
+            key = f"{vocabulary} x {width}, {dtype}{', frozen head' * frozen} | {name}"
+            if key not in result:
+                yield key, name, case(vocabulary, width, tokens, DTYPES[dtype], frozen)
+
+
+def peaks(result: dict[str, Any]) -> None:
+    """How much a step takes at most, beside what is there before."""
+    for key, name, c in missing(result, PEAK_TOKENS):
+        found = {}
+        for way, loss in ways(name, *c.weight.shape).items():
+            c.hidden.grad = c.weight.grad = None
+            found[way] = measure(partial(step, loss, c), CPU).peak
+        result[key] = found
+        print(key, {way: f"{peak / 1e6:,.0f} MB" for way, peak in found.items()})
+        save("losses", load("losses") | {"peaks": result})
+
+
+def times(result: dict[str, Any]) -> None:
+    """How long a step takes."""
+    for key, name, c in missing(result, TIMED_TOKENS):
+        calls = {way: partial(step, loss, c) for way, loss in ways(name, *c.weight.shape).items()}
+        seconds = alternate(calls, TIMES)
+        result[key] = {
+            way: {
+                "milliseconds": round(1e3 * statistics.median(each), 1),
+                "ratio": round(ratio(seconds, way, "eager"), 3),
+            }
+            for way, each in seconds.items()
+        }
+        print(key, {w: r["ratio"] for w, r in result[key].items()}, flush=True)
+        save("losses", load("losses") | {"times": result})
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["peaks", "times"]
+    for part in parts:
+        {"peaks": peaks, "times": times}[part](load("losses").get(part, {}))
+
+
+if __name__ == "__main__":
+    main()

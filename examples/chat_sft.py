@@ -1,0 +1,97 @@
+"""Fine-tune a chat model on conversations of your own, with the loss on the answers only.
+
+    python -m examples.chat_sft chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}. Stop it at any time: the same command goes on from its last save, one every
+--save-every steps. The script needs nothing but the library, transformers and typer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import surgery
+
+IGNORED = -100  # a label that does not count: chunked_loss does not even compute its logits
+
+
+def example(tokenizer: Any, messages: list[dict[str, str]], length: int) -> dict[str, torch.Tensor]:
+    """Return the ids of a conversation, and as labels those of its last answer alone."""
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)[:length]
+    asked = tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=False
+    )
+    ids = torch.tensor(whole)
+    labels = ids.masked_fill(torch.arange(len(ids)) < len(asked), IGNORED)
+    return {"input_ids": ids, "labels": labels}
+
+
+def batch_of(rows: list[dict[str, torch.Tensor]], device: str) -> dict[str, torch.Tensor]:
+    """Pad conversations to the longest one."""
+    fill = {"input_ids": 0, "labels": IGNORED}
+    made = {k: pad_sequence([r[k] for r in rows], True, fill[k]).to(device) for k in fill}
+    sizes = torch.tensor([[len(r["labels"])] for r in rows], device=device)
+    there = torch.arange(made["labels"].shape[1], device=device) < sizes
+    return made | {"attention_mask": there.long()}
+
+
+def main(
+    data: Path,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    out: Path = Path("chat"),
+    length: Annotated[int, typer.Option(help="Tokens of a conversation at most.")] = 1024,
+    batch: int = 8,
+    epochs: int = 1,
+    lr: float = 1e-4,
+    save_every: int = 50,
+) -> None:
+    """Train, save a plain checkpoint, and let it answer the first question of the data."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    chat: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    chat.to(device).train()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    talks = [json.loads(line)["messages"] for line in data.read_text().splitlines() if line]
+    rows = [example(tokenizer, messages, length) for messages in talks]
+    rows = [row for row in rows if (row["labels"] != IGNORED).any()]  # else cut before the answer
+    draw = torch.Generator().manual_seed(0)  # the same order when the command is repeated
+    turns = torch.cat([torch.randperm(len(rows), generator=draw) for _ in range(epochs)])
+    steps = turns.split(batch)
+
+    surgery.apply(chat, ["misa", "recompute", "chunked_loss"])
+    optimizer = torch.optim.AdamW(chat.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps) + 1)
+    run = out / "run"
+    if run.exists():
+        surgery.load(chat, run, optimizer, schedule)
+    done = schedule.last_epoch
+    for step, places in enumerate(steps[done:], done + 1):
+        loss = chat(**batch_of([rows[i] for i in places], device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(chat.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        print(f"step {step} of {len(steps)}, loss {loss.item():.3f}", flush=True)
+        if step % save_every == 0 or step == len(steps):
+            surgery.save(chat, run, optimizer, schedule)
+
+    chat.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    ask = tokenizer.apply_chat_template(
+        talks[0][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = chat.generate(**ask.to(device), max_new_tokens=40, do_sample=False)
+    print(tokenizer.decode(answer[0, ask["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    typer.run(main)

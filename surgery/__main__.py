@@ -1,0 +1,5 @@
+"""`python -m surgery`: the command line."""
+
+from surgery.cli import main
+
+main()

@@ -1,0 +1,262 @@
+"""torch's losses over logits, in chunks of rows; rows whose target is ignored are not computed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.nn import functional
+
+from surgery.compat.tensors import bare, is_fake, is_playing
+from surgery.errors import SurgeryError
+from surgery.kernels.autocast import Cast, cast_now
+from surgery.kernels.plan import plan_of
+from surgery.logits.calls import name_of
+from surgery.logits.cross_entropy import chunked_cross_entropy
+from surgery.logits.evaluate import announcing, each_row, total
+from surgery.logits.expression import Columns, Expression, Head, Op, Rows, over_rows
+from surgery.logits.factored import (
+    Factored,
+    classes_of,
+    count_of,
+    current,
+    handles,
+    made,
+    rows_of,
+)
+from surgery.logits.reductions import check_classes, share
+from surgery.logits.sums import tokens_of
+from surgery.logits.written import operand, result_dtype, write
+
+_OPERATORS = {
+    "mul": operator.mul,
+    "rmul": operator.mul,
+    "div": operator.truediv,
+    "truediv": operator.truediv,
+    "tanh": torch.tanh,
+}
+_BODIES: dict[tuple[tuple[str, Any], ...], GraphModule] = {}
+
+
+# The arguments of both losses, in their order.
+_BY_CLASS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+
+
+@handles("cross_entropy")
+def _cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = dict(zip((*_BY_CLASS, "label_smoothing"), args, strict=False)) | kwargs
+    smoothing = given.get("label_smoothing", 0.0)
+    return _by_class(given, functional.cross_entropy, {"label_smoothing": smoothing})
+
+
+@handles("nll_loss")
+def _nll_loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _by_class(dict(zip(_BY_CLASS, args, strict=False)) | kwargs, functional.nll_loss, {})
+
+
+def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
+    t, target, weight = given["input"], given["target"], given.get("weight")
+    reduction, ignored = given.get("reduction", "mean"), given.get("ignore_index", -100)
+    old = given.get("size_average") is not None or given.get("reduce") is not None
+    if not isinstance(t, Factored) or old or reduction not in ("mean", "sum", "none"):
+        return NotImplemented
+    if isinstance(weight, Factored) or not (t.moved or len(rows_of(t)) <= 1):
+        return NotImplemented  # torch takes another dimension for the classes
+    rows, count = rows_of(t), count_of(t)
+    if isinstance(target, Factored) or target.is_floating_point():
+        if not rows:
+            return NotImplemented
+        return _by_probabilities(t, target, weight, reduction, how)
+    if tuple(target.shape) != rows:
+        raise SurgeryError(
+            f"{loss.__name__}: the targets have the shape {tuple(target.shape)}, and the logits "
+            f"{rows} rows of {classes_of(t)} classes. Flatten both, logits.view(-1, "
+            "logits.shape[-1]) and labels.view(-1), and shift both or neither."
+        )
+    check_classes(target, classes_of(t), ignored)
+    root = over_rows(current(t), lambda own: own.reshape(count, own.shape[-1]))
+    target, kept = target.reshape(count), _read(target.reshape(count), ignored)
+    found = None
+    if weight is None and reduction != "none":
+        found = _chain(root if loss is functional.cross_entropy else _under_log_softmax(root))
+    if found is not None and kept is not None:
+        kept = _filled(kept, target, ignored, found[0])
+    if kept is not None:
+        target = target[kept]
+    if found is not None:
+        head, body = found
+        hidden = head.hidden if kept is None else head.hidden.index_select(0, kept)
+        value = chunked_cross_entropy(
+            body,
+            hidden,
+            head.weight,
+            head.bias,
+            target,
+            ignore_index=ignored,
+            reduction=reduction,
+            smoothing=how.get("label_smoothing", 0.0),
+            tokens=head.tokens,
+        )
+        return announcing(value, head)
+    if kept is not None:
+        root = over_rows(root, lambda own: own.index_select(0, kept))
+    values, cast = (root, Rows(target[:, None])), cast_now(target.device.type)
+    op = _per_row(loss, values, weight, cast, {"ignore_index": ignored, **how})
+    if reduction == "none":
+        found = each_row(op, len(target))
+        if kept is not None:
+            found = found.new_zeros(count).index_copy(0, kept.long(), found)
+        return found.reshape(rows)
+    summed = total(op, len(target))
+    if reduction == "sum":
+        return summed
+    used = target != ignored
+    weights = used.sum() if weight is None else weight[target.where(used, 0)].where(used, 0).sum()
+    return _over(summed, weights.to(summed.dtype))
+
+
+def _over(summed: Tensor, weights: Tensor) -> Tensor:
+    """Return a mean; of nothing, it is nan and has no gradient, as torch's."""
+    nothing = weights == 0
+    return (summed / weights.masked_fill(nothing, 1.0)).masked_fill(nothing, torch.nan)
+
+
+def _of_rows(loss: Any, x: Tensor, target: Tensor, *weight: Any, **how: Any) -> Tensor:
+    """Return a loss of torch's for each row. target: classes (rows, 1), or probabilities."""
+    target = target if target.is_floating_point() else target.squeeze(-1)
+    return loss(x, target, *weight, reduction="none", **how)
+
+
+def _per_row(
+    loss: Any, values: Sequence[Expression], weight: Tensor | None, cast: Cast, how: dict[str, Any]
+) -> Op:
+    """Return `_of_rows` of logits and targets, `values`, as an expression."""
+    args = (*values, *([] if weight is None else [Columns(weight)]))
+    function = partial(_of_rows, loss)
+    return Op(name=loss.__name__, function=function, args=args, kwargs=how, cast=cast)
+
+
+def _by_probabilities(
+    t: Factored, target: Tensor, weight: Tensor | None, reduction: str, how: dict[str, Any]
+) -> Any:
+    rows, count = rows_of(t), count_of(t)
+    if not isinstance(target, Factored) and t.moved:
+        target = target.movedim(1, -1)
+    probabilities = operand(target, rows, classes_of(t))
+    if probabilities is NotImplemented:
+        return NotImplemented
+    values, cast = (current(t), probabilities), cast_now(target.device.type)
+    op = _per_row(functional.cross_entropy, values, weight, cast, how)
+    if reduction == "none":
+        return each_row(op, count).reshape(rows)
+    summed = total(op, count)
+    return summed if reduction == "sum" else share(summed, count)
+
+
+def _read(target: Tensor, ignored: int) -> Tensor | None:
+    """Return the rows with a target; None: all of them, or there is no data that says which."""
+    if is_fake(target) or is_playing():
+        return None
+    kept = (target != ignored).nonzero().squeeze(1)
+    # It is kept for backward, in 32 bits.
+    return None if len(kept) == len(target) else kept.int()
+
+
+def _filled(kept: Tensor, target: Tensor, ignored: int, head: Head) -> Tensor:
+    """Return rows that fill whole chunks, by one whose target is ignored: what is compiled for the
+    shapes of chunks then serves whatever the number of targets is."""
+    if not plan_of(target.device).whole:
+        return kept
+    lacking = -len(kept) % min(len(target), tokens_of(head.weight, head.tokens))
+    spare = (target == ignored).to(torch.uint8).argmax()  # one of them; the host does not wait
+    return torch.cat([kept, spare.expand(lacking)])
+
+
+def _under_log_softmax(root: Expression) -> Expression | None:
+    if not isinstance(root, Op) or root.function is not functional.log_softmax:
+        return None
+    return root.args[0] if root.kwargs.get("dtype") is None else None
+
+
+def _chain(root: Expression | None) -> tuple[Head, GraphModule] | None:
+    """Return the head and the operations by numbers that lead from it to the logits, if that is
+    all that they are."""
+    steps: list[tuple[str, Any]] = []
+    node: Any = root
+    while isinstance(node, Op):
+        sources = [each for each in node.args if isinstance(each, Head | Op)]
+        numbers = [each for each in node.args if isinstance(each, int | float | torch.dtype)]
+        simple = node.name in (*_OPERATORS, "float", "to") and not node.kwargs
+        if len(sources) != 1 or not simple or len(numbers) + 1 != len(node.args):
+            return None
+        steps.append((node.name, numbers[0] if numbers else None))
+        node = sources[0]
+    if not isinstance(node, Head):
+        return None
+    cast = cast_now(node.hidden.device.type)
+    if cast.dtype != node.dtype:
+        return None  # the loss stands elsewhere than the head
+    body = _chain_of(tuple(reversed(steps)))
+    return None if body is None else (node, body)
+
+
+def _chain_of(steps: tuple[tuple[str, Any], ...]) -> GraphModule | None:
+    """Return operations as a graph; None: too many have been asked for, as where a temperature
+    changes at each step."""
+    if steps not in _BODIES and len(_BODIES) < 32:
+        _BODIES[steps] = _body(steps)
+    return _BODIES.get(steps)
+
+
+def _body(steps: tuple[tuple[str, Any], ...]) -> GraphModule:
+    graph = Graph()
+    value = graph.placeholder("logits")
+    for name, number in steps:
+        rest = () if number is None else (number,)
+        if name in _OPERATORS:
+            value = graph.call_function(_OPERATORS[name], (value, *rest))
+        else:
+            value = graph.call_method(name, (value, *rest))
+    graph.output(value)
+    return GraphModule(nn.Module(), graph)
+
+
+@handles(
+    "kl_div",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy_with_logits",
+    "binary_cross_entropy",
+)
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = name_of(func)
+    order = ("input", "target", "weight" if name.startswith("binary") else "size_average")
+    given = dict(zip(order, args, strict=False)) | kwargs
+    # A mean by weights is over the weights, but for binary_cross_entropy.
+    strange = not name.startswith("binary") and given.get("weight") is not None
+    old = given.get("size_average") is not None or given.get("reduce") is not None
+    if len(args) > len(order) or strange or old:
+        return NotImplemented
+    reduction = given.pop("reduction", "mean")
+    given.pop("size_average", None)
+    t = next(v for v in (given["input"], given["target"]) if isinstance(v, Factored))
+    how = {k: v for k, v in given.items() if k not in ("input", "target")} | {"reduction": "none"}
+    values = (given["input"], given["target"])
+    op = write(t, getattr(functional, name), values, how)
+    if op is NotImplemented or t.moved:
+        return NotImplemented
+    if reduction == "none":
+        return made(op, rows_of(t), classes_of(t), result_dtype(op, values, how))
+    summed = total(op, count_of(t))
+    if reduction == "mean":
+        return share(summed, count_of(t) * classes_of(t))
+    if reduction == "batchmean":
+        return share(summed, bare(t)[0])
+    return summed if reduction == "sum" else NotImplemented
