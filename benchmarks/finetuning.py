@@ -1,0 +1,297 @@
+"""Fine-tuning at equal memory: held-out loss under budgets of bytes, and after equal time.
+
+    python -m benchmarks.finetuning [small | full] [--seconds 480]
+
+full: SmolLM2-135M whole (30 blocks), bf16 weights and float32 coordinates, 16 x 256 tokens a step,
+600 steps, on a GPU. small: its first 8 blocks, 4 x 64 tokens, 80 steps, on two cores. The text is
+the dictionary's definitions as questions and answers; what is forgotten is the loss on the Bible.
+Rows of 16 are computed in as few parts as the budget of bytes allows, with and without the exact
+passes (recompute and chunked_loss): the losses are the same, so a method's loss counts for a budget
+when one of its ways to compute it fits. Budgets are shares of the peak of full AdamW.
+Each method at the best of three learning rates (chosen on seed 0), then three other seeds.
+A call begins no run that would end after so many seconds, and keeps what is done: call it again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers.utils import logging
+
+import passes
+import surgery
+from benchmarks import corpus
+from benchmarks.arms import dense, lora, ours
+from benchmarks.common import OutOfTime, load, peak_of_step, save, train_all
+from benchmarks.pretraining import interval, last
+from examples.real import smollm2
+
+RUNS = "finetuning_runs"
+PILOT, SEEDS = 0, (1, 2, 3)
+SHARES = (0.40, 0.25, 0.15, 0.10)  # of full AdamW's peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large a run is. batch: rows x tokens of a step. layers: None, all."""
+
+    layers: int | None
+    batch: tuple[int, int]
+    steps: int
+    pilot: int
+    period: int
+    dtype: torch.dtype
+    device: str
+    held_out: int  # rows
+
+
+SCALES = {
+    "small": Scale(
+        layers=8,
+        batch=(4, 64),
+        steps=80,
+        pilot=40,
+        period=10,
+        dtype=torch.float32,
+        device="cpu",
+        held_out=64,
+    ),
+    "full": Scale(
+        layers=None,
+        batch=(16, 256),
+        steps=600,
+        pilot=150,
+        period=50,
+        dtype=torch.bfloat16,
+        device="cuda",
+        held_out=256,
+    ),
+}
+
+
+def rows_of(scale: Scale, tokenizer: Any, part: str, source: str) -> Tensor:
+    """Return (n, length) tokens of a source: enough for all steps, or what is held out."""
+    count, length = scale.batch
+    wanted = (scale.steps * count if part == "train" else scale.held_out) * length
+    ids: list[int] = []
+    for text in corpus.texts(part, source):
+        if len(ids) >= wanted:
+            break
+        ids += tokenizer(asked(text) if source == "gcide" else text).input_ids
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+QUESTION = r"Question: What does \1 mean?\nAnswer: \2\n"
+
+
+def asked(text: str) -> str:
+    """Return entries of the dictionary as questions and answers."""
+    return re.sub(
+        r"^([^:\n]+): (.*)$",
+        r"Question: What does \1 mean?\nAnswer: \2\n",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+# -- methods: period -> way to train; learning rates -----------------------------------------------
+
+
+def sampled(kind: Any, **options: Any) -> Any:
+    return lambda t, also: partial(ours, kind=kind, period=t, also=also, **options)
+
+
+def adapters(rank: int, **options: Any) -> Any:
+    def way(t: int, also: Any) -> Callable[..., Any]:
+        def build(model: Any, lr: float, rest: float | None, seed: int) -> Any:
+            model, optimizer = lora(model, lr, None, seed, rank=rank, **options)
+            return surgery.apply(model, list(also)) if also else model, optimizer
+
+        return build
+
+    return way
+
+
+def full(t: int, also: Any) -> Callable[..., Any]:
+    def build(model: Any, lr: float, rest: float | None, seed: int) -> Any:
+        found = dense(model, lr, lr, seed, torch.optim.AdamW)
+        return surgery.apply(found[0], list(also)) if also else found[0], found[1]
+
+    return build
+
+
+LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+METHODS: dict[str, tuple[Any, tuple[float, ...]]] = {
+    "AdamW, all weights": (full, LOW),
+    "LoRA r=16": (adapters(16), HIGH),
+    "LoRA r=64": (adapters(64), HIGH),
+    "DoRA r=16": (adapters(16, use_dora=True), HIGH),
+    "lisa, 2 blocks": (sampled(passes.Lisa, layers=2), LOW),
+    "badam": (sampled(passes.BAdam), MIDDLE),
+    "misa 1 %": (sampled(passes.Misa, budget=0.01), MIDDLE),
+    "misa 3 %": (sampled(passes.Misa, budget=0.03), MIDDLE),
+    "misa 10 %": (sampled(passes.Misa, budget=0.10), MIDDLE),
+    "rso r=64": (lambda t, also: partial(ours, kind=passes.Rso, rank=64, also=also), HIGH),
+    "velora": (lambda t, also: partial(ours, kind=passes.Velora, also=also), LOW),
+    "galore r=64": (lambda t, also: partial(ours, kind=passes.Galore, rank=64, also=also), HIGH),
+}
+EXACT = (passes.Recompute(), passes.ChunkedLoss())
+
+
+def built(size: str, method: str, lr: float, seed: int, also: Any = ()) -> tuple[Any, Any, Any]:
+    logging.set_verbosity_error()
+    scale = SCALES[size]
+    model, tokenizer = smollm2(layers=scale.layers)
+    model = model.to(scale.device, scale.dtype).train()
+    return *METHODS[method][0](scale.period, also)(model, lr, None, seed), tokenizer
+
+
+def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """Return held-out losses on the way, and the loss on other text before and after."""
+    scale = SCALES[size]
+    gpu = scale.device == "cuda"
+    torch._dynamo.reset()
+    if not gpu:
+        torch.set_num_threads(1)
+    model, optimizer, tokenizer = built(size, method, lr, seed)
+    test, other = (
+        rows_of(scale, tokenizer, "held_out", source)[: scale.held_out].to(scale.device)
+        for source in ("gcide", "kjv")
+    )
+    rows = rows_of(scale, tokenizer, "train", "gcide")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    count = scale.batch[0]
+    warm_up = max(steps // 20, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min((n + 1) / warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1))),
+    )
+
+    @torch.no_grad()
+    def loss_on(ids: Tensor) -> float:
+        model.eval()
+        losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(count)]
+        model.train()
+        return round(statistics.fmean(losses), 4)
+
+    found: dict[str, Any] = {"losses": {"0": loss_on(test)}, "other_before": loss_on(other)}
+    seconds = 0.0
+    for n in range(steps):
+        start = time.perf_counter()
+        places = order[torch.arange(n * count, (n + 1) * count) % len(order)]
+        ids = rows[places].to(scale.device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds += time.perf_counter() - start
+        if (n + 1) % (steps // 4) == 0:
+            found["losses"][str(n + 1)] = loss_on(test)
+    return found | {"other_after": loss_on(other), "seconds": round(seconds, 1)}
+
+
+def cost(size: str, method: str, rows: int, exact: bool) -> dict[str, float]:
+    """Return peak bytes and milliseconds of a step whose batch comes in parts of so many rows."""
+    scale = SCALES[size]
+    model, optimizer, tokenizer = built(size, method, 1e-5, 0, EXACT if exact else ())
+    ids = rows_of(scale, tokenizer, "train", "gcide")[: scale.batch[0]].to(scale.device)
+    parts = ids.split(rows)
+
+    def step() -> None:
+        for part in parts:
+            (model(input_ids=part, labels=part).loss / len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peak = peak_of_step(model, optimizer, step)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step()
+        if scale.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    milliseconds = round(1e3 * statistics.median(seconds), 1)
+    return {"peak_megabytes": round(peak / 1e6, 1), "milliseconds_a_step": milliseconds}
+
+
+# -- what they say ---------------------------------------------------------------------------------
+
+
+def compare(size: str, until: float) -> dict[str, Any]:
+    scale = SCALES[size]
+    count = scale.batch[0]
+    ways = [(rows, exact) for rows in (count, count // 4) for exact in (False, True)]
+    costs = train_all(
+        f"{RUNS}_cost",
+        cost,
+        [(size, m, rows, exact) for m in METHODS for rows, exact in ways],
+        until,
+    )
+    pilots = train_all(
+        RUNS,
+        train,
+        [(size, m, lr, PILOT, scale.pilot) for m, (_, rates) in METHODS.items() for lr in rates],
+        until,
+    )
+    best = {
+        m: min(rates, key=lambda lr, m=m: last(pilots[size, m, lr, PILOT, scale.pilot]))
+        for m, (_, rates) in METHODS.items()
+    }
+    runs = train_all(
+        RUNS,
+        train,
+        [(size, m, best[m], seed, scale.steps) for seed in SEEDS for m in METHODS],
+        until,
+    )
+    reference = costs[size, "AdamW, all weights", count, False]["peak_megabytes"]
+    rows: dict[str, Any] = {}
+    for m, (_, rates) in METHODS.items():
+        found = [runs[size, m, best[m], seed, scale.steps] for seed in SEEDS]
+        losses = [last(run) for run in found]
+        rows[m] = {
+            "lr": best[m],
+            "pilot_losses": {str(r): last(pilots[size, m, r, PILOT, scale.pilot]) for r in rates},
+            "held_out_before": found[0]["losses"]["0"],
+            "held_out_losses": losses,
+            "held_out_mean": round(statistics.fmean(losses), 4),
+            "interval": interval(losses),
+            "forgotten": round(
+                statistics.fmean(run["other_after"] - run["other_before"] for run in found), 4
+            ),
+            "ways": {
+                f"{part} rows{', exact passes' * exact}": costs[size, m, part, exact]
+                for part, exact in ways
+            },
+        }
+        least = min(way["peak_megabytes"] for way in rows[m]["ways"].values())
+        rows[m]["smallest_share"] = round(least / reference, 3)
+        rows[m]["fits"] = {str(share): least <= share * reference for share in SHARES}
+    setting = {"batch": scale.batch, "steps": scale.steps, "pilot_steps": scale.pilot}
+    return setting | {"period": scale.period, "seeds": SEEDS, "rows": rows}
+
+
+def main(
+    part: Annotated[str, typer.Argument(help="small or full")] = "small", seconds: float = math.inf
+) -> None:
+    """Train what is missing, and write the rows when all is there."""
+    corpus.about()
+    try:
+        found = compare(part, time.time() + seconds)
+    except OutOfTime as left:
+        raise SystemExit(f"{left}: call it again") from None
+    save("finetuning", load("finetuning") | {part: found})
+
+
+if __name__ == "__main__":
+    typer.run(main)
