@@ -4,9 +4,10 @@
 
 Prompted (`benchmarks.prompted`), 16 examples of each class, all weights trained. MiniLM on R8 for
 400 forwards, for two cores, is what runs by default; SmolLM2 for 20,000, on R8 and 20 Newsgroups,
-wants a GPU and a word of its name. Each method has the best of its learning rates (chosen on another seed,
-with fewer steps, on the harder task of a model). An evaluation counts as one forward, a backward as
-two. One thread to a run. A call begins no run that would end after so many seconds: call it again.
+wants a GPU and a word of its name. Each method has the best of its learning rates (chosen on
+another seed, with fewer steps, on the harder task of a model). An evaluation counts as one forward,
+a backward as two. One thread to a run. A call begins no run that would end after so many seconds:
+call it again.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ METHODS: dict[str, tuple[Any, str]] = {
         "high",
     ),
     "rso": (own(passes.Rso), "low"),
-    "rso, transport": (own(passes.Rso, state="transport"), "low"),
+    "rso, transport": (own(passes.Rso, on_resample="transport"), "low"),
     "LoRA (peft)": (lambda r, t: partial(lora, rank=r), "low"),
     "LoRA, merged each period": (lambda r, t: partial(lora, rank=r, merged=t), "low"),
     "velora": (lambda r, t: partial(ours, kind=passes.Velora), "low"),
@@ -142,7 +142,7 @@ FACTORS: dict[str, Any] = {
     "rso, orthonormal": own(passes.Rso, projection="orthonormal"),
     "rso, a P for each weight": own(passes.Rso, share=False),
     "galore, random P": own(passes.Galore, projection="random"),
-    "galore, state dropped": own(passes.Galore, state="reset"),
+    "galore, state dropped": own(passes.Galore, on_resample="reset"),
     "galore, period x 5": lambda r, t: own(passes.Galore)(r, t * 5),
 }
 METHODS |= {name: (way, METHODS[name.split(",")[0]][1]) for name, way in FACTORS.items()}

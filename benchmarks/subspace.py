@@ -128,14 +128,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "LoRA (peft)": lora,
     "LoRA-FA (peft), never redrawn": partial(lora, fixed=True),
     "rso": rso,
-    "rso, transport": partial(rso, state="transport"),
+    "rso, transport": partial(rso, on_resample="transport"),
     "galore": own_galore,
 }
 ONCE: dict[str, Callable[..., Any]] = {  # what happens once in a period, in each step
     "GaLore (galore-torch)": partial(galore, update_proj_gap=1),
     "APOLLO (apollo-torch)": partial(apollo, update_proj_gap=1),
     "rso": partial(rso, period=1),
-    "rso, transport": partial(rso, period=1, state="transport"),
+    "rso, transport": partial(rso, period=1, on_resample="transport"),
     "galore": partial(own_galore, period=1),
 }
 EXACT = [passes.Recompute(), passes.ChunkedLoss()]  # change bytes and time, not the losses

@@ -44,6 +44,7 @@ from surgery.passkit import (
     noise,
     reduce_linears,
     register,
+    renamed,
     strongest,
     take,
     wide,
@@ -51,6 +52,7 @@ from surgery.passkit import (
 
 
 @register("galore")
+@renamed(state="on_resample")
 @dataclass(frozen=True, kw_only=True)
 class Galore:
     """Options of GaLore.
@@ -58,10 +60,10 @@ class Galore:
     rank: of the subspace (r). period: optimizer steps after which a weight renews its P. scale:
     factor of the steps. projection: P from a randomised SVD of the gradient ("randomised"), from an
     exact one ("svd", which forms G once a period, and takes long), or "random". side: which of W's
-    is projected: the smaller one ("auto"), "out" or "in". state: what becomes of the optimizer's
-    when P is renewed: kept as it is ("keep", as published), taken along into the new subspace
-    ("project"), or dropped ("reset"). weight_decay: of W, decoupled, times the learning rate of the
-    group that holds R. always: weights trained densely besides. targets: weights of Linears
+    is projected: the smaller one ("auto"), "out" or "in". on_resample: what becomes of the
+    optimizer's state when P is renewed: kept as it is ("keep", as published), taken along into the
+    new subspace ("project"), or dropped ("reset"). weight_decay: of W, decoupled, times the rate of
+    the group that holds R. always: weights trained densely besides. targets: weights of Linears
     (default: all in the repeated blocks; those with no more than `rank` channels on their smaller
     side are trained densely). Everything else is frozen.
     """
@@ -73,7 +75,7 @@ class Galore:
     scale: float = 0.25
     projection: Literal["randomised", "svd", "random"] = "randomised"
     side: Literal["auto", "out", "in"] = "auto"
-    state: Literal["keep", "project", "reset"] = "keep"
+    on_resample: Literal["keep", "project", "reset"] = "keep"
     weight_decay: float = 0.0
     always: str | Sequence[str] = ()
     targets: Targets = None
@@ -148,7 +150,7 @@ class Gradients(Subspace):
                 frame.made = False
 
     def before_step(self, run: Run) -> None:
-        moving = self.due if self.options.state == "project" else []
+        moving = self.due if self.options.on_resample == "project" else []
         for each, frame in moving:
             if not frame.made or frame.old is None or frame.matrix is None:
                 continue
@@ -169,7 +171,7 @@ class Gradients(Subspace):
             from_zero(each, run)
             assert each.mapped is not None
             each.mapped.since = run.step
-        if self.options.state == "reset":
+        if self.options.on_resample == "reset":
             run.forget(leaving)
 
     def state(self) -> dict[str, Any]:
@@ -263,8 +265,8 @@ def project(state: dict[str, Any], old: Tensor, new: Tensor, left: bool) -> None
             if 1 in value.shape:
                 continue  # a factor
             raise OptimizerError(
-                f'galore: state="project" does not know how an optimizer\'s {key!r} goes into '
-                'another subspace. Give state="keep", as published, or state="reset".'
+                f'galore: on_resample="project" does not know how to take {key!r} of an optimizer '
+                'into another subspace. Give on_resample="keep", as published, or "reset".'
             )
         now = moment(value) if left else moment(value).t()
         now = turn @ now if key in _FIRST else squares @ now + rest * now.mean(0, keepdim=True)

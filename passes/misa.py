@@ -37,22 +37,24 @@ from surgery.passkit import (
     demand,
     is_matrix,
     register,
+    renamed,
     select,
     split,
 )
 
 
 @register("misa")
+@renamed(smoothing="ema_decay", explore="uniform_mix", flush="momentum_step")
 @dataclass(frozen=True, kw_only=True)
 class Misa:
     """Options of MISA.
 
     budget: largest share of all parameters that is trained at a time, in (0, 1].
     period: optimizer steps in a round (T). eta: 0 draws uniformly, larger is greedier.
-    smoothing: beta of the score. score: "relative" divides G by its mean over the modules, so that
-    eta means the same for every model; "paper" takes G as it is. explore: share of the uniform
+    ema_decay: beta of the score. score: "relative" divides G by its mean over the modules, so that
+    eta means the same for every model; "paper" takes G as it is. uniform_mix: share of the uniform
     distribution mixed into p. span: draw each round from this many neighbouring blocks, so that
-    backward ends below them. flush: add the paper's momentum step at the end of each round.
+    backward ends below them. momentum_step: add the paper's momentum step at the end of each round.
     precision: of what is trained of 16-bit weights: "auto", float32 copies, 4 bytes a parameter
     more; "weights", the weights themselves, whose steps below half a unit are lost.
     always: parameters trained in every round, outside of the budget. targets: matrices to draw from
@@ -64,11 +66,11 @@ class Misa:
     budget: float = 0.03
     period: int = 50
     eta: float = 1.0
-    smoothing: float = 0.8
+    ema_decay: float = 0.8
     score: Literal["relative", "paper"] = "relative"
-    explore: float = 0.0
+    uniform_mix: float = 0.0
     span: int | None = None
-    flush: bool = False
+    momentum_step: bool = False
     precision: Precision = "auto"
     always: str | Sequence[str] = ()
     targets: Targets = None
@@ -80,8 +82,9 @@ class Misa:
         demand(0.0 < self.budget <= 1.0, self, f"{share} for 3 %.")
         demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
         demand(math.isfinite(self.eta) and self.eta >= 0, self, f"eta={self.eta} must be >= 0.")
-        demand(0 <= self.smoothing < 1, self, f"smoothing={self.smoothing} must lie in [0, 1).")
-        demand(0 <= self.explore <= 1, self, f"explore={self.explore} must lie in [0, 1].")
+        demand(0 <= self.ema_decay < 1, self, f"ema_decay={self.ema_decay} must lie in [0, 1).")
+        mix = self.uniform_mix
+        demand(0 <= mix <= 1, self, f"uniform_mix={mix} must lie in [0, 1].")
         demand(self.span is None or self.span >= 1, self, f"span={self.span} must be at least 1.")
 
     def start(self, model: nn.Module) -> Rounds:
@@ -129,7 +132,7 @@ class Misa:
             always=tuple(coordinate_of(model, n, precision=self.precision) for n in always),
             scores=scores,
             learned={"scores": scores, "sampler": sampler},
-            ending=MomentumFlush() if self.flush else None,
+            ending=MomentumFlush() if self.momentum_step else None,
             total=total,
         )
 
@@ -163,7 +166,7 @@ class MisaScores:
         self.steps += 1
 
     def close(self) -> None:
-        beta = self.options.smoothing
+        beta = self.options.ema_decay
         for name, value in self.sums.items():
             self.raw[name] = beta * self.raw.get(name, 0.0) + (1 - beta) * value / self.steps
             self.rounds[name] = self.rounds.get(name, 0) + 1
@@ -181,7 +184,7 @@ class MisaScores:
     def value(self, name: str) -> float | None:
         """Return the debiased G of a module, None before its first round."""
         visits = self.rounds.get(name)
-        return visits and self.raw[name] / (1 - self.options.smoothing**visits)
+        return visits and self.raw[name] / (1 - self.options.ema_decay**visits)
 
     def log_p(self) -> dict[str, float]:
         """Return log p of every module. One not yet seen counts as average, or as 0 in "paper"."""
@@ -194,10 +197,10 @@ class MisaScores:
         exponents = {n: self.options.eta * seen.get(n, unseen) / unit for n in self.names}
         top = max(exponents.values())
         log_sum = top + math.log(sum(math.exp(e - top) for e in exponents.values()))
-        mixed = self.options.explore / len(self.names)
+        mixed = self.options.uniform_mix / len(self.names)
         if not mixed:
             return {name: e - log_sum for name, e in exponents.items()}
-        keep = 1 - self.options.explore
+        keep = 1 - self.options.uniform_mix
         return {n: math.log(keep * math.exp(e - log_sum) + mixed) for n, e in exponents.items()}
 
 
@@ -222,15 +225,15 @@ class MomentumFlush:
     def check(self, optimizer: Optimizer) -> None:
         if not all("betas" in group for group in optimizer.param_groups):
             raise OptimizerError(
-                "misa: flush=True adds Adam's momentum tail at the end of a round, and "
+                "misa: momentum_step=True adds Adam's momentum tail at the end of a round, and "
                 f"{type(optimizer).__name__} has no betas. Use torch.optim.Adam or AdamW, or "
-                "flush=False."
+                "momentum_step=False."
             )
 
     def conflict(self, weight: str) -> str:
         return (
-            f"flush=True writes into weights past the coordinates that train {weight}. Use "
-            "flush=False, or leave it out of the targets of one pass."
+            f"momentum_step=True writes into weights past the coordinates that train {weight}. Use "
+            "momentum_step=False, or leave it out of the targets of one pass."
         )
 
     @torch.no_grad()

@@ -39,18 +39,20 @@ from surgery.passkit import (
     moment,
     noise,
     register,
+    renamed,
 )
 
 
 @register("rso")
+@renamed(state="on_resample")
 @dataclass(frozen=True, kw_only=True)
 class Rso:
     """Options of RSO.
 
     rank: of the subspace (r). period: optimizer steps in a round. projection: distribution of P,
     "gaussian" or "orthonormal". share: one P for all weights that read the same x (True), for each
-    weight (False), or for each input width ("width"). state: what becomes of B's optimizer state at
-    the end of a round: dropped ("reset"), carried over ("transport"), or changed in place by a
+    weight (False), or for each input width ("width"). on_resample: what becomes of the optimizer's
+    state of B at the end of a round: dropped ("reset"), carried over ("transport"), or changed by a
     function of (state, old P, new P). prox: decay of B, decoupled, times the learning rate of the
     group that holds B. weight_decay: of W, decoupled, times the same rate. always: weights trained
     densely besides. targets: weights of Linears (default: all in the repeated blocks, of stacked
@@ -64,7 +66,7 @@ class Rso:
     period: int = 200
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
     share: bool | Literal["width"] = True
-    state: str | Callable[..., None] = "reset"
+    on_resample: str | Callable[..., None] = "reset"
     prox: float = 0.0
     weight_decay: float = 0.0
     always: str | Sequence[str] = ()
@@ -75,8 +77,9 @@ class Rso:
         check_types(self)
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
         demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
-        known = callable(self.state) or self.state in ("reset", "transport")
-        demand(known, self, f'state={self.state!r} must be "reset", "transport" or a function.')
+        given = self.on_resample
+        known = callable(given) or given in ("reset", "transport")
+        demand(known, self, f'on_resample={given!r} must be "reset", "transport" or a function.')
         for name in ("prox", "weight_decay"):
             value = getattr(self, name)
             demand(math.isfinite(value) and value >= 0, self, f"{name}={value} must be >= 0.")
@@ -120,7 +123,7 @@ class Subspaces(Projecting):
 
     def redraw(self, run: Run) -> None:
         moves = {"reset": None, "transport": transport}
-        state = self.options.state
+        state = self.options.on_resample
         move = moves[state] if isinstance(state, str) else state
         frames = self.frames
         old = {key: frame.matrix for key, frame in frames.items()}

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from surgery.contract.options import by_new_names
 from surgery.contract.registry import comes_first, registered
 from surgery.errors import OptionError, listed, near_misses
 
@@ -60,7 +61,7 @@ def from_json(saved: Mapping[str, Any]) -> Any:
                 f"cannot hold. Give the pass yourself, with {option}=... as it was."
             )
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return _one(saved["name"], given)
+    return _one(saved["name"], by_new_names(_named(saved["name"]), given))
 
 
 def _one(entry: Any, options: Mapping[str, Any]) -> Any:
@@ -68,7 +69,7 @@ def _one(entry: Any, options: Mapping[str, Any]) -> Any:
         cls = _named(entry)
         names = [field.name for field in fields(cls)]
         for option in options:
-            if option not in names:
+            if option not in names and option not in getattr(cls, "renamed", {}):
                 has = f"Its options: {', '.join(names)}." if names else "It has none."
                 raise OptionError(
                     f"{entry} has no option {option!r}.{near_misses(option, names)} {has}"

@@ -22,6 +22,7 @@ from surgery.contract.method import Method as Method
 from surgery.contract.method import Run as Run
 from surgery.contract.options import check_types as check_types
 from surgery.contract.options import demand as demand
+from surgery.contract.options import renamed as renamed
 from surgery.contract.registry import register as register
 from surgery.errors import CaptureError as CaptureError
 from surgery.errors import ConflictError as ConflictError

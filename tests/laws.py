@@ -33,7 +33,7 @@ SAMPLING = {
         budget=0.2, flush=True, period=period, seed=seed
     ),
     "misa_always": lambda period=2, seed=0: passes.Misa(
-        budget=0.15, always=".*norm.*|.*ln_.*", explore=0.2, period=period, seed=seed
+        budget=0.15, always=".*norm.*|.*ln_.*", uniform_mix=0.2, period=period, seed=seed
     ),
     "lisa": lambda period=2, seed=0: passes.Lisa(layers=1, period=period, seed=seed),
     "lisa_outliers": lambda period=2, seed=0: passes.Lisa(
@@ -50,7 +50,7 @@ PROJECTING = {
         rank=4, period=period, projection="random", seed=seed
     ),
     "galore_renewed": lambda period=2, seed=0: passes.Galore(
-        rank=4, period=period, state="project", always=".*norm.*|.*ln_.*", seed=seed
+        rank=4, period=period, on_resample="project", always=".*norm.*|.*ln_.*", seed=seed
     ),
     "misa_of_rso": lambda period=2, seed=0: [
         # GPT-2's fused c_attn is drawn in parts, which have no coordinates of their own.
@@ -81,7 +81,7 @@ ROUNDED = {
             period=period,
             share="width",
             projection="orthonormal",
-            state="transport",
+            on_resample="transport",
             always=".*norm.*|.*ln_.*",
             seed=seed,
         ),

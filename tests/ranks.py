@@ -65,9 +65,11 @@ SHARDED = {
     "badam": lambda: passes.BAdam(period=2),
     "velora": lambda: passes.Velora(groups=4, period=2),
     "rso": lambda: passes.Rso(rank=4, period=2),
-    "rso_transport": lambda: passes.Rso(rank=4, period=2, state="transport", weight_decay=0.1),
+    "rso_transport": lambda: passes.Rso(
+        rank=4, period=2, on_resample="transport", weight_decay=0.1
+    ),
     "galore": lambda: passes.Galore(rank=4, period=2, weight_decay=0.1),
-    "galore_svd": lambda: passes.Galore(rank=4, period=3, projection="svd", state="project"),
+    "galore_svd": lambda: passes.Galore(rank=4, period=3, projection="svd", on_resample="project"),
     "misa_of_rso": lambda: [passes.Misa(budget=0.5, period=2), passes.Rso(rank=4, period=3)],
     "recompute": lambda: passes.Recompute(),
     "chunked_loss": lambda: passes.ChunkedLoss(),

@@ -22,7 +22,7 @@ FIXED = {
     "both": lambda: [passes.Recompute(), passes.ChunkedLoss()],
     "velora": lambda: passes.Velora(groups=4),
     "velora dense": lambda: passes.Velora(groups=4, dense=True, init="random", scale=0.5),
-    "rso": lambda: passes.Rso(rank=4, period=2, state="transport"),
+    "rso": lambda: passes.Rso(rank=4, period=2, on_resample="transport"),
     "rso by width": lambda: passes.Rso(rank=4, share="width", always=r".*(ln_f|norm)\.weight"),
     "all": lambda: [passes.Rso(rank=4, share=False), passes.Recompute(), passes.ChunkedLoss()],
 }

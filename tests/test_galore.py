@@ -246,7 +246,7 @@ def test_each_weight_renews_its_subspace_in_a_step_of_its_own():
 
 @pytest.mark.parametrize("state", ["keep", "project", "reset"])
 def test_what_becomes_of_the_optimizers_state(state):
-    model = surgery.apply(make("llama"), "galore", rank=4, period=2, state=state)
+    model = surgery.apply(make("llama"), "galore", rank=4, period=2, on_resample=state)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(2):
         loss_of(model, inputs_of("llama", seed=step)).backward()

@@ -117,7 +117,7 @@ def test_flush_adds_the_momentum_tail_once():
     runs = {}
     for flush in (False, True):
         model = copy.deepcopy(base)
-        surgery.apply(model, passes.Misa(budget=0.3, period=4, flush=flush, seed=3))
+        surgery.apply(model, passes.Misa(budget=0.3, period=4, momentum_step=flush, seed=3))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-6)
         active = [c.weight for c in surgery.coordinates(model) if c.active]
         for seed in range(3):
@@ -143,7 +143,7 @@ def test_flush_adds_the_momentum_tail_once():
 
 def test_flush_refuses_an_optimizer_without_momentum():
     model = make("plain")
-    surgery.apply(model, "misa", budget=0.3, flush=True)
+    surgery.apply(model, "misa", budget=0.3, momentum_step=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_of(model, inputs_of("plain")).backward()
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -197,7 +197,7 @@ def test_relative_scores_do_not_depend_on_the_scale_of_gradients():
 
 
 def test_extreme_scores_stay_finite_and_explore_gives_a_floor():
-    held = scores("abcd", score="paper", explore=0.1)
+    held = scores("abcd", score="paper", uniform_mix=0.1)
     held.observe({"a": 1e6, "b": 0.0, "c": 1e-30})
     held.close()
     p = {name: math.exp(value) for name, value in held.log_p().items()}

@@ -370,7 +370,7 @@ def test_a_subspace_that_is_renewed_as_it_was_changes_nothing(kind, state, monke
     found = []
     for period in (2, 1000):
         model = make("plain").double()
-        surgery.apply(model, passes.Galore(rank=4, period=period, state=state))
+        surgery.apply(model, passes.Galore(rank=4, period=period, on_resample=state))
         optimizer = RENEWED[kind](model.parameters())
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0  # of R, which begins again

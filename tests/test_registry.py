@@ -260,3 +260,24 @@ def test_an_instance_that_was_not_registered_says_how():
 
     with pytest.raises(surgery.OptionError, match=r'@surgery\.register\("mine"\)|\'mine\''):
         surgery.apply(make("plain"), Mine())
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "value"),
+    [
+        (passes.Misa, "smoothing", "ema_decay", 0.5),
+        (passes.Misa, "explore", "uniform_mix", 0.1),
+        (passes.Misa, "flush", "momentum_step", True),
+        (passes.Rso, "state", "on_resample", "transport"),
+        (passes.Galore, "state", "on_resample", "reset"),
+    ],
+)
+def test_an_option_is_taken_by_its_earlier_name(kind, old, new, value):
+    with pytest.warns(FutureWarning, match=f"{old}= of {kind.__name__} is called {new}= now"):
+        assert kind(**{old: value}) == kind(**{new: value})
+    with pytest.warns(FutureWarning, match=new):
+        assert catalogue.resolve(kind.name, {old: value}) == (kind(**{new: value}),)
+    with pytest.raises(surgery.OptionError, match=f"{old}= and {new}=, which are one option"):
+        kind(**{old: value, new: value})
+    saved = {"name": kind.name, "options": {old: value}}
+    assert catalogue.from_json(saved) == kind(**{new: value})

@@ -28,7 +28,7 @@ def frames(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_weights_are_the_sum_of_all_rounds(projection, state):
     model = make("llama").double()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    surgery.apply(model, "rso", rank=6, period=3, projection=projection, state=state)
+    surgery.apply(model, "rso", rank=6, period=3, projection=projection, on_resample=state)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     total = {c.weight: torch.zeros_like(start[c.weight]) for c in surgery.coordinates(model)}
     seen = []
@@ -204,7 +204,7 @@ def test_state_at_the_end_of_a_round():
         seen.append((sorted(state), old.shape, new.shape, torch.equal(old, new)))
 
     for state, kept in (("reset", False), ("transport", True), (note, True)):
-        model = surgery.apply(make("llama"), passes.Rso(rank=4, period=2, state=state))
+        model = surgery.apply(make("llama"), passes.Rso(rank=4, period=2, on_resample=state))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for seed in range(2):
             loss_of(model, inputs_of("llama", seed=seed)).backward()
@@ -282,7 +282,7 @@ def test_on_a_quadratic_the_gradient_shrinks_at_the_rate_of_rank_over_width():
         (dict(period=0), surgery.OptionError, "at least 1"),
         (dict(prox=-1.0), surgery.OptionError, "prox"),
         (dict(weight_decay=math.nan), surgery.OptionError, "weight_decay"),
-        (dict(state="rotate"), surgery.OptionError, "transport"),
+        (dict(on_resample="rotate"), surgery.OptionError, "transport"),
         (dict(share="block"), surgery.OptionError, "share"),
         (dict(projection="haar"), surgery.OptionError, "projection"),
         (dict(rank=80), surgery.TargetError, "rank=80"),

@@ -17,7 +17,7 @@ from surgery.checkpoints.contents import (
     places,
     scheduler_state,
 )
-from surgery.contract.options import to_json
+from surgery.contract.options import by_new_names, to_json
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError, listed
 from surgery.weights import shards
@@ -135,17 +135,16 @@ def check(surgery: Surgery, about: Mapping[str, Any], folder: Any) -> None:
 
 def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Any) -> None:
     own = [to_json(options) for options in surgery.decision.passes]
-    if own == saved:
-        return
     names, others = ([each["name"] for each in passes] for passes in (own, saved))
     if names != others:
         raise CheckpointError(
             f"{folder} was saved with {listed(others)}, and {listed(names)} was applied here. "
             "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
         )
-    for mine, theirs in zip(own, saved, strict=True):
-        for option in sorted(set(mine["options"]) | set(theirs["options"])):
-            here, there = mine["options"].get(option), theirs["options"].get(option)
+    for options, mine, theirs in zip(surgery.decision.passes, own, saved, strict=True):
+        held = by_new_names(type(options), theirs["options"])
+        for option in sorted(set(mine["options"]) | set(held)):
+            here, there = mine["options"].get(option), held.get(option)
             if here != there:
                 raise CheckpointError(
                     f"{folder} was saved with {mine['name']}({option}={there!r}), and "

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgery.errors import OptionError
+
+C = TypeVar("C")
 
 
 def to_json(options: Any) -> dict[str, Any]:
@@ -32,6 +36,45 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def renamed(**names: str) -> Callable[[type[C]], type[C]]:
+    """Let a pass take options by their earlier names, too: `@renamed(old="new")`.
+
+    Giving one warns (FutureWarning); giving both raises OptionError. Saves that name the old ones
+    are read.
+    """
+
+    def change(cls: type[C]) -> type[C]:
+        made: Any = cls.__init__
+
+        @functools.wraps(made)
+        def init(self: Any, **given: Any) -> None:
+            for old in names.keys() & given.keys():
+                new = names[old]
+                if new in given:
+                    raise OptionError(
+                        f"{cls.__name__} is given {old}= and {new}=, which are one option. "
+                        f"Leave {old}= out."
+                    )
+                warnings.warn(
+                    f"{old}= of {cls.__name__} is called {new}= now. Write {new}={given[old]!r}.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+            made(self, **by_new_names(cls, given))
+
+        cls.renamed = names  # type: ignore[attr-defined]
+        cls.__init__ = init
+        return cls
+
+    return change
+
+
+def by_new_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a pass under the names that they have now."""
+    names = getattr(cls, "renamed", {})
+    return {names.get(name, name): value for name, value in given.items()}
 
 
 def check_types(options: Any) -> None:
