@@ -30,7 +30,7 @@ SAMPLING = {
     "misa": lambda period=2, seed=0: passes.Misa(budget=0.2, period=period, seed=seed),
     "misa_span": lambda period=2, seed=0: passes.Misa(budget=0.2, span=1, period=period, seed=seed),
     "misa_flush": lambda period=2, seed=0: passes.Misa(
-        budget=0.2, flush=True, period=period, seed=seed
+        budget=0.2, momentum_step=True, period=period, seed=seed
     ),
     "misa_always": lambda period=2, seed=0: passes.Misa(
         budget=0.15, always=".*norm.*|.*ln_.*", uniform_mix=0.2, period=period, seed=seed

@@ -17,7 +17,10 @@ REFUSED = {
     "forwards, then an exact pass": lambda: [passes.Mezo(), passes.Recompute()],
     "an exact pass, then forwards": lambda: [passes.Recompute(), passes.Mezo()],
     "twice": lambda: [passes.Recompute(), passes.Recompute()],
-    "momentum step over mapped ones": lambda: [passes.Misa(budget=0.5, momentum_step=True), passes.Rso(rank=4)],
+    "momentum step over mapped ones": lambda: [
+        passes.Misa(budget=0.5, momentum_step=True),
+        passes.Rso(rank=4),
+    ],
     "no such target": lambda: passes.Misa(targets=["nowhere"]),
     "a bad pattern": lambda: passes.Misa(targets="*.weight"),
     "no such pass": lambda: "miza",
