@@ -68,7 +68,7 @@ class Recomputation(Method):
             self.regions += 1
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        yield "recomputed regions", f"{self.regions}"
+        yield "recomputed regions", f"{self.regions}" if self.regions else "none captured yet"
 
 
 def _is_cheap(node: Node) -> bool:

@@ -156,23 +156,6 @@ def measure_training(
     )
 
 
-def comparison(columns: dict[str, Bytes]) -> list[tuple[str, str]]:
-    """Return rows 'kind of memory' -> 'a MB (name), b MB (name)'."""
-    rows = []
-    for kind in ("parameters", "gradients", "optimizer", "activations"):
-        values = {name: getattr(column, kind) for name, column in columns.items()}
-        if any(value is None for value in values.values()):
-            continue
-        rows.append((kind, ", ".join(f"{megabytes(v)} ({name})" for name, v in values.items())))
-    peaks = [(f"{name}, in {c.phase}", c.peak) for name, c in columns.items() if c.peak is not None]
-    if peaks:
-        rows.append(("peak of a step", ", ".join(f"{megabytes(v)} ({name})" for name, v in peaks)))
-    times = [(name, c.milliseconds) for name, c in columns.items() if c.milliseconds is not None]
-    if times:
-        rows.append(("time of a step", ", ".join(f"{v:,.1f} ms ({name})" for name, v in times)))
-    return rows
-
-
 def megabytes(count: int) -> str:
     """Return bytes in words."""
     return f"{count / 1e6:,.1f} MB"

@@ -51,7 +51,7 @@ def test_report_measures_before_and_now():
     assert found.after.optimizer == 8 * active
     total = sum(p.numel() for p in model.parameters())
     assert found.before.gradients == found.before.parameters == 4 * total
-    assert "frozen for good" in str(found)
+    assert "never trained" in str(found)
 
 
 def test_report_after_training_measures_the_optimizer():

@@ -177,7 +177,7 @@ def test_holders_are_named_by_module_and_operation():
     own = [each for each in found.holders if each.kind in ("activations", "temporaries")]
     assert any(each.where.startswith("model.layers.*.") for each in own)
     assert all(each.made_by for each in own)
-    assert "at the peak, " in str(found)
+    assert "What is alive at the peak, the largest first" in str(found)
 
 
 @pytest.mark.parametrize("spec", [PASSES["misa"], PASSES["mezo"]])

@@ -77,6 +77,16 @@ def by_new_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in given.items()}
 
 
+def briefly(options: Any) -> str:
+    """Return a pass as code, without the options that have their defaults."""
+    given = [
+        f"{field.name}={getattr(options, field.name)!r}"
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+    return f"{options.name}({', '.join(given)})" if given else options.name
+
+
 def check_types(options: Any) -> None:
     """Raise OptionError if a field of a pass does not hold a value of its annotated type."""
     known = {field.name for field in dataclasses.fields(options)}

@@ -25,6 +25,10 @@ class Kept:
     count: int
     bytes: int
 
+    def __str__(self) -> str:
+        made = f"{self.made_by} in {self.where or 'the model'}"
+        return f"{self.count} x {made}, for backward of {self.kept_by}"
+
 
 def account(calls: Iterable[tuple[GraphModule, Sequence[Any]]]) -> tuple[Kept, ...]:
     """Return what captured graphs keep for these inputs, the largest kind first."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from surgery.compat.dynamo import name_of_backend
+from surgery.contract.options import briefly
 from surgery.engine.surgery import Surgery
 from surgery.engine.unmoved import Unmoved
 from surgery.errors import listed
@@ -31,7 +32,7 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         before, after, kept = _with_activations(surgery, batch, before, after)
     lines: list[tuple[str, str]] = []
     for options, method in zip(decision.passes, decision.methods, strict=True):
-        lines += [("pass", repr(options)), *method.lines()]
+        lines += [("pass", briefly(options)), *method.lines()]
         if method.name in dispatch.taken and dispatch.backend is None:
             lines.append((f"saved by {method.name}", _taken(dispatch.taken[method.name])))
     if dispatch.backend is not None:
@@ -46,17 +47,18 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
         lines.append(("unused by every forward", listed(unused)))
     lines += [
         ("optimizer steps", f"{clock.step:,}"),
-        ("skipped steps", f"{clock.skipped:,} (NaN or infinite gradients)"),
+        ("skipped steps", f"{clock.skipped:,}, for NaN or infinite gradients"),
         ("captured graphs", f"{dispatch.captures}"),
         *_beside_predicted(surgery, after.activations),
     ]
     return Report(
-        title=f"surgery on {type(decision.model).__name__}",
+        title=f"{type(decision.model).__name__} after {clock.step:,} steps: measured",
         lines=tuple(lines),
         before=before,
         after=after,
         measured=batch is not None,
         kept=kept,
+        passes=tuple(options.name for options in decision.passes),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
+from surgery.contract.options import briefly
 from surgery.engine.decide import decide
 from surgery.errors import OptimizerError, OptionError, in_a_line
 from surgery.kernels.plan import Compile
@@ -74,7 +75,7 @@ def plan(
         world=world,
         wrap=wrap,
     )
-    lines = [("plan", "nothing was changed")]
+    lines: list[tuple[str, str]] = []
     if world > 1:
         lines.append(("world", f"the first of {world} processes, {wrap}"))
     then = now = None
@@ -89,14 +90,15 @@ def plan(
     for entry, method in zip(decision.passes, decision.methods, strict=True):
         counts = method in decision.rewriting and not method.coordinates  # in graphs: none is here
         said = now.said[method.name] if counts and now is not None else ()
-        lines += [("pass", repr(entry)), *(said if counts else method.lines())]
+        lines += [("pass", briefly(entry)), *(said if counts else method.lines())]
     return Report(
-        title=f"plan for {type(model).__name__}",
+        title=f"{type(model).__name__}: predicted, nothing was changed",
         lines=tuple(lines),
         before=_with(before, then, world > 1),
         after=_with(after, now, world > 1),
         measured=False,
         holders=now.holders if now is not None else (),
+        passes=tuple(entry.name for entry in decision.passes),
     )
 
 

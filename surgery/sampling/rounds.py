@@ -148,13 +148,17 @@ class Rounds(Method):
 
     def lines(self) -> Iterable[tuple[str, str]]:
         share = sum(p.size for p in self._of(self.active)) / self.total
-        yield "units", f"{len(self.units)}, of which {len(self.active)} are trained in this round"
-        yield "trained now", f"{share:.2%} of {self.total:,} parameters"
+        of = f"{len(self.active)} of {len(self.units)} units"
+        yield "trained now", f"{share:.2%} of {self.total:,} parameters, {of}"
+        if self.active:
+            yield "in this round", f"{listed(sorted(self.active), 3)}"
         always = sum(each.numel for each in self.always)
-        yield "trained always", f"{always:,} parameters, {always / self.total:.2%}"
+        if always:
+            yield "trained always", f"{always:,} parameters, {always / self.total:.2%}"
         candidates = sum(each.size for unit in self.units.values() for each in unit)
         frozen = self.total - candidates - always
-        yield "frozen for good", f"{frozen:,} parameters, {frozen / self.total:.2%}"
+        if frozen:
+            yield "never trained", f"{frozen:,} parameters, {frozen / self.total:.2%}"
         yield "round", f"{self.round}, step {self.steps} of {self.period}"
 
     def _of(self, names: Iterable[str]) -> list[Coordinate]:
