@@ -75,6 +75,9 @@ from surgery.subspace.reducing import OneSided as OneSided
 from surgery.subspace.rewrite import reduce_linears as reduce_linears
 from surgery.subspace.strongest import MORE as MORE
 from surgery.subspace.strongest import strongest as strongest
+from surgery.weights.additions import Addition as Addition
+from surgery.weights.additions import read_addition as read_addition
+from surgery.weights.additions import trained_in as trained_in
 from surgery.weights.coordinate import Coordinate as Coordinate
 from surgery.weights.coordinate import Precision as Precision
 from surgery.weights.coordinate import Whole as Whole

@@ -25,7 +25,7 @@ from surgery.compat import hf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError, in_a_line, listed
-from surgery.weights import shards
+from surgery.weights import additions, shards
 
 ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint
 
@@ -74,6 +74,11 @@ def _export(
             abandon(left)
         made.mkdir()  # of the usual mode, which the folder keeps
         try:
+            on = additions.on(model)
+            if on:
+                state, apart = additions.split(model.state_dict() if state is None else state, on)
+                for each in on:
+                    additions.write(each, apart[each.key], made / each.key)
             if state is None:
                 _write(model, made, folder, merge, shards)
             else:

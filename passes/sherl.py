@@ -1,0 +1,299 @@
+"""SHERL: a side path over a frozen trunk, into its last blocks. arXiv 2407.07523 (ECCV 2024).
+
+Of L blocks the last `late` are the late route, and the others the trunk, without a backward. With
+h_1 .. h_k what k blocks of the trunk put out, the last block's last, and g = z_k the guide, for
+each token
+
+    z_i = LN(D_i h_i),    rho_i = sum_{j<k} relu(cos(z_i, z_j))
+    y = sum_{i<k} a_i z_i + g,    s_i = relu(w . (z_i * g)) / rho_i,    a_i = s_i / sum_j s_j
+    h <- (1 + tanh(gamma / 0.1)) h_k + U relu(y)
+
+and the late route reads h. Only D, LN, w, U, gamma are trained. U and gamma begin at zero, so that
+the first output is the model's own. Published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k, both
+from their usual beginning, which takes the trunk's own stream away at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from surgery.passkit import (
+    EVERY,
+    Addition,
+    CaptureError,
+    Coordinate,
+    Method,
+    ModelError,
+    OptionError,
+    TargetError,
+    blocks,
+    check_types,
+    demand,
+    lora_layers,
+    noise,
+    read_addition,
+    register,
+    trained_in,
+)
+
+
+@register("sherl")
+@dataclass(frozen=True, kw_only=True)
+class Sherl:
+    """Options of SHERL.
+
+    taps: k, blocks of the trunk that the side path reads, evenly spaced, the last one among them.
+    late: blocks of the late route. width: of z (default: half of the model's). hidden: width of the
+    model, where its norms do not tell. within: name of the list of blocks, of a model that has
+    several, such as "model.language_model.layers".
+    """
+
+    saves = ("gradients", "optimizer", "activations")
+
+    taps: int = 4
+    late: int = 1
+    width: int | None = None
+    hidden: int | None = None
+    within: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        demand(self.taps >= 2, self, f"taps={self.taps}: one block to read, and the guide, are 2.")
+        for name in ("late", "width", "hidden"):
+            value = getattr(self, name)
+            demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
+
+    def start(self, model: nn.Module) -> Routing:
+        """Make a side path for a model, or take the one on it; changes nothing. Raises TargetError,
+        OptionError, ModelError."""
+        present = getattr(model, SidePath.key, None)
+        if present is None:
+            side = _made(model, self)
+            side.begin(self.seed)
+        elif isinstance(present, SidePath):
+            side = present
+            same = self == Sherl(seed=self.seed) or _recipe(model, self) == side.recipe()
+            demand(same, self, f"{self!r} is not what is on the model: {dict(side.recipe())}.")
+        else:
+            raise ModelError(
+                f"sherl: {type(model).__name__} has a {SidePath.key!r} of its own, and the side "
+                "path goes by that name. Give yours another."
+            )
+        trained = [n for n, p in side.named_parameters() if p.requires_grad]
+        if not trained:
+            raise TargetError(
+                "sherl: the side path on this model is frozen, so nothing would be trained. Switch "
+                "it on first: model.side_path.requires_grad_(True)."
+            )
+        return Routing(
+            side=side,
+            coordinates=trained_in(side, trained),
+            additions=[side] if present is None else [],
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class Routing(Method):
+    name: str = "sherl"
+    side: SidePath
+    coordinates: Sequence[Coordinate]
+    additions: Sequence[Addition]
+    conflicts: ClassVar = {
+        EVERY: "its side path is all that is trained, and below the late route there is no "
+        "backward, so {other} has nothing to work on",
+        "recompute": None,
+        "chunked_loss": None,
+        "compress": None,
+    }
+
+    def check_reached(self) -> None:
+        if any(each.unused for each in self.coordinates):
+            raise CaptureError(
+                "sherl: the side path does not reach the output: this model does not call its "
+                f"blocks ({self.side.reads[-1]}), so that no hook on them is heard. A GraphModule "
+                "does that: apply to the model that it was traced from."
+            )
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        yield "side path", f"{sum(p.numel() for p in self.side.parameters()):,} parameters"
+        yield "read", ", ".join(self.side.reads)
+
+
+class SidePath(Addition):
+    """The side path; an ordinary module on an ordinary model.
+
+    reads: names of the blocks whose outputs it reads, the last of which it changes. hidden: width
+    of these outputs. width: of z.
+    """
+
+    key = "side_path"
+
+    def __init__(self, reads: Sequence[str], hidden: int, width: int, device: Any = None) -> None:
+        super().__init__()
+        self.reads, self.hidden, self.width = list(reads), hidden, width
+        for i in range(len(reads)):
+            self.add_module(f"down_{i}", _Affine((width, hidden), device))
+            self.add_module(f"norm_{i}", _Affine((width,), device))
+        self.score = _Affine((1, width), device)
+        self.up = _Affine((hidden, width), device)
+        self.gate = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
+        self.seen: list[Tensor] = []
+
+    def begin(self, seed: int) -> None:
+        """Set all weights to where training begins, as a function of the seed."""
+        for name, parameter in self.named_parameters():
+            owner = name.rpartition(".")[0]
+            with torch.no_grad():
+                parameter.fill_(1.0 if name.startswith("norm") and name.endswith("weight") else 0.0)
+                if parameter.ndim == 2 and owner != "up" and not parameter.is_meta:
+                    start = noise.normal(tuple(parameter.shape), seed, "sherl", name)
+                    parameter.copy_(start / parameter.shape[1] ** 0.5)
+
+    def recipe(self) -> Mapping[str, Any]:
+        return {"reads": self.reads, "hidden": self.hidden, "width": self.width}
+
+    def hook(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        yield model.get_submodule(self.reads[0]).register_forward_pre_hook(self.open)
+        for name in self.reads[:-1]:
+            yield model.get_submodule(name).register_forward_hook(self.hear)
+        yield model.get_submodule(self.reads[-1]).register_forward_hook(self.close)
+
+    def open(self, block: nn.Module, inputs: Any) -> None:
+        """Before the first block that is read: forget a forward that has ended in an error."""
+        self.seen = []
+
+    def hear(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        """Behind a block that is read: keep its output for this forward."""
+        if not self.resting:
+            self.seen = [*self.seen, (output if isinstance(output, Tensor) else output[0]).detach()]
+
+    def close(self, block: nn.Module, inputs: Any, output: Any) -> Any:
+        """Behind the last block of the trunk: return what the late route reads."""
+        if self.resting:
+            return None
+        last = (output if isinstance(output, Tensor) else output[0]).detach()
+        seen, self.seen = [*self.seen, last], []
+        if len(seen) != len(self.reads):
+            raise ModelError(
+                f"sherl: {len(seen)} of the {len(self.reads)} blocks that the side path reads have "
+                "run in this forward. Gradient checkpointing runs blocks by themselves: switch it "
+                "off, since nothing is kept of a frozen trunk; and let no block be dropped."
+            )
+        if last.shape[-1] != self.hidden:
+            raise ModelError(
+                f"sherl: {self.reads[-1]} puts out {tuple(last.shape)}, and the side path was made "
+                f"for a width of {self.hidden}. Give it: passes.Sherl(hidden={last.shape[-1]})."
+            )
+        found = self(seen)
+        return found if isinstance(output, Tensor) else (found, *output[1:])
+
+    def forward(self, hs: Sequence[Tensor]) -> Tensor:
+        """Return what the late route reads (..., hidden), of k outputs of the trunk."""
+        down = [self.get_submodule(f"down_{i}")(h) for i, h in enumerate(hs)]
+        *shallow, g = [self.get_submodule(f"norm_{i}")(d) for i, d in enumerate(down)]
+        z = torch.stack(shallow, -2)  # (..., k - 1, width)
+        unit = functional.normalize(z, dim=-1)
+        rho = (unit @ unit.transpose(-1, -2)).relu().sum(-1, keepdim=True)
+        s = self.score(z * g.unsqueeze(-2)).relu() / rho
+        a = s / (s.sum(-2, keepdim=True) + 1e-8)
+        y = (a * z).sum(-2) + g
+        last = hs[-1]
+        stays = 1 + torch.tanh(self.gate / 0.1)
+        return last * stays.to(last.dtype) + self.up(y.relu()).to(last.dtype)
+
+
+def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the side path of an export (its folder `side_path`) on a model, whose outputs are then
+    those of the model that was exported; `model.side_path.take_off(model)` takes it off again.
+
+    Needs no surgery; `surgery.apply(model, "sherl")` goes on training it. Returns the same model.
+    """
+    recipe, state = read_addition(folder)
+    first = next(model.get_submodule(recipe["reads"][0]).parameters())
+    side = SidePath(**recipe, device=first.device)
+    side.load_state_dict(state)
+    side.train(model.training).put_on(model)
+    return model
+
+
+def _made(model: nn.Module, options: Sherl) -> SidePath:
+    if lora_layers(model):
+        raise TargetError(
+            "sherl: PEFT adapters are on this model, and below the late route nothing has a "
+            "gradient. Merge them first: model = model.merge_and_unload()."
+        )
+    recipe = _recipe(model, options)
+    first = next(model.get_submodule(recipe["reads"][0]).parameters())
+    return SidePath(**recipe, device=first.device).train(model.training)
+
+
+def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
+    """Return what a side path for a model is made of."""
+    stack = _stack(model, options.within)
+    trunk = len(stack) - options.late
+    if trunk < 2:
+        raise TargetError(
+            f"sherl: {len(stack)} blocks, {options.late} of them the late route, leave a trunk of "
+            f"{max(trunk, 0)}, and the side path reads two or more. Use another pass, misa say."
+        )
+    k = min(options.taps, trunk)
+    names = [stack[(i + 1) * trunk // k - 1] for i in range(k)]
+    hidden = options.hidden or _hidden(model.get_submodule(names[0]))
+    return {"reads": names, "hidden": hidden, "width": options.width or max(1, hidden // 2)}
+
+
+def _stack(model: nn.Module, within: str | None) -> list[str]:
+    """Return the names of the blocks of one list."""
+    lists: dict[str, list[str]] = {}
+    for name in blocks(model):
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    if within is not None and within not in lists:
+        raise TargetError(f"sherl: within={within!r} is no list of blocks here: {[*lists]}.")
+    if within is None and len(lists) != 1:
+        raise TargetError(
+            f"sherl: the blocks of this model are in {len(lists)} lists, {[*lists][:4]}. Say which "
+            f"of them has the trunk and the late route: passes.Sherl(within={next(iter(lists))!r})."
+        )
+    return lists[within or next(iter(lists))]
+
+
+def _hidden(block: nn.Module) -> int:
+    """Return the width of a block: that of the norm which is least deep in it."""
+    found = sorted(block.named_modules(), key=lambda each: each[0].count("."))
+    sizes = [
+        weight.numel()
+        for _, module in found
+        if "norm" in type(module).__name__.lower()
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 1
+    ]
+    if not sizes:
+        raise OptionError(
+            f"sherl: {type(block).__name__} has no norm that tells the width of the model. Give "
+            "it: passes.Sherl(hidden=...)."
+        )
+    return sizes[0]
+
+
+class _Affine(nn.Module):
+    """A weight and a bias of its rows, in float32, read in the dtype of x: of a Linear, or of a
+    LayerNorm if it is a vector."""
+
+    def __init__(self, size: tuple[int, ...], device: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(size[0], device=device, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if weight.ndim == 1:
+            return functional.layer_norm(x, weight.shape, weight, bias)
+        return functional.linear(x, weight, bias)
