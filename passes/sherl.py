@@ -201,11 +201,12 @@ class SidePath(Addition):
         down = [self.get_submodule(f"down_{i}")(h) for i, h in enumerate(hs)]
         *shallow, g = [self.get_submodule(f"norm_{i}")(d) for i, d in enumerate(down)]
         z = torch.stack(shallow, -2)  # (..., k - 1, width)
-        unit = functional.normalize(z, dim=-1)
+        unit = functional.normalize(z, dim=-1, eps=1e-6)
         rho = (unit @ unit.transpose(-1, -2)).relu().sum(-1, keepdim=True)
         s = self.score(z * g.unsqueeze(-2)).relu() / rho
+        s = s.to(torch.promote_types(s.dtype, torch.float32))  # 1e-8 is 0 in float16
         a = s / (s.sum(-2, keepdim=True) + 1e-8)
-        y = (a * z).sum(-2) + g
+        y = (a.to(z.dtype) * z).sum(-2) + g
         last = hs[-1]
         stays = 1 + torch.tanh(self.gate / 0.1)
         return last * stays.to(last.dtype) + self.up(y.relu()).to(last.dtype)

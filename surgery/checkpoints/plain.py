@@ -74,15 +74,12 @@ def _export(
             abandon(left)
         made.mkdir()  # of the usual mode, which the folder keeps
         try:
-            on = additions.on(model)
-            if on:
-                state, apart = additions.split(model.state_dict() if state is None else state, on)
-                for each in on:
-                    additions.write(each, apart[each.key], made / each.key)
-            if state is None:
-                _write(model, made, folder, merge, shards)
-            else:
-                _write_plain(model, made, state, shards)
+            state = additions.write(model, state, made)
+            with additions.left_out(model):
+                if state is None:
+                    _write(model, made, folder, merge, shards)
+                else:
+                    _write_plain(model, made, state, shards)
             (made / CARD).write_text(card(model, surgery))
             place(made, there)
             clear(there)

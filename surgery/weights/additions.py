@@ -105,26 +105,33 @@ def at_rest(additions: Iterable[Addition]) -> Iterator[None]:
             each.resting = False
 
 
-def split(
-    state: Mapping[str, Tensor], additions: Iterable[Addition]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return a model's state without what is on it, and the state of each of these by its key."""
-    apart: dict[str, dict[str, Tensor]] = {each.key: {} for each in additions}
-    own = {}
-    for name, tensor in state.items():
-        key, _, rest = name.partition(".")
-        if key in apart:
-            apart[key][rest] = tensor
+@contextmanager
+def left_out(model: nn.Module) -> Iterator[None]:
+    """Let a model list its own weights alone, inside; its hooks stay."""
+    with modules.without_children(model, {each.key for each in on(model)}):
+        yield
+
+
+def write(
+    model: nn.Module, state: Mapping[str, Tensor] | None, folder: Path
+) -> dict[str, Tensor] | None:
+    """Write what is on a model into folders in a folder, each under its key: the weights as
+    safetensors, the recipe as JSON.
+
+    state: of the whole model, where the model itself holds parts only. Returns the rest of it.
+    """
+    rest = None if state is None else dict(state)
+    for each in on(model):
+        if rest is None:
+            own = dict(each.state_dict())
         else:
-            own[name] = tensor
-    return own, apart
-
-
-def write(addition: Addition, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write one into a folder: its weights as safetensors, its recipe as JSON."""
-    folder.mkdir()
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / WEIGHTS)
-    (folder / RECIPE).write_text(json.dumps(dict(addition.recipe()), indent=2) + "\n")
+            names = [name for name in rest if name.startswith(f"{each.key}.")]
+            own = {name[len(each.key) + 1 :]: rest.pop(name) for name in names}
+        (folder / each.key).mkdir()
+        save_file({n: t.contiguous() for n, t in own.items()}, folder / each.key / WEIGHTS)
+        recipe = json.dumps(dict(each.recipe()), indent=2)
+        (folder / each.key / RECIPE).write_text(f"{recipe}\n")
+    return rest
 
 
 def read_addition(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
