@@ -15,15 +15,15 @@ from their usual beginning, which takes the trunk's own stream away at first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from surgery.passkit import (
     EVERY,
@@ -32,16 +32,18 @@ from surgery.passkit import (
     Coordinate,
     Method,
     ModelError,
-    OptionError,
+    Taps,
     TargetError,
-    blocks,
     check_types,
     demand,
+    evenly,
     lora_layers,
     noise,
+    one_stack,
     read_addition,
     register,
     trained_in,
+    width_of,
 )
 
 
@@ -107,6 +109,7 @@ class Routing(Method):
     side: SidePath
     coordinates: Sequence[Coordinate]
     additions: Sequence[Addition]
+    compiles = True
     conflicts: ClassVar = {
         EVERY: "its side path is all that is trained, and below the late route there is no "
         "backward, so {other} has nothing to work on",
@@ -128,25 +131,20 @@ class Routing(Method):
         yield "read", ", ".join(self.side.reads)
 
 
-class SidePath(Addition):
-    """The side path; an ordinary module on an ordinary model.
+class SidePath(Taps):
+    """The side path; an ordinary module on an ordinary model. width: of z."""
 
-    reads: names of the blocks whose outputs it reads, the last of which it changes. hidden: width
-    of these outputs. width: of z.
-    """
-
-    key = "side_path"
+    key, made_by = "side_path", "sherl"
 
     def __init__(self, reads: Sequence[str], hidden: int, width: int, device: Any = None) -> None:
-        super().__init__()
-        self.reads, self.hidden, self.width = list(reads), hidden, width
+        super().__init__(reads, hidden)
+        self.width = width
         for i in range(len(reads)):
             self.add_module(f"down_{i}", _Affine((width, hidden), device))
             self.add_module(f"norm_{i}", _Affine((width,), device))
         self.score = _Affine((1, width), device)
         self.up = _Affine((hidden, width), device)
         self.gate = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
-        self.seen: list[Tensor] = []
 
     def begin(self, seed: int) -> None:
         """Set all weights to where training begins, as a function of the seed."""
@@ -160,41 +158,6 @@ class SidePath(Addition):
 
     def recipe(self) -> Mapping[str, Any]:
         return {"reads": self.reads, "hidden": self.hidden, "width": self.width}
-
-    def hook(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        yield model.get_submodule(self.reads[0]).register_forward_pre_hook(self.open)
-        for name in self.reads[:-1]:
-            yield model.get_submodule(name).register_forward_hook(self.hear)
-        yield model.get_submodule(self.reads[-1]).register_forward_hook(self.close)
-
-    def open(self, block: nn.Module, inputs: Any) -> None:
-        """Before the first block that is read: forget a forward that has ended in an error."""
-        self.seen = []
-
-    def hear(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        """Behind a block that is read: keep its output for this forward."""
-        if not self.resting:
-            self.seen = [*self.seen, (output if isinstance(output, Tensor) else output[0]).detach()]
-
-    def close(self, block: nn.Module, inputs: Any, output: Any) -> Any:
-        """Behind the last block of the trunk: return what the late route reads."""
-        if self.resting:
-            return None
-        last = (output if isinstance(output, Tensor) else output[0]).detach()
-        seen, self.seen = [*self.seen, last], []
-        if len(seen) != len(self.reads):
-            raise ModelError(
-                f"sherl: {len(seen)} of the {len(self.reads)} blocks that the side path reads have "
-                "run in this forward. Gradient checkpointing runs blocks by themselves: switch it "
-                "off, since nothing is kept of a frozen trunk; and let no block be dropped."
-            )
-        if last.shape[-1] != self.hidden:
-            raise ModelError(
-                f"sherl: {self.reads[-1]} puts out {tuple(last.shape)}, and the side path was made "
-                f"for a width of {self.hidden}. Give it: passes.Sherl(hidden={last.shape[-1]})."
-            )
-        found = self(seen)
-        return found if isinstance(output, Tensor) else (found, *output[1:])
 
     def forward(self, hs: Sequence[Tensor]) -> Tensor:
         """Return what the late route reads (..., hidden), of k outputs of the trunk."""
@@ -234,54 +197,26 @@ def _made(model: nn.Module, options: Sherl) -> SidePath:
         )
     recipe = _recipe(model, options)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
+    if isinstance(first, DTensor):
+        raise ModelError(
+            "sherl: this model is sharded already, and what is put on it now would not be. Apply "
+            'first: surgery.apply(model, "sherl"), then fully_shard, blocks and model.'
+        )
     return SidePath(**recipe, device=first.device).train(model.training)
 
 
 def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     """Return what a side path for a model is made of."""
-    stack = _stack(model, options.within)
-    trunk = len(stack) - options.late
-    if trunk < 2:
+    stack = one_stack(model, options.within, "sherl")
+    trunk = stack[: len(stack) - options.late]
+    if len(trunk) < 2:
         raise TargetError(
             f"sherl: {len(stack)} blocks, {options.late} of them the late route, leave a trunk of "
-            f"{max(trunk, 0)}, and the side path reads two or more. Use another pass, misa say."
+            f"{len(trunk)}, and the side path reads two or more. Use another pass, misa say."
         )
-    k = min(options.taps, trunk)
-    names = [stack[(i + 1) * trunk // k - 1] for i in range(k)]
-    hidden = options.hidden or _hidden(model.get_submodule(names[0]))
-    return {"reads": names, "hidden": hidden, "width": options.width or max(1, hidden // 2)}
-
-
-def _stack(model: nn.Module, within: str | None) -> list[str]:
-    """Return the names of the blocks of one list."""
-    lists: dict[str, list[str]] = {}
-    for name in blocks(model):
-        lists.setdefault(name.rpartition(".")[0], []).append(name)
-    if within is not None and within not in lists:
-        raise TargetError(f"sherl: within={within!r} is no list of blocks here: {[*lists]}.")
-    if within is None and len(lists) != 1:
-        raise TargetError(
-            f"sherl: the blocks of this model are in {len(lists)} lists, {[*lists][:4]}. Say which "
-            f"of them has the trunk and the late route: passes.Sherl(within={next(iter(lists))!r})."
-        )
-    return lists[within or next(iter(lists))]
-
-
-def _hidden(block: nn.Module) -> int:
-    """Return the width of a block: that of the norm which is least deep in it."""
-    found = sorted(block.named_modules(), key=lambda each: each[0].count("."))
-    sizes = [
-        weight.numel()
-        for _, module in found
-        if "norm" in type(module).__name__.lower()
-        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 1
-    ]
-    if not sizes:
-        raise OptionError(
-            f"sherl: {type(block).__name__} has no norm that tells the width of the model. Give "
-            "it: passes.Sherl(hidden=...)."
-        )
-    return sizes[0]
+    hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")
+    width = options.width or max(1, hidden // 2)
+    return {"reads": evenly(trunk, options.taps), "hidden": hidden, "width": width}
 
 
 class _Affine(nn.Module):

@@ -98,6 +98,10 @@ from surgery.weights.shards import local_state as local_state
 from surgery.weights.shards import moment as moment
 from surgery.weights.shards import rows_of as rows_of
 from surgery.weights.shards import take as take
+from surgery.weights.taps import Taps as Taps
+from surgery.weights.taps import evenly as evenly
+from surgery.weights.taps import one_stack as one_stack
+from surgery.weights.taps import width_of as width_of
 from surgery.weights.targets import Targets as Targets
 from surgery.weights.targets import blocks as blocks
 from surgery.weights.targets import matched as matched

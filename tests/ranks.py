@@ -72,6 +72,7 @@ SHARDED = {
     "recompute": lambda: passes.Recompute(),
     "chunked_loss": lambda: passes.ChunkedLoss(),
     "compress": lambda: passes.Compress(),
+    "sherl": lambda: passes.Sherl(),
     "all": lambda: [
         passes.Misa(budget=0.3, period=2),
         passes.Rso(rank=4, period=3),

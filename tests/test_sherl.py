@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
 from laws import adamw, anatomy, case, deep, weights
 from models import adapt, batch, build, loss_of
-from test_export import loaded
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import passes
 import surgery
-import surgery.testing
 from surgery.memory import measure
 
 FAMILIES = ["llama", "gpt2", "bert", "vit"]
@@ -89,8 +87,9 @@ def steps(model: Any, family: str = "llama", count: int = 3) -> torch.optim.Opti
     return optimizer
 
 
-@pytest.mark.parametrize("late", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "late"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("bert", 1), ("vit", 1)]
+)
 def test_losses_gradients_and_steps_are_those_of_the_equations(family, late):
     ours = model_of(family)
     plain, start = copy.deepcopy(ours).double(), weights(ours)
@@ -129,8 +128,11 @@ def test_losses_gradients_and_steps_are_those_of_the_equations(family, late):
         assert ours.get_parameter(name).grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in FAMILIES]
+    + [("llama", torch.bfloat16), ("llama", torch.float16)],
+)
 def test_the_first_forward_is_the_models_own(family, dtype):
     model, inputs = model_of(family).to(dtype), batch(family)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -180,108 +182,9 @@ def test_exact_passes_go_along(others):
     steps(surgery.apply(model_of(), ["sherl", "compress"]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_loads_with_its_recipe_and_without_it(family, tmp_path):
-    model, plain = model_of(family), model_of(family).eval()
-    surgery.apply(model, "sherl")
-    steps(model, family)
-    surgery.export(model, tmp_path / "out")
-    inputs = batch(family)
-    with torch.no_grad():
-        expected = model.eval()(**inputs).logits
-        fresh = loaded(type(model), tmp_path / "out")
-        assert torch.equal(fresh(**inputs).logits, plain(**inputs).logits)  # the base, as it was
-        assert passes.load_side_path(fresh, tmp_path / "out" / "side_path") is fresh
-        assert torch.equal(fresh(**inputs).logits, expected)
-        assert not torch.equal(expected, plain(**inputs).logits)
-    other = model.train()
-    surgery.apply(fresh.train(), "sherl")  # goes on
-    for each in (fresh, other):
-        steps(each, family)
-    assert all(torch.equal(p, trained(other)[n]) for n, p in trained(fresh).items())
-    surgery.remove(fresh)
-    assert fresh.side_path.handles  # what was there before apply stays
-    fresh.side_path.take_off(fresh)
-    with torch.no_grad():
-        assert torch.equal(fresh.eval()(**inputs).logits, plain(**inputs).logits)
-
-
-def test_an_export_of_a_plain_module(tmp_path):
-    model = surgery.apply(deep("plain"), "sherl")
-    inputs = case("sherl").inputs(seed=1)
-    case("sherl").train(model, 3)
-    surgery.export(model, tmp_path / "out")
-    from safetensors.torch import load_model
-
-    fresh = deep("plain")
-    load_model(fresh, tmp_path / "out" / "model.safetensors")
-    passes.load_side_path(fresh, tmp_path / "out" / "side_path")
-    with torch.no_grad():
-        assert torch.equal(fresh(**inputs), model(**inputs))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generate_and_evaluation_see_what_was_trained(family):
-    model = model_of(family)
-    surgery.apply(model, "sherl")
-    ids = batch(family)["input_ids"]
-    before = model.eval().generate(ids, max_new_tokens=12, do_sample=False)
-    steps(model.train(), family, 12)
-    inputs = batch(family)
-    with torch.no_grad():
-        evaluated = model.eval()(**inputs).loss
-    assert evaluated.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
-    options: Any = {"max_new_tokens": 12, "do_sample": False}
-    cached = model.generate(ids, use_cache=True, **options)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
-    assert not torch.equal(cached, before)
-
-
-def test_a_run_goes_on_to_the_bit(tmp_path):
-    model: Any = surgery.apply(model_of(), passes.Sherl(taps=3, late=2, width=8))
-    optimizer = steps(model, count=2)
-    surgery.save(model, tmp_path / "run", optimizer)
-    other = model_of()
-    surgery.apply(other, surgery.saved_passes(tmp_path / "run"))
-    resumed = adamw(other)
-    surgery.load(other, tmp_path / "run", resumed)
-    for each, own in ((model, optimizer), (other, resumed)):
-        for seed in range(5):
-            loss_of(each, batch("llama", seed=seed)).backward()
-            own.step()
-            own.zero_grad()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, other.get_parameter(name)), name
-
-
-def test_remove_gives_the_model_back_and_the_side_path_can_be_kept():
-    model, plain, inputs = model_of(), model_of(), batch("llama")
-    before = anatomy(model)
-    surgery.apply(model, "sherl")
-    steps(model)
-    side: Any = model.side_path
-    expected = model(**inputs).logits
-    surgery.remove(model)
-    assert anatomy(model) == before
-    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
-    side.put_on(model)
-    assert torch.equal(model(**inputs).logits, expected)
-    alone = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # no surgery: hooks go along
-    assert torch.equal(alone(**inputs).logits, expected)
-    with pytest.raises(surgery.ModelError, match=r"has a 'side_path' already.*take_off"):
-        side.put_on(model)
-
-
-def test_a_copy_hears_its_own_blocks():
-    model = surgery.apply(model_of(), "sherl")
-    steps(model)
-    other, inputs = copy.deepcopy(model), batch("llama")
-    before = model(**inputs).loss
-    steps(other)
-    assert torch.equal(model(**inputs).loss, before)
-    assert not torch.equal(other(**inputs).loss, before)
-
-
+@pytest.mark.skipif(
+    "__call__" in vars(GradientCheckpointingLayer), reason="transformers checkpoints hooks, too"
+)
 @pytest.mark.parametrize("applied", [True, False])
 def test_gradient_checkpointing_changes_nothing_where_it_is_inside_of_hooks(applied):
     """As the blocks of transformers have it; two forwards, and then two backwards."""
@@ -308,7 +211,7 @@ def test_a_block_that_runs_again_by_itself_is_an_error():
     model: Any = surgery.apply(model_of(), "sherl")
     steps(model, count=1)
     last = model.get_submodule(model.side_path.reads[-1])
-    with torch.no_grad(), pytest.raises(surgery.ModelError, match="1 of the 4 blocks.*have run"):
+    with torch.no_grad(), pytest.raises(surgery.ModelError, match=r"1 of the 4 blocks.*have run"):
         last(torch.zeros(1, 2, 32), position_embeddings=[torch.ones(1, 2, 8)] * 2)
 
 
@@ -371,8 +274,3 @@ def test_a_side_path_that_no_forward_runs_is_an_error():
     surgery.apply(model, "sherl")
     with pytest.raises(surgery.CaptureError, match=r"does not reach the output|is not read"):
         model(**case("sherl").inputs(seed=1)).backward()
-
-
-@pytest.mark.parametrize("row", ["sherl", "sherl_put_on"])
-def test_two_processes_take_the_step_of_one(row):
-    surgery.testing.two_ranks(case(row))
