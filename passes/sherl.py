@@ -132,19 +132,22 @@ class Routing(Method):
 
 
 class SidePath(Taps):
-    """The side path; an ordinary module on an ordinary model. width: of z."""
+    """The side path; an ordinary module on an ordinary model.
+
+    width: of z. like: a weight of the model: all is on its device, in float32 or wider.
+    """
 
     key, made_by = "side_path", "sherl"
 
-    def __init__(self, reads: Sequence[str], hidden: int, width: int, device: Any = None) -> None:
+    def __init__(self, reads: Sequence[str], hidden: int, width: int, like: Tensor) -> None:
         super().__init__(reads, hidden)
         self.width = width
         for i in range(len(reads)):
-            self.add_module(f"down_{i}", _Affine((width, hidden), device))
-            self.add_module(f"norm_{i}", _Affine((width,), device))
-        self.score = _Affine((1, width), device)
-        self.up = _Affine((hidden, width), device)
-        self.gate = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
+            self.add_module(f"down_{i}", _Affine((width, hidden), like))
+            self.add_module(f"norm_{i}", _Affine((width,), like))
+        self.score = _Affine((1, width), like)
+        self.up = _Affine((hidden, width), like)
+        self.gate = _parameter((1,), like)
 
     def begin(self, seed: int) -> None:
         """Set all weights to where training begins, as a function of the seed."""
@@ -183,7 +186,7 @@ def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     recipe, state = read_addition(folder)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
-    side = SidePath(**recipe, device=first.device)
+    side = SidePath(**recipe, like=first)
     side.load_state_dict(state)
     side.train(model.training).put_on(model)
     return model
@@ -202,7 +205,7 @@ def _made(model: nn.Module, options: Sherl) -> SidePath:
             "sherl: this model is sharded already, and what is put on it now would not be. Apply "
             'first: surgery.apply(model, "sherl"), then fully_shard, blocks and model.'
         )
-    return SidePath(**recipe, device=first.device).train(model.training)
+    return SidePath(**recipe, like=first).train(model.training)
 
 
 def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
@@ -220,16 +223,20 @@ def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
 
 
 class _Affine(nn.Module):
-    """A weight and a bias of its rows, in float32, read in the dtype of x: of a Linear, or of a
-    LayerNorm if it is a vector."""
+    """A weight and a bias of its rows, read in the dtype of x: of a Linear, or of a LayerNorm if it
+    is a vector."""
 
-    def __init__(self, size: tuple[int, ...], device: Any) -> None:
+    def __init__(self, size: tuple[int, ...], like: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(size[0], device=device, dtype=torch.float32))
+        self.weight, self.bias = _parameter(size, like), _parameter(size[:1], like)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if weight.ndim == 1:
             return functional.layer_norm(x, weight.shape, weight, bias)
         return functional.linear(x, weight, bias)
+
+
+def _parameter(size: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return nn.Parameter(torch.empty(size, device=like.device, dtype=dtype))

@@ -72,7 +72,6 @@ SHARDED = {
     "recompute": lambda: passes.Recompute(),
     "chunked_loss": lambda: passes.ChunkedLoss(),
     "compress": lambda: passes.Compress(),
-    "sherl": lambda: passes.Sherl(),
     "all": lambda: [
         passes.Misa(budget=0.3, period=2),
         passes.Rso(rank=4, period=3),
@@ -87,6 +86,7 @@ SHARDED = {
     ),
     "lozo": lambda: passes.Lozo(eps=1e-4, period=2),
     "subzero": lambda: passes.SubZero(eps=1e-4, rank=4, period=2),
+    "sherl": lambda: passes.Sherl(),
 }
 
 

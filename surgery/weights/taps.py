@@ -69,7 +69,7 @@ def _first(output: Any) -> Tensor:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Return so many of the names, evenly spaced, the last one among them; all if they are fewer."""
+    """Return so many names, evenly spaced, the last one among them; all if they are fewer."""
     count = min(count, len(names))
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
 
