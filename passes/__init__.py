@@ -12,6 +12,8 @@ from passes.mezo import Mezo as Mezo
 from passes.misa import Misa as Misa
 from passes.recompute import Recompute as Recompute
 from passes.rso import Rso as Rso
+from passes.sherl import Sherl as Sherl
+from passes.sherl import load_side_path as load_side_path
 from passes.sparse_mezo import SparseMezo as SparseMezo
 from passes.subzero import SubZero as SubZero
 from passes.trim import Trim as Trim

@@ -76,6 +76,9 @@ from surgery.subspace.reducing import OneSided as OneSided
 from surgery.subspace.rewrite import reduce_linears as reduce_linears
 from surgery.subspace.strongest import MORE as MORE
 from surgery.subspace.strongest import strongest as strongest
+from surgery.weights.additions import Addition as Addition
+from surgery.weights.additions import read_addition as read_addition
+from surgery.weights.additions import trained_in as trained_in
 from surgery.weights.coordinate import Coordinate as Coordinate
 from surgery.weights.coordinate import Precision as Precision
 from surgery.weights.coordinate import Whole as Whole
@@ -96,6 +99,10 @@ from surgery.weights.shards import local_state as local_state
 from surgery.weights.shards import moment as moment
 from surgery.weights.shards import rows_of as rows_of
 from surgery.weights.shards import take as take
+from surgery.weights.taps import Taps as Taps
+from surgery.weights.taps import evenly as evenly
+from surgery.weights.taps import one_stack as one_stack
+from surgery.weights.taps import width_of as width_of
 from surgery.weights.targets import Targets as Targets
 from surgery.weights.targets import blocks as blocks
 from surgery.weights.targets import matched as matched

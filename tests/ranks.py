@@ -88,6 +88,7 @@ SHARDED = {
     ),
     "lozo": lambda: passes.Lozo(eps=1e-4, period=2),
     "subzero": lambda: passes.SubZero(eps=1e-4, rank=4, period=2),
+    "sherl": lambda: passes.Sherl(),
 }
 
 

@@ -23,10 +23,11 @@ import test_optimizers
 import test_other_code
 import test_other_trainers
 import test_peft
+import test_sherl_runs
 import test_trainer
 import test_trim
 import test_zeroth_runs
-from laws import ADAPTED, PASSES, WORDS
+from laws import ADAPTED, BARE, PASSES, SIDE, WORDS
 from ranks import SHARDED
 
 import surgery
@@ -41,13 +42,16 @@ that no test tries it.
 """
 
 
+EVERY = PASSES | ADAPTED | WORDS | SIDE | BARE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tested:
     """works, refused: tests, whose parameters name passes. also: passes of tests without any."""
 
     works: Iterable[Callable[..., Any]]
     refused: Iterable[Callable[..., Any]] = ()
-    specs: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: PASSES | ADAPTED | WORDS)
+    specs: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: EVERY)
     also: Mapping[Callable[..., Any], str] = field(default_factory=dict)
 
 
@@ -59,6 +63,7 @@ WITH = {
         also={
             test_flat_lora.test_checkpoints_have_no_noise: "flat_lora",
             test_trim.test_checkpoints_are_whole: "trim",
+            test_sherl_runs.test_an_export_loads_with_its_recipe_and_without_it: "sherl",
         },
     ),
     "deepcopy, pickle": Tested(works=[test_laws.test_law]),
@@ -91,7 +96,10 @@ WITH = {
         also={test_compress.test_under_autocast_and_adapters: "compress"},
     ),
     "Accelerate": Tested(works=[test_laws.test_11_accelerate_gives_the_plain_loop]),
-    "HF Trainer": Tested(works=[test_trainer.test_the_plain_loop_gives_the_same_run]),
+    "HF Trainer": Tested(
+        works=[test_trainer.test_the_plain_loop_gives_the_same_run],
+        also={test_sherl_runs.test_the_trainer_gives_the_plain_loop: "sherl"},
+    ),
     "TRL SFTTrainer": Tested(
         works=[test_other_trainers.test_sft_trainer],
         refused=[test_other_trainers.test_what_the_fused_head_of_sft_trainer_leaves_no_room_for],
@@ -108,6 +116,7 @@ WITH = {
         also={
             test_flat_lora.test_two_processes_take_the_step_of_one: "flat_lora",
             test_trim.test_ddp_takes_the_step_of_one_process: "trim",
+            test_sherl_runs.test_two_processes_take_the_step_of_one: "sherl",
         },
     ),
     "FSDP2": Tested(
@@ -117,6 +126,7 @@ WITH = {
         also={
             test_fsdp.test_a_transformer_is_trained_and_exported: "chunked_loss",
             test_flat_lora.test_two_processes_take_the_step_of_one: "flat_lora",
+            test_sherl_runs.test_two_processes_take_the_step_of_one: "sherl",
         },
     ),
     "backend=": Tested(

@@ -24,6 +24,7 @@ FIXED = {
     "velora dense": lambda: passes.Velora(groups=4, dense=True, init="random", scale=0.5),
     "rso": lambda: passes.Rso(rank=4, period=2, on_resample="transport"),
     "rso by width": lambda: passes.Rso(rank=4, share="width", always=r".*(ln_f|norm)\.weight"),
+    "sherl": lambda: passes.Sherl(),
     "all": lambda: [passes.Rso(rank=4, share=False), passes.Recompute(), passes.ChunkedLoss()],
 }
 PROJECTING = [name for name in FIXED if name not in ("recompute", "chunked_loss", "both")]
@@ -63,7 +64,7 @@ def assert_same_run(family: str, row: str, backend: str, checkpointed=False, **o
 
 @pytest.mark.parametrize(
     ("row", "family"),
-    [(row, "plain") for row in ("recompute", "velora", "velora dense", "rso")]
+    [(row, "plain") for row in ("recompute", "velora", "velora dense", "rso", "sherl")]
     + [("chunked_loss", "llama"), ("all", "llama"), ("both", "gpt2"), ("rso by width", "gpt2")],
 )
 def test_aot_autograd_gives_eagers_run(row, family):

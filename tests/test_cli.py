@@ -49,7 +49,7 @@ def test_a_pass_saves_what_it_says(name):
     options |= {"galore": {"rank": 4}}
     options |= {"lisa": {"layers": 1, "targets": ["q_proj"]}}
     options |= {"trim": {"used": [3, 4]}}
-    model = make("llama", num_hidden_layers=2)
+    model = make("llama", num_hidden_layers=3)
     model = adapt(model, "lora") if name in ADAPTED else model
     found = surgery.plan(model, None, name, **options.get(name, {}))
     kinds = ("gradients", "optimizer")

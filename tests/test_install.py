@@ -48,7 +48,7 @@ with tempfile.TemporaryDirectory() as folder:
     surgery.export(model, folder + "/out")
     print(surgery.saved_passes(folder + "/run"))
 surgery.remove(model)
-for name in sorted({*surgery.available()} - {"flat_lora", "trim"}):  # of PEFT, of words
+for name in sorted({*surgery.available()} - {"flat_lora", "trim", "sherl"}):  # PEFT, words, blocks
     options = {"misa": {"budget": 0.5}, "rso": {"rank": 4}, "subzero": {"rank": 4}}
     options = options | {"velora": {"groups": 4}, "lisa": {"layers": 1}, "galore": {"rank": 4}}
     options = options.get(name, {})

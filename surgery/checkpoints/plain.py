@@ -25,7 +25,7 @@ from surgery.compat import hf
 from surgery.engine.finding import applied
 from surgery.engine.surgery import Surgery
 from surgery.errors import CheckpointError, in_a_line, listed
-from surgery.weights import shards
+from surgery.weights import additions, shards
 
 ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint
 
@@ -74,10 +74,12 @@ def _export(
             abandon(left)
         made.mkdir()  # of the usual mode, which the folder keeps
         try:
-            if state is None:
-                _write(model, made, folder, merge, shards)
-            else:
-                _write_plain(model, made, state, shards)
+            state = additions.write(model, state, made)
+            with additions.left_out(model):
+                if state is None:
+                    _write(model, made, folder, merge, shards)
+                else:
+                    _write_plain(model, made, state, shards)
             (made / CARD).write_text(card(model, surgery))
             place(made, there)
             clear(there)

@@ -98,6 +98,20 @@ def is_computed(owner: nn.Module, key: str) -> bool:
     return is_parametrized(owner, key) or any(part in owner._parameters for part in parts)
 
 
+@contextmanager
+def without_children(owner: nn.Module, keys: Container[str]) -> Iterator[None]:
+    """Let a module not hold some children for the time being; their order stays."""
+    held = dict(owner._modules)
+    for key in held:
+        if key in keys:
+            del owner._modules[key]
+    try:
+        yield
+    finally:
+        owner._modules.clear()
+        owner._modules.update(held)
+
+
 def take_child(owner: nn.Module, key: str) -> None:
     """Let a module forget a child; one that is not there is no error."""
     owner._modules.pop(key, None)

@@ -3,7 +3,7 @@
 A pass is a frozen dataclass of options with one method, `start(model) -> Method`, which changes
 nothing. The hooks of what it returns are called by the engine, in this order:
 
-    apply      coordinates, after, conflicts, compiles are read
+    apply      coordinates, additions, after, conflicts, compiles are read
     capture    reread(graph), then rewrite(graph, inputs, saved): once for each captured graph
     forward    before_forward(arguments, run), drive(forward, run); the first time check_reached()
     step       the first of an optimizer: check(optimizer); before_step(run); then, when it has made
@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from surgery.graph.saved import Saved
+from surgery.weights.additions import Addition
 from surgery.weights.coordinate import Coordinate
 
 EVERY = "*"  # in `after`, `before` and `conflicts`: all other passes
@@ -70,6 +71,8 @@ class Method:
 
     name: str
     coordinates: Sequence[Coordinate] = ()
+    # What `apply` puts on the model beside its own weights, and `remove` takes off.
+    additions: Sequence[Addition] = ()
 
     # -- what it composes with, declared ----------------------------------------------------------
 

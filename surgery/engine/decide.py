@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ from surgery.engine.finding import check_alone, surgery_of
 from surgery.engine.guards import check_layout
 from surgery.errors import ConflictError, ModelError, OptionError
 from surgery.kernels.plan import Compile
+from surgery.weights import additions as additions_of
+from surgery.weights.additions import Addition
 from surgery.weights.coordinate import Coordinate
 from surgery.weights.sites import Site
 from surgery.weights.table import TABLE
@@ -54,6 +56,11 @@ class Decision:
         """Those of all sites."""
         return [each for site in self.sites for each in site.coordinates]
 
+    @cached_property
+    def additions(self) -> Sequence[Addition]:
+        """What the passes put on the model."""
+        return [each for method in self.methods for each in method.additions]
+
 
 def decide(
     model: nn.Module,
@@ -83,7 +90,7 @@ def decide(
         sites=_sites(model, methods),
         flags=tuple(
             (owner, key, p.requires_grad)
-            for owner in model.modules()
+            for owner in (*model.modules(), *_added(methods))
             for key, p in owner.named_parameters(recurse=False)
         ),
         workarounds=Workarounds(model),
@@ -227,6 +234,13 @@ def _ranks(first: Method, then: Method) -> bool:
     return (last and EVERY not in first.after) or (foremost and EVERY not in then.before)
 
 
+def _added(methods: Sequence[Method]) -> Iterator[nn.Module]:
+    """Return the modules that passes put on the model."""
+    for method in methods:
+        for each in method.additions:
+            yield from each.modules()
+
+
 def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
     # Passes that sample draw from what passes that map have made of the same weights, except where
     # these come without a gradient from backward.
@@ -249,11 +263,13 @@ def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
                     f"weights with targets=..., or leave one of them out{way}."
                 )
             own.append(each)
-    order = [name for name, _ in model.named_parameters() if name in claims]
+    additions = [each for method in methods for each in method.additions]
+    names = [*dict(model.named_parameters()), *additions_of.named(additions)]
+    order = [name for name in names if name in claims]
     return tuple(
         Site(
             name=name,
-            owner=model.get_submodule(name.rpartition(".")[0]),
+            owner=additions_of.owner_of(model, additions, name),
             coordinates=tuple(claims[name][1]),
         )
         for name in order

@@ -50,6 +50,8 @@ class Surgery:
         logged()
         model, sites = self.decision.model, self.decision.sites
         try:
+            for each in self.decision.additions:
+                each.put_on(model)
             own = [each for site in sites if not site.whole for each in site.coordinates]
             if sites:
                 trained = {site.name for site in sites}
@@ -76,6 +78,8 @@ class Surgery:
         self.dispatch.uninstall()
         modules.take_child(self.decision.model, TABLE)
         fsdp.take_back_from_ddp(self.decision.model)
+        for each in self.decision.additions:
+            each.take_off(self.decision.model)
         for parameter, required in self.flags():
             parameter.requires_grad_(required)
 

@@ -21,18 +21,23 @@ def bytes_of(
     there already (default: two numbers for each that is trained now).
     """
     named = decision.model.named_parameters()
-    own = [p for name, p in named if TABLE not in name.split(".")]
+    added = [p for each in decision.additions for p in each.parameters()]
+    beside = {id(p) for p in added}
+    own = [p for name, p in named if TABLE not in name.split(".") and id(p) not in beside]
     coordinates = unique(decision.coordinates)
-    dense = sum(map(_size, trainable))
+    dense = sum(_size(p) for p in trainable if id(p) not in beside)
     active = [c.parameter for c in unique(c for c in decision.coordinates if c.active)]
     live = sum(map(_size, active)) if decision.sites else dense
     mapped = [each.parameter for each in coordinates if each.mapped]
-    carried = [c.mapped.carried for c in decision.coordinates if c.mapped]
+    mapping = [c.mapped for c in decision.coordinates if c.mapped]
+    carried = [each.carried for each in mapping if each.carried is not None]
     held = 2 * live if state is None else state
     return (
         Bytes(parameters=storage_bytes(own), gradients=dense, optimizer=2 * dense),
         Bytes(
-            parameters=storage_bytes([*own, *mapped, *(t for t in carried if t is not None)])
+            parameters=storage_bytes(
+                [*own, *added, *mapped, *(t for t in carried if t is not None)]
+            )
             + _copies([each for each in coordinates if each.copied]),
             gradients=live,
             optimizer=held,

@@ -19,6 +19,7 @@ from surgery.memory import Bytes, device_of, loss_of, measure, megabytes, state_
 from surgery.reports.holding import bytes_of
 from surgery.reports.kept import Kept, account
 from surgery.reports.table import Report
+from surgery.weights.additions import at_rest
 
 
 def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
@@ -98,7 +99,8 @@ def _lost(unmoved: Unmoved) -> str:
 def _with_activations(
     surgery: Surgery, batch: dict[str, Any], before: Bytes, after: Bytes
 ) -> tuple[Bytes, Bytes, tuple[Kept, ...]]:
-    model, dispatch = surgery.decision.model, surgery.dispatch
+    decision, dispatch = surgery.decision, surgery.dispatch
+    model = decision.model
     device, plain = device_of(model), dispatch.plain
     with torch.random.fork_rng(), torch.enable_grad():
         with surgery.clock.rehearsing():
@@ -107,7 +109,7 @@ def _with_activations(
             kept = account(calls)
             gc.collect()  # what it frees meanwhile would count as given back
             now = measure(lambda: loss_of(model(**batch)), device).live
-        with _as_before(surgery):
+        with _as_before(surgery), at_rest(decision.additions):
             plain(**batch)
             gc.collect()
             then = measure(lambda: loss_of(plain(**batch)), device).live

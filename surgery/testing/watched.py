@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.api import apply, coordinates, remove
 from surgery.engine.finding import applied
 from surgery.testing.case import Case, Moved, anatomy, own, weights
+from surgery.weights.additions import named
 
 STEPS = 24  # a dozen rounds
 NORM = 0.1  # to which gradients are clipped
@@ -41,8 +42,9 @@ class Step:
 class Adjoint:
     """The first gradients beside the dense ones.
 
-    off: weight -> by how much, relatively (inf: there is none). untrained: weights that are not
-    trained and have one. unlisted: weights whose coordinates `parameters()` leaves out.
+    off: weight of the plain model -> by how much, relatively (inf: there is none). untrained:
+    weights that are not trained and have one. unlisted: weights whose coordinates `parameters()`
+    leaves out.
     """
 
     off: dict[str, float]
@@ -207,8 +209,9 @@ def _adjoint(model: nn.Module, plain: nn.Module) -> Adjoint:
     full = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     generator = torch.Generator().manual_seed(0)
     active: dict[int, list[Any]] = {}
+    beside = named(applied(model).decision.additions)
     for c in coordinates(model):
-        if c.active:
+        if c.active and c.weight not in beside:
             active.setdefault(id(c.parameter), []).append(c)
     off = {}
     for shared in active.values():
@@ -223,7 +226,7 @@ def _adjoint(model: nn.Module, plain: nn.Module) -> Adjoint:
             off[names[0]] = max(off.get(names[0], 0.0), abs(left - right) / max(scale, 1e-30))
     listed = {id(p) for p in model.parameters()}
     found = coordinates(model)
-    alone = [c for c in found if id(c.parameter) not in active]  # of no weight that is trained
+    alone = [c for c in found if not c.active and id(c.parameter) not in active]
     return Adjoint(
         off=off,
         untrained=[c.weight for c in alone if c.parameter.grad is not None],

@@ -1,0 +1,242 @@
+"""SHERL: a side path over a frozen trunk, into its last blocks. arXiv 2407.07523 (ECCV 2024).
+
+Of L blocks the last `late` are the late route, and the others the trunk, without a backward. With
+h_1 .. h_k what k blocks of the trunk put out, the last block's last, and g = z_k the guide, for
+each token
+
+    z_i = LN(D_i h_i),    rho_i = sum_{j<k} relu(cos(z_i, z_j))
+    y = sum_{i<k} a_i z_i + g,    s_i = relu(w . (z_i * g)) / rho_i,    a_i = s_i / sum_j s_j
+    h <- (1 + tanh(gamma / 0.1)) h_k + U relu(y)
+
+and the late route reads h. Only D, LN, w, U, gamma are trained. U and gamma begin at zero, so that
+the first output is the model's own. Published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k, both
+from their usual beginning, which takes the trunk's own stream away at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from surgery.passkit import (
+    EVERY,
+    Addition,
+    CaptureError,
+    Coordinate,
+    Method,
+    ModelError,
+    Taps,
+    TargetError,
+    check_types,
+    demand,
+    evenly,
+    lora_layers,
+    noise,
+    one_stack,
+    read_addition,
+    register,
+    trained_in,
+    width_of,
+)
+
+
+@register("sherl")
+@dataclass(frozen=True, kw_only=True)
+class Sherl:
+    """Options of SHERL.
+
+    taps: k, blocks of the trunk that the side path reads, evenly spaced, the last one among them.
+    late: blocks of the late route. width: of z (default: half of the model's). hidden: width of the
+    model, where its norms do not tell. within: name of the list of blocks, of a model that has
+    several, such as "model.language_model.layers".
+    """
+
+    saves = ("gradients", "optimizer", "activations")
+
+    taps: int = 4
+    late: int = 1
+    width: int | None = None
+    hidden: int | None = None
+    within: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        demand(self.taps >= 2, self, f"taps={self.taps}: one block to read, and the guide, are 2.")
+        for name in ("late", "width", "hidden"):
+            value = getattr(self, name)
+            demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
+
+    def start(self, model: nn.Module) -> Routing:
+        """Make a side path for a model, or take the one on it; changes nothing. Raises TargetError,
+        OptionError, ModelError."""
+        present = getattr(model, SidePath.key, None)
+        if present is None:
+            side = _made(model, self)
+            side.begin(self.seed)
+        elif isinstance(present, SidePath):
+            side = present
+            same = self == Sherl(seed=self.seed) or _recipe(model, self) == side.recipe()
+            demand(same, self, f"{self!r} is not what is on the model: {dict(side.recipe())}.")
+        else:
+            raise ModelError(
+                f"sherl: {type(model).__name__} has a {SidePath.key!r} of its own, and the side "
+                "path goes by that name. Give yours another."
+            )
+        trained = [n for n, p in side.named_parameters() if p.requires_grad]
+        if not trained:
+            raise TargetError(
+                "sherl: the side path on this model is frozen, so nothing would be trained. Switch "
+                "it on first: model.side_path.requires_grad_(True)."
+            )
+        return Routing(
+            side=side,
+            coordinates=trained_in(side, trained),
+            additions=[side] if present is None else [],
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class Routing(Method):
+    name: str = "sherl"
+    side: SidePath
+    coordinates: Sequence[Coordinate]
+    additions: Sequence[Addition]
+    compiles = True
+    conflicts: ClassVar = {
+        EVERY: "its side path is all that is trained, and below the late route there is no "
+        "backward, so {other} has nothing to work on",
+        "recompute": None,
+        "chunked_loss": None,
+        "compress": None,
+    }
+
+    def check_reached(self) -> None:
+        if any(each.unused for each in self.coordinates):
+            raise CaptureError(
+                "sherl: the side path does not reach the output: this model does not call its "
+                f"blocks ({self.side.reads[-1]}), so that no hook on them is heard. A GraphModule "
+                "does that: apply to the model that it was traced from."
+            )
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        yield "side path", f"{sum(p.numel() for p in self.side.parameters()):,} parameters"
+        yield "read", ", ".join(self.side.reads)
+
+
+class SidePath(Taps):
+    """The side path; an ordinary module on an ordinary model.
+
+    width: of z. like: a weight of the model: all is on its device, in float32 or wider.
+    """
+
+    key, made_by = "side_path", "sherl"
+
+    def __init__(self, reads: Sequence[str], hidden: int, width: int, like: Tensor) -> None:
+        super().__init__(reads, hidden)
+        self.width = width
+        for i in range(len(reads)):
+            self.add_module(f"down_{i}", _Affine((width, hidden), like))
+            self.add_module(f"norm_{i}", _Affine((width,), like))
+        self.score = _Affine((1, width), like)
+        self.up = _Affine((hidden, width), like)
+        self.gate = _parameter((1,), like)
+
+    def begin(self, seed: int) -> None:
+        """Set all weights to where training begins, as a function of the seed."""
+        for name, parameter in self.named_parameters():
+            owner = name.rpartition(".")[0]
+            with torch.no_grad():
+                parameter.fill_(1.0 if name.startswith("norm") and name.endswith("weight") else 0.0)
+                if parameter.ndim == 2 and owner != "up" and not parameter.is_meta:
+                    start = noise.normal(tuple(parameter.shape), seed, "sherl", name)
+                    parameter.copy_(start / parameter.shape[1] ** 0.5)
+
+    def recipe(self) -> Mapping[str, Any]:
+        return {"reads": self.reads, "hidden": self.hidden, "width": self.width}
+
+    def forward(self, hs: Sequence[Tensor]) -> Tensor:
+        """Return what the late route reads (..., hidden), of k outputs of the trunk."""
+        down = [self.get_submodule(f"down_{i}")(h) for i, h in enumerate(hs)]
+        *shallow, g = [self.get_submodule(f"norm_{i}")(d) for i, d in enumerate(down)]
+        z = torch.stack(shallow, -2)  # (..., k - 1, width)
+        unit = functional.normalize(z, dim=-1, eps=1e-6)
+        rho = (unit @ unit.transpose(-1, -2)).relu().sum(-1, keepdim=True)
+        s = self.score(z * g.unsqueeze(-2)).relu() / rho
+        s = s.to(torch.promote_types(s.dtype, torch.float32))  # 1e-8 is 0 in float16
+        a = s / (s.sum(-2, keepdim=True) + 1e-8)
+        y = (a.to(z.dtype) * z).sum(-2) + g
+        last = hs[-1]
+        stays = 1 + torch.tanh(self.gate / 0.1)
+        return last * stays.to(last.dtype) + self.up(y.relu()).to(last.dtype)
+
+
+def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the side path of an export (its folder `side_path`) on a model, whose outputs are then
+    those of the model that was exported; `model.side_path.take_off(model)` takes it off again.
+
+    Needs no surgery; `surgery.apply(model, "sherl")` goes on training it. Returns the same model.
+    """
+    recipe, state = read_addition(folder)
+    first = next(model.get_submodule(recipe["reads"][0]).parameters())
+    side = SidePath(**recipe, like=first)
+    side.load_state_dict(state)
+    side.train(model.training).put_on(model)
+    return model
+
+
+def _made(model: nn.Module, options: Sherl) -> SidePath:
+    if lora_layers(model):
+        raise TargetError(
+            "sherl: PEFT adapters are on this model, and below the late route nothing has a "
+            "gradient. Merge them first: model = model.merge_and_unload()."
+        )
+    recipe = _recipe(model, options)
+    first = next(model.get_submodule(recipe["reads"][0]).parameters())
+    if isinstance(first, DTensor):
+        raise ModelError(
+            "sherl: this model is sharded already, and what is put on it now would not be. Apply "
+            'first: surgery.apply(model, "sherl"), then fully_shard, blocks and model.'
+        )
+    return SidePath(**recipe, like=first).train(model.training)
+
+
+def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
+    """Return what a side path for a model is made of."""
+    stack = one_stack(model, options.within, "sherl")
+    trunk = stack[: len(stack) - options.late]
+    if len(trunk) < 2:
+        raise TargetError(
+            f"sherl: {len(stack)} blocks, {options.late} of them the late route, leave a trunk of "
+            f"{len(trunk)}, and the side path reads two or more. Use another pass, misa say."
+        )
+    hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")
+    width = options.width or max(1, hidden // 2)
+    return {"reads": evenly(trunk, options.taps), "hidden": hidden, "width": width}
+
+
+class _Affine(nn.Module):
+    """A weight and a bias of its rows, read in the dtype of x: of a Linear, or of a LayerNorm if it
+    is a vector."""
+
+    def __init__(self, size: tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = _parameter(size, like), _parameter(size[:1], like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if weight.ndim == 1:
+            return functional.layer_norm(x, weight.shape, weight, bias)
+        return functional.linear(x, weight, bias)
+
+
+def _parameter(size: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return nn.Parameter(torch.empty(size, device=like.device, dtype=dtype))
