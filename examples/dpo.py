@@ -73,14 +73,16 @@ def main(
             raise SystemExit(f"{data}: record {number} has no {' and no '.join(sorted(missing))}")
         sides = found["chosen"], found["rejected"]
         pairs.append([text(tokenizer, found["prompt"], side, length) for side in sides])
+    torch.manual_seed(0)
+    draws = torch.randint(len(pairs), (steps, batch))
+    reference = torch.zeros(len(pairs), 2, device=device)
     with torch.no_grad():
-        reference = torch.stack([log_probability(lm, pair) for pair in pairs])
+        for place in draws.unique():
+            reference[place] = log_probability(lm, pairs[place])
 
     surgery.apply(lm.train(), ["misa", "recompute", "chunked_loss"])
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr)
-    torch.manual_seed(0)
-    for step in range(1, steps + 1):
-        places = torch.randint(len(pairs), (batch,))
+    for step, places in enumerate(draws, 1):
         texts = [side for place in places for side in pairs[place]]
         ahead = log_probability(lm, texts).view(-1, 2) - reference[places.to(device)]
         margin = beta * (ahead[:, 0] - ahead[:, 1])

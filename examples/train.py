@@ -48,7 +48,7 @@ def main(
     texts = [data.read_text()]
     if data.suffix == ".jsonl":
         texts = [json.loads(line).get("text") for line in texts[0].splitlines() if line]
-    if not all(texts):
+    if None in texts:
         raise SystemExit(f'{data} has lines without "text"; one is {{"text": "..."}}')
     ids = [i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
