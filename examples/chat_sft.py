@@ -4,7 +4,8 @@
 
 A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 "content": "..."}]}; of a longer conversation the last answer is learned. Stop it at any time: the
-same command goes on from its last save, one every --save-every steps. COST
+same command goes on from its last save, one every --save-every steps. A save takes a little more
+disk than the weights. Memory is that of train.py, less the logits of questions and padding.
 """
 
 from __future__ import annotations

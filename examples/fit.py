@@ -3,8 +3,8 @@
     python fit.py notes.txt --model Qwen/Qwen3-0.6B --memory 8GiB --length 2048
 
 `surgery.fit` plays a training step of each sensible combination of passes on tensors without
-memory, exact ones first, and recommends the first that leaves a tenth free. No GPU is needed for
-it, and COST
+memory, exact ones first, and recommends the first that leaves a tenth free. It needs no GPU, and
+takes one to some minutes, whatever the size of the weights.
 """
 
 from __future__ import annotations
