@@ -1,10 +1,11 @@
 """Fine-tune a chat model on conversations of your own, with the loss on the answers only.
 
-    python -m examples.chat_sft chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+    python chat_sft.py chats.jsonl --model Qwen/Qwen3-0.6B
 
 A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-"content": "..."}]}. Stop it at any time: the same command goes on from its last save, one every
---save-every steps. The script needs nothing but the library, transformers and typer.
+"content": "..."}]}; of a longer conversation the last answer is learned. Stop it at any time: the
+same command goes on from its last save, one every --save-every steps. A save takes a little more
+disk than the weights. Memory is that of train.py, less the logits of questions and padding.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def batch_of(rows: list[dict[str, torch.Tensor]], device: str) -> dict[str, torc
 
 
 def main(
-    data: Path,
+    data: Annotated[Path | None, typer.Argument(help="Conversations, .jsonl.")] = None,
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    out: Path = Path("chat"),
+    out: Path = Path("out/chat"),
     length: Annotated[int, typer.Option(help="Tokens of a conversation at most.")] = 1024,
     batch: int = 8,
     epochs: int = 1,
@@ -54,14 +55,26 @@ def main(
     save_every: int = 50,
 ) -> None:
     """Train, save a plain checkpoint, and let it answer the first question of the data."""
+    if data is None:  # in a clone of the repository there are some
+        try:
+            from examples.real import sample
+        except ImportError:
+            raise SystemExit("Which conversations? python chat_sft.py chats.jsonl") from None
+        data, model = sample("chats", model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     chat: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     chat.to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    talks = [json.loads(line)["messages"] for line in data.read_text().splitlines() if line]
+    lines = filter(str.strip, data.read_text().splitlines())
+    talks = [json.loads(line).get("messages") for line in lines]
+    for number, messages in enumerate(talks, 1):
+        if not messages or messages[-1]["role"] != "assistant":
+            raise SystemExit(f'{data}: record {number} has no "messages" that end in an answer')
     rows = [example(tokenizer, messages, length) for messages in talks]
     rows = [row for row in rows if (row["labels"] != IGNORED).any()]  # else cut before the answer
+    if not rows:
+        raise SystemExit(f"no answer of {data} begins within {length} tokens: a larger --length")
     draw = torch.Generator().manual_seed(0)  # the same order when the command is repeated
     turns = torch.cat([torch.randperm(len(rows), generator=draw) for _ in range(epochs)])
     steps = turns.split(batch)

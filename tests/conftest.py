@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def fresh():
         # torch's caches keep 10,000 objects of each capture: no collection needs to see them again.
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with the first two layers of SmolLM2, model, and data: notes.txt, chats.jsonl."""
+    from examples.real import HUB, sample, smollm2
+
+    made = tmp_path_factory.mktemp("small")
+    for part in smollm2(layers=2):
+        part.save_pretrained(made / "model")
+    (made / "notes.txt").write_text(sample("text", HUB)[0].read_text()[:9_000])
+    chats = sample("chats", HUB)[0].read_text().splitlines()
+    (made / "chats.jsonl").write_text("\n".join(chats[:8]))
+    return made
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import transformers
 from commands import LLAMA, refused, run
 from laws import ADAPTED
 from models import adapt, make
+from typer.testing import CliRunner
 
 import passes
 import surgery
-from surgery.cli import checking
+from surgery.cli import app, checking
 from surgery.cli.comparing import readable
 from surgery.cli.listing import explained
 from surgery.contract.registry import registered
@@ -188,3 +189,32 @@ def test_colours_come_and_go(monkeypatch):
 
 def test_shells_can_complete():
     assert "--install-completion" in run("--help").stdout
+
+
+def test_the_command_line_lists_the_passes():
+    found = CliRunner().invoke(app, ["list"])
+    assert found.exit_code == 0
+    for name in (
+        "misa",
+        "lisa",
+        "badam",
+        "recompute",
+        "chunked_loss",
+        "velora",
+        "compress",
+        "rso",
+        "mezo",
+    ):
+        assert name in found.output
+
+
+def test_the_command_line_plans_from_a_config_alone(tmp_path):
+    transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=128
+    ).save_pretrained(tmp_path)
+    runner = CliRunner()
+    found = runner.invoke(app, ["plan", str(tmp_path), "budget=0.2", "--length", "16"])
+    assert found.exit_code == 0, found.output
+    assert "optimizer" in found.output and "budget=0.2" in found.output
+    refused = runner.invoke(app, ["plan", str(tmp_path), "budget=7"])
+    assert refused.exit_code == 2 and "lies in (0, 1]" in refused.output.replace("\n", " ")
