@@ -71,7 +71,7 @@ def test_plan_takes_several_passes_with_options(llama):
     )  # fmt: skip
     said = [value for label, value in found["lines"] if label == "pass"]
     assert "period=7" in said[0] and "targets=['q_proj', 'v_proj']" in said[0]
-    assert said[1] == "Recompute()"
+    assert said[1] == "recompute"
     assert found["after"]["milliseconds"] > 0 and found["holders"]
     plain = surgery.plan(
         llama,
