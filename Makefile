@@ -83,6 +83,7 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.zeroth_order
 	$(BIN)/python -m benchmarks.few_shot
 	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.trim_and_flat_lora
 	$(BIN)/python -m benchmarks.launches --json benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.tables

@@ -4,8 +4,8 @@ A figure of a sentence stands in front of a comment that says where it comes fro
 
     0.60<!-- figure: sampling :: methods :: misa 3 % :: time_over_adamw -->x
 
-and keeps as many decimals as it has. `* 100` behind the keys multiplies; `/ KEYS` divides by a second
-figure, whose keys take the place of the last ones: `... :: rso :: peak / LoRA :: peak`.
+and keeps as many decimals as it has. `* 100` behind the keys multiplies; `/ KEYS` divides by a
+second figure, whose keys take the place of the last ones: `... :: rso :: peak / LoRA :: peak`.
 """
 
 from __future__ import annotations

@@ -64,6 +64,27 @@ def _cells(row: dict[str, Any], timed: bool, over: bool = False) -> list[str]:
     return cells + ([f"{row['time_over_eager']:.2f}x"] if timed else [])
 
 
+def memory_and_time(part: dict[str, Any]) -> str:
+    """What is saved for backward, peak and time, for the pages of passes."""
+    rows = [
+        [
+            name,
+            f"{row['live_megabytes']:,.0f} MB",
+            f"{row['peak_megabytes']:,.0f} MB",
+            *([f"{row['time_over_eager']:.2f}x"] if "time_over_eager" in row else []),
+        ]
+        for name, row in part.items()
+        if not name.endswith("checkpointing")
+    ]
+    head = [
+        "",
+        "held after forward",
+        "peak",
+        *(["time of forward and backward"] * (len(rows[0]) - 3)),
+    ]
+    return markdown(head, rows)
+
+
 def zeroth(part: dict[str, Any]) -> str:
     """Time and peak bytes of zeroth-order steps."""
     head = ["", "time", "over MeZO as published", "over mezo", "peak on top of the weights"]
@@ -343,6 +364,21 @@ def training_steps(part: dict[str, Any]) -> str:
     return markdown(["", "live", "gradients", "optimizer state", "time", "over"], rows)
 
 
+def standing(part: dict[str, Any]) -> str:
+    """What stands between steps, what a step adds to it, and its time."""
+    rows = [
+        [
+            name,
+            f"{row['weights_megabytes']:,.0f} MB",
+            f"{row['optimizer_megabytes']:,.0f} MB",
+            f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['time_ratio']:.2f}x",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(["", "weights", "optimizer state", "peak of a step above them", "time"], rows)
+
+
 def packed(part: dict[str, Any]) -> str:
     """Held-out losses with exact and with packed activations."""
     losses_, means = part["held_out_losses"], part["held_out_mean"]
@@ -436,6 +472,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
         activations,
+        memory_and_time,
         zeroth,
         few_shot,
         traffic,
@@ -455,6 +492,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         sampling,
         training_steps,
         packed,
+        standing,
         overhead,
         predictions_gpu,
         soak,
