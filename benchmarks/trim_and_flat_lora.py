@@ -36,7 +36,9 @@ def rows_of(
         name: {
             "weights_megabytes": round(memory.storage_bytes(model.parameters()) / 1e6, 1),
             "optimizer_megabytes": round(memory.state_bytes(optimizers[name]) / 1e6, 1),
-            "peak_megabytes": round(memory.measure(steps[name]).peak / 1e6, 1),
+            "peak_megabytes": round(
+                memory.measure(steps[name], memory.device_of(model)).peak / 1e6, 1
+            ),
             "milliseconds": round(1e3 * statistics.median(seconds[name]), 1),
             "time_ratio": round(ratio(seconds, name, base), 3),
         }
