@@ -34,9 +34,9 @@ import surgery
 PAGE = Path(__file__).parent.parent / "docs" / "support_matrix.md"
 TITLE = """# Support matrix
 
-This page is made from the parameters of the tests (`python tests/support.py`). *works*: a test runs the pass with it, alone or with
-others. *error*: a test sees an error that names the pass, before anything changes. A dot: no test tries it.
-[What to expect of each integration](support.md).
+Made from the parameters of the tests (`python tests/support.py`). *works*: a test runs the pass
+with it, alone or with others. *error*: a test sees an error that names the pass. A dot: no test
+tries it. [What to expect of each integration](support.md).
 """
 
 # Table -> what stands in its columns.
