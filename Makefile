@@ -87,6 +87,7 @@ bench: $(VENV)/.wheels
 	$(BIN)/python -m benchmarks.pretraining
 	$(BIN)/python -m benchmarks.finetuning
 	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.trim_and_flat_lora
 	$(BIN)/python -m benchmarks.launches --json benchmarks/results/launches.json
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.tables

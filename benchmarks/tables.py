@@ -1,6 +1,8 @@
 """Tables of the docs, from the results: `python -m benchmarks.tables` writes them in place.
 
-In the docs a table stands under a comment, <!-- table: FILE | PART | KIND -->.
+In the docs a table stands under a comment, <!-- table: FILE | PART | KIND -->, or under
+<!-- table: FILE | PART | KIND | ROW; ROW --> with some rows only. Figures in sentences:
+`benchmarks.figures`.
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.common import load
 
 ROOT = Path(__file__).parent.parent
-PLACE = re.compile(r"(<!-- table: ([^|>]+) \| ([^|>]+) \| (\w+) -->\n)((?:\|.*\n)*)")
+MARK = "<!-- table:"
+PLACE = re.compile(
+    r"(<!-- table: ([^|>]+) \| ([^|>]+) \| (\w+)(?: \| ([^|>]+))? -->\n)((?:\|.*\n)*)"
+)
 INSIDE = ", checkpointing"
 
 
@@ -41,10 +47,42 @@ def activations(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def only(part: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Return a part with some of its rows, in the order in which they are named."""
+    inner = next((each for each in ("rows", "methods", "steps") if each in part), None)
+    if inner is not None and isinstance(part[inner], dict):
+        return part | {inner: only(part[inner], names)}
+    inside = [name + INSIDE for name in names if name + INSIDE in part]
+    if "checkpointing" in part and "eager" in names:
+        inside.append("checkpointing")
+    return {name: part[name] for name in [*names, *inside]}
+
+
 def _cells(row: dict[str, Any], timed: bool, over: bool = False) -> list[str]:
     live, peak = f"{row['live_megabytes']:,.1f} MB", f"{row['peak_megabytes']:,.0f} MB"
     cells = [live, *([f"{row['live_over_eager']:.2f}x"] if over else []), peak]
     return cells + ([f"{row['time_over_eager']:.2f}x"] if timed else [])
+
+
+def memory_and_time(part: dict[str, Any]) -> str:
+    """What is saved for backward, peak and time, for the pages of passes."""
+    rows = [
+        [
+            name,
+            f"{row['live_megabytes']:,.0f} MB",
+            f"{row['peak_megabytes']:,.0f} MB",
+            *([f"{row['time_over_eager']:.2f}x"] if "time_over_eager" in row else []),
+        ]
+        for name, row in part.items()
+        if not name.endswith("checkpointing")
+    ]
+    head = [
+        "",
+        "held after forward",
+        "peak",
+        *(["time of forward and backward"] * (len(rows[0]) - 3)),
+    ]
+    return markdown(head, rows)
 
 
 def zeroth(part: dict[str, Any]) -> str:
@@ -150,7 +188,13 @@ def whole_steps(part: dict[str, Any]) -> str:
 def fitting(part: dict[str, Any]) -> str:
     """Peaks of compositions, and the longest row that fits into each memory."""
     memories = [*part["best"]]
-    head = ["", "peak", "time over eager", *(f"longest row in {m}" for m in memories), "quality"]
+    head = [
+        "",
+        "peak",
+        "time",
+        *(f"row in {m.replace('GiB', ' GiB')}" for m in memories),
+        "training",
+    ]
     rows = []
     for name, row in part["rows"].items():
         longest = [f"{n:,}" if (n := row["longest"][m]) else "no" for m in memories]
@@ -158,7 +202,10 @@ def fitting(part: dict[str, Any]) -> str:
         for memory in chosen:
             longest[memories.index(memory)] = f"**{longest[memories.index(memory)]}**"
         cells = [f"{row['peak_gib']:.1f} GiB", f"{row['time_over_eager']:.2f}x"]
-        rows.append([name, *cells, *longest, row["quality"]])
+        what = (
+            row["quality"].removeprefix("another method: ").replace("the same gradients", "exact")
+        )
+        rows.append([name, *cells, *longest, what])
     return markdown(head, rows)
 
 
@@ -280,10 +327,152 @@ def quality(part: dict[str, Any]) -> str:
     return markdown(["", "peak", "time of a step", "held-out loss, three seeds"], rows)
 
 
+def sampling(part: dict[str, Any]) -> str:
+    """Peak, time, learning rate and held-out loss of methods; some were not trained."""
+    rows = []
+    for name, row in part.items():
+        trained = "held_out_losses" in row
+        rows.append(
+            [
+                name,
+                f"{row['peak_megabytes']:,.0f} MB",
+                f"{row['time_over_adamw']:.2f}x",
+                f"{row['lr']:g}" if trained else "",
+                ", ".join(f"{loss:.2f}" for loss in row["held_out_losses"])
+                if trained
+                else "not run",
+                f"{row['held_out_mean']:.2f}" if trained else "",
+            ]
+        )
+    head = ["", "peak", "time of a step", "learning rate", "held-out loss, three seeds", "mean"]
+    return markdown(head, rows)
+
+
+def training_steps(part: dict[str, Any]) -> str:
+    """Bytes and time of whole steps, each beside the row that it is compared with."""
+    rows = [
+        [
+            name,
+            f"{row['live_megabytes']:,.1f} MB",
+            f"{row['gradient_bytes'] / 1e6:,.1f} MB",
+            f"{row['optimizer_bytes'] / 1e6:,.1f} MB",
+            f"{row['time_ratio']:.2f}x",
+            row["compared_with"],
+        ]
+        for name, row in part.items()
+    ]
+    return markdown(["", "live", "gradients", "optimizer state", "time", "over"], rows)
+
+
+def standing(part: dict[str, Any]) -> str:
+    """What stands between steps, what a step adds to it, and its time."""
+    rows = [
+        [
+            name,
+            f"{row['weights_megabytes']:,.0f} MB",
+            f"{row['optimizer_megabytes']:,.0f} MB",
+            f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['time_ratio']:.2f}x",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(["", "weights", "optimizer state", "peak of a step above them", "time"], rows)
+
+
+def packed(part: dict[str, Any]) -> str:
+    """Held-out losses with exact and with packed activations."""
+    losses_, means = part["held_out_losses"], part["held_out_mean"]
+    rows = [
+        [name, ", ".join(f"{loss:.3f}" for loss in each), f"{means[name]:.3f}"]
+        for name, each in losses_.items()
+    ]
+    return markdown(["", "held-out loss, each seed", "mean"], rows)
+
+
+def overhead(part: dict[str, Any]) -> str:
+    """What `apply` alone costs, over eager."""
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{row['tokens'][0]} x {row['tokens'][1]}",
+            *(f"{row[what]['ratio']:.3f}x" for what in ("step", "forward_backward", "forward")),
+        ]
+        for name, row in part.items()
+        if name != "machine"
+    ]
+    return markdown(["model", "tokens", "step", "forward and backward", "forward"], rows)
+
+
+def predictions_gpu(part: dict[str, Any]) -> str:
+    """Predicted peaks and times of whole steps on a GPU beside measured ones."""
+    rows = [
+        [
+            name.replace(" | ", ", ").replace("h100", "H100").replace("h200", "H200"),
+            f"{row['peak_gib']:.2f} GiB",
+            f"{row['measured_gib']:.2f} GiB",
+            f"{row['ms']:.0f} ms",
+            f"{row['measured_ms']:.0f} ms",
+        ]
+        for name, row in part.items()
+    ]
+    return markdown(["", "peak, predicted", "measured", "a step, predicted", "measured"], rows)
+
+
+def spread(part: dict[str, Any]) -> str:
+    """How far predictions of peaks are off, over all runs."""
+    off = sorted(100 * abs(row["off"]) for rows in part.values() for row in _runs(rows))
+    near = sum(each < 0.1 for each in off)
+    row = [f"{len(off)}", f"{off[len(off) // 2]:.3f} %", f"{near}", f"{off[-1]:.2f} %"]
+    return markdown(
+        ["runs", "half are off by less than", "off by less than 0.1 %", "largest"], [row]
+    )
+
+
+def _runs(rows: Any) -> list[dict[str, Any]]:
+    found = rows.values() if isinstance(rows, dict) else []
+    return [row for row in found if isinstance(row, dict) and "off" in row]
+
+
+def soak(part: dict[str, Any]) -> str:
+    """What grew in a long life, at its beginning, in its middle and at its end."""
+    samples = {sample["actions"]: sample for sample in part["samples"]}
+    shown = [samples[at] for at in (800, 4400, 10_000)]
+    counted = {
+        "distinct structures of inputs, hooks and frozen weights": "structures",
+        "captured graphs of the eight models": "captures",
+    }
+    sized = {
+        "optimizer state": ("optimizer_state_bytes", 1),
+        "live tensors": ("live_tensor_bytes", 1),
+        "allocated by malloc": ("malloc_bytes", 0),
+        "resident memory": ("resident_bytes", 0),
+    }
+    rows = [[name, *(f"{each[key]:,}" for each in shown)] for name, key in counted.items()]
+    rows += [
+        [name, *(f"{each[key] / 1e6:,.{digits}f} MB" for each in shown)]
+        for name, (key, digits) in sized.items()
+    ]
+    return markdown(["", *(f"after {each['actions']:,} actions" for each in shown)], rows)
+
+
+def best(part: dict[str, Any]) -> str:
+    """What `fit` recommends in each memory, and the longest row that fits there."""
+    ways = ["by backward", "by forward passes alone"][: len(next(iter(part["best"].values())))]
+    rows = []
+    for memory, names in part["best"].items():
+        found = [
+            "nothing fits" if name is None else f"{name}: {part['rows'][name]['longest'][memory]:,}"
+            for name in names
+        ]
+        rows.append([memory.replace("GiB", " GiB"), *found])
+    return markdown(["your GPU", *(f"{way}: longest row, in tokens" for way in ways)], rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
         activations,
+        memory_and_time,
         zeroth,
         few_shot,
         traffic,
@@ -300,25 +489,36 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         head_in_short,
         beside_lora,
         quality,
+        sampling,
+        training_steps,
+        packed,
+        standing,
+        overhead,
+        predictions_gpu,
+        soak,
+        spread,
+        best,
     )
 }
 
 
 def render(text: str) -> str:
-    """Return a page with its tables as the results have them."""
+    """Return a page with its tables and figures as the results have them."""
 
     def table(found: re.Match[str]) -> str:
-        place, file, part, kind, _ = found.groups()
+        place, file, name, kind, rows, _ = found.groups()
         result = load(file)
-        return place + KINDS[kind](result.get("parts", result)[part])
+        parts = result.get("parts", result)
+        part = parts if name == "all" else parts[name]
+        return place + KINDS[kind](only(part, rows.split("; ")) if rows else part)
 
-    return PLACE.sub(table, text)
+    return figures.fill(PLACE.sub(table, text))
 
 
 def pages() -> list[Path]:
-    """Return the pages that have such tables."""
+    """Return the pages that have such tables or figures."""
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [page for page in found if PLACE.search(page.read_text())]
+    return [page for page in found if re.search(f"{MARK}|{figures.MARK}", page.read_text())]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sparse-MeZO: two forwards along the small weights only. arXiv 2402.15751 (NeurIPS 2025).
 
-As MeZO, with z replaced by m z: m = (|W| <= h), where h is the magnitude below which
+As MeZO, with z replaced by m z: m = (abs(W) <= h), where h is the magnitude below which
 `keep_fraction` of each matrix lies (section 3). m is taken from the unperturbed weight wherever z
 is, so both evaluations and the update see the same, and it is never stored. (The paper's
 pseudocode lacks the absolute value.) With h fixed, a weight that grows beyond it stays for good.

@@ -35,11 +35,30 @@ import surgery
 PAGE = Path(__file__).parent.parent / "docs" / "support_matrix.md"
 TITLE = """# Support matrix
 
-Made from the parameters of the tests (`python tests/support.py`): a pass *works* with what a test
-runs it with, alone or with others; *refused* means that a test sees an error that names it; a dot,
-that no test tries it.
-
+Made from the parameters of the tests (`python tests/support.py`). *works*: a test runs the pass
+with it, alone or with others. *error*: a test sees an error that names the pass. A dot: no test
+tries it. [What to expect of each integration](support.md).
 """
+
+# Table -> what stands in its columns.
+TABLES = {
+    "A run": ["plain loop", "save, load", "export", "deepcopy, pickle"],
+    "Other code": [
+        "8-bit and other optimizers",
+        "step(closure)",
+        "hooks on modules",
+        "weights frozen and trained again",
+        "PEFT",
+    ],
+    "Trainers": [
+        "Accelerate",
+        "HF Trainer",
+        "TRL SFTTrainer",
+        "Lightning Trainer",
+        "Lightning Fabric",
+    ],
+    "Several processes, compilers": ["DDP", "FSDP2", "backend="],
+}
 
 
 EVERY = PASSES | ADAPTED | WORDS | SIDE | BARE
@@ -163,14 +182,19 @@ def matrix() -> str:
     """Return the page."""
     own = {file.stem for file in (Path(__file__).parent.parent / "passes").glob("*.py")}
     names = [name for name in surgery.available() if name in own]  # tests register others
-    lines = [["with", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+    state = {}
     for what, tested in WITH.items():
         works = passes_of(tested.works, tested.specs) | {*tested.also.values()}
         refused = passes_of(tested.refused, tested.specs)
         assert works and not works & refused, what
-        state = dict.fromkeys(works, "works") | dict.fromkeys(refused, "refused")
-        lines.append([what, *(state.get(name, "·") for name in names)])
-    return TITLE + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        state[what] = dict.fromkeys(works, "works") | dict.fromkeys(refused, "error")
+    assert [each for columns in TABLES.values() for each in columns] == list(WITH)
+    page = TITLE
+    for title, columns in TABLES.items():
+        lines = [["pass", *columns], ["---"] * (1 + len(columns))]
+        lines += [[f"`{n}`", *(state[what].get(n, "·") for what in columns)] for n in names]
+        page += f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return page
 
 
 if __name__ == "__main__":

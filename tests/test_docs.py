@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import dataclasses
+import importlib
 import re
 import shutil
 import subprocess
@@ -16,30 +17,10 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+import passes
+import surgery
+
 ROOT = Path(__file__).parent.parent
-
-
-def texts() -> str:
-    """Return all that the library may say, what is filled in left out."""
-    found = []
-    for folder in ("surgery", "passes"):
-        for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
-                    found.append("".join(map(str, parts)))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
-    return "\n".join(found)
-
-
-def test_what_the_troubleshooting_quotes_is_said():
-    page, said = (ROOT / "docs" / "troubleshooting.md").read_text(), texts()
-    headings = re.findall(r"^### (.*)", page, re.MULTILINE)
-    quoted = [each for line in headings for each in re.findall('"(.*?)"', line)]
-    assert len(quoted) > 30
-    missing = [q for q in quoted if not re.search(re.escape(q).replace(r"\.\.\.", ".*"), said)]
-    assert not missing
 
 
 def blocks(page: str) -> list[str]:
@@ -93,9 +74,85 @@ def test_the_blocks_of_other_trainers_run_as_they_stand(trainer, small, monkeypa
     assert not moved(weights, small / "finetuned")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="docs are not installed")
-def test_the_docs_build(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", "docs", str(tmp_path)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "troubleshooting.html").is_file()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The docs as HTML."""
+    pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("html")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", "docs", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_docs_build(built):
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    made = {str(page.relative_to(built)) for page in built.rglob("*.html")}
+    assert {page.replace(".md", ".html") for page in pages} <= made
+
+
+def public(module) -> dict[str, object]:
+    """What a module exports: its imports under their own names, and what it defines."""
+    found = {}
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {a.asname: getattr(module, a.asname) for a in node.names if a.asname}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = getattr(module, node.name)
+    return {name: each for name, each in found.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", ["surgery", "passes", "surgery.passkit", "surgery.testing"])
+def test_all_that_is_public_is_on_the_page_of_the_api(module, built):
+    from sphinx.util.inventory import InventoryFile
+
+    text = (built / "objects.inv").read_bytes()
+    known = InventoryFile.loads(text, uri="")
+    kinds = [kind for kind in known.data if kind.startswith("py:")]
+    documented = {name for kind in kinds for name in known.data[kind]}
+    names = public(importlib.import_module(module))
+    if module == "surgery":
+        names |= {"TrainerCallback": surgery.TrainerCallback}  # imported when asked for
+    assert len(names) > 5
+    missing = []
+    for name, each in names.items():
+        own = f"{getattr(each, '__module__', '')}.{getattr(each, '__qualname__', '')}"
+        if (
+            not {f"{module}.{name}", f"surgery.{name}", own, getattr(each, "__name__", "")}
+            & documented
+        ):
+            missing.append(name)
+    assert not missing
+
+
+PASSES = sorted((ROOT / "docs" / "passes").glob("*.md"), key=lambda page: page.stem)
+ORDER = [
+    "When to use it, and when not",
+    "Code",
+    "Cost",
+    "Options",
+    "The paper, and what differs",
+    "How it works",
+]
+
+
+@pytest.mark.parametrize("page", PASSES, ids=lambda page: page.stem)
+def test_the_page_of_a_pass_has_its_parts_in_order_and_its_options(page):
+    """Parts of its own may stand between the paper and how it works."""
+    from surgery.contract.registry import registered
+
+    text = page.read_text()
+    assert [h for h in re.findall(r"^## (.*)", text, re.MULTILINE) if h in ORDER] == ORDER
+    options = text.split("\n## Options\n")[1].split("\n## ")[0]
+    rows = {
+        row[0].strip("`"): row[1] for row in re.findall(r"^\| (`\w+`) \| (.*?) \|", options, re.M)
+    }
+    surgery.available()
+    spec = registered()[page.stem]
+    fields = {field.name: field.default for field in dataclasses.fields(spec)}
+    shared = (
+        {f.name for f in dataclasses.fields(passes.Mezo)} if "mezo.md#options" in options else set()
+    )
+    assert set(rows) <= set(fields) and set(fields) - shared <= set(rows)
+    for name, told in rows.items():
+        assert ast.literal_eval(told.strip("`")) == fields[name], name

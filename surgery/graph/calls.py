@@ -62,7 +62,7 @@ def is_cheap(call: Node) -> bool:
 def insert(
     graph: GraphModule, run: Callable[..., Any], method: Any, *args: Any, before: Node
 ) -> Node:
-    """Put a call of run(method, *args) into a graph, and return its node.
+    """Put a call of `run(method, *args)` into a graph, and return its node.
 
     run: made by `node`. args: nodes of this graph, numbers and strings. The node counts as one of
     the module that `before` comes from, and as of the shape of the first node that it is given.
