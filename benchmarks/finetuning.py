@@ -32,8 +32,8 @@ import passes
 import surgery
 from benchmarks import corpus
 from benchmarks.arms import dense, lora, ours
-from benchmarks.common import OutOfTime, load, peak_of_step, save, train_all
-from benchmarks.pretraining import interval, last
+from benchmarks.common import OutOfTime, interval, load, peak_of_step, save, train_all
+from benchmarks.pretraining import last
 from examples.real import smollm2
 
 RUNS = "finetuning_runs"

@@ -1,10 +1,10 @@
 """Pre-training from scratch for long: held-out loss against tokens, and against peak bytes.
 
-    python -m benchmarks.pretraining [small | full | factors] [--seconds 480]
+    python -m benchmarks.pretraining [small | full | factors | narrow] [--seconds 480]
 
 full: a Llama of 34 M parameters (hidden 512, 8 blocks) on the corpus of `benchmarks.corpus`, 64 x
 256 tokens a step, bf16 autocast, 2,500 steps; runs side by side on one GPU. small: 9 M parameters,
-4 x 128 tokens, for two cores. factors: what makes rso trail GaLore, one option changed at a time.
+4 x 128 tokens, for two cores. factors: what makes rso trail GaLore, one option changed at a time; narrow: a quarter of the tokens.
 Norms, embeddings and head are trained by plain AdamW in all rows but badam's, which has no way to.
 Each method at the best of three learning rates (chosen on seed 0), then three other seeds.
 A call begins no run that would end after so many seconds, and keeps what is done: call it again.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from transformers.utils import logging
 import passes
 from benchmarks import corpus
 from benchmarks.arms import dense, lora, ours
-from benchmarks.common import OutOfTime, load, save, train_all
+from benchmarks.common import OutOfTime, interval, load, save, train_all
 from surgery import memory
 
 RUNS = "pretraining_runs"
@@ -78,6 +78,7 @@ SCALES = {
         held_out=512,
     ),
 }
+SCALES["narrow"] = replace(SCALES["full"], batch=(16, 256))
 
 
 def model_of(scale: Scale) -> Any:
@@ -213,14 +214,6 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
 # -- what they say ---------------------------------------------------------------------------------
 
 
-def interval(values: list[float]) -> list[float]:
-    """Return the interval that holds the mean with 95 %, by Student's t of three values."""
-    assert len(values) == 3
-    half = 4.303 * statistics.stdev(values) / 3**0.5
-    mean = statistics.fmean(values)
-    return [round(mean - half, 4), round(mean + half, 4)]
-
-
 def last(run: dict[str, Any]) -> float:
     return list(run["losses"].values())[-1]
 
@@ -256,15 +249,15 @@ def compare(size: str, methods: tuple[str, ...], until: float) -> dict[str, Any]
 
 
 def main(
-    part: Annotated[str, typer.Argument(help="small, full or factors")] = "small",
+    part: Annotated[str, typer.Argument(help="small, full, factors or narrow")] = "small",
     seconds: float = math.inf,
 ) -> None:
     """Train what is missing, and write the rows when all is there."""
     corpus.about()
-    size = "small" if part == "small" else "full"
-    chosen = ("rso", "galore", *FACTORS) if part == "factors" else MAIN
+    size = "full" if part == "factors" else part
+    chosen = {"factors": ("rso", "galore", *FACTORS), "narrow": ("rso", "galore", "AdamW")}
     try:
-        found = compare(size, chosen, time.time() + seconds)
+        found = compare(size, chosen.get(part, MAIN), time.time() + seconds)
     except OutOfTime as left:
         raise SystemExit(f"{left}: call it again") from None
     save("pretraining", load("pretraining") | {part: found})

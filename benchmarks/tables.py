@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import figures
-from benchmarks.common import load
+from benchmarks.common import interval, load
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- table:"
@@ -258,6 +259,22 @@ def losses(part: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def intervals(part: dict[str, Any]) -> str:
+    """Means of three seeds, and the interval that holds each mean with 95 %."""
+    rows = []
+    for name, row in (part.get("methods") or part.get("rows") or part).items():
+        values = row.get("held_out_losses") or row.get("accuracies")
+        if values is None:  # not trained
+            continue
+        low, high = interval(values)
+        peak = f"{row['peak_megabytes']:,.0f} MB" if "peak_megabytes" in row else ""
+        rows.append(
+            [name, f"{fmean(values):.3f}", f"{low:.3f} to {high:.3f}", *([peak] * bool(peak))]
+        )
+    head = ["", "mean of three seeds", "95 % interval"]
+    return markdown(head + ["peak"] * (len(rows[0]) - 3), rows)
+
+
 def folding(part: dict[str, Any]) -> str:
     """What becomes of steps in weights of few bits."""
     rates = list(next(iter(part.values())))
@@ -483,6 +500,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
         whole_steps,
         cost,
         losses,
+        intervals,
         folding,
         predictions,
         gpu_in_short,
