@@ -4,7 +4,8 @@
 
 full: a Llama of 34 M parameters (hidden 512, 8 blocks) on the corpus of `benchmarks.corpus`, 64 x
 256 tokens a step, bf16 autocast, 2,500 steps; runs side by side on one GPU. small: 9 M parameters,
-4 x 128 tokens, for two cores. factors: what makes rso trail GaLore, one option changed at a time; narrow: a quarter of the tokens.
+4 x 128 tokens, for two cores. factors: what makes rso trail GaLore, one option changed at a time;
+narrow: a quarter of the tokens a step.
 Norms, embeddings and head are trained by plain AdamW in all rows but badam's, which has no way to.
 Each method at the best of three learning rates (chosen on seed 0), then three other seeds.
 A call begins no run that would end after so many seconds, and keeps what is done: call it again.
