@@ -36,8 +36,9 @@ TITLE = """# Support matrix
 
 Made from the parameters of the tests (`python tests/support.py`). *yes*: a test runs the pass
 with it, alone or with others. *error*: a test sees an error that names the pass. A dot: no test
-tries it. *Copies* are those of `deepcopy` and `pickle`, *closures* those of `optimizer.step(closure)`,
-*hooks* those on modules; *freezing* is switching weights off and on during a run. [What to expect of each integration](support.md).
+tries it. *Copies* are those of `deepcopy` and `pickle`, *closures* those of
+`optimizer.step(closure)`, *hooks* those on modules; *freezing* is switching weights off and on
+during a run. [What to expect of each integration](support.md).
 """
 
 # Table -> what stands in its columns.
