@@ -2,6 +2,7 @@
 
 project = "model-surgery"
 author = "the model-surgery authors"
+copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "model-surgery"

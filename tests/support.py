@@ -35,25 +35,27 @@ import surgery
 PAGE = Path(__file__).parent.parent / "docs" / "support_matrix.md"
 TITLE = """# Support matrix
 
-Made from the parameters of the tests (`python tests/support.py`). *works*: a test runs the pass
+Made from the parameters of the tests (`python tests/support.py`). *yes*: a test runs the pass
 with it, alone or with others. *error*: a test sees an error that names the pass. A dot: no test
-tries it. [What to expect of each integration](support.md).
+tries it. *Copies* are those of `deepcopy` and `pickle`, *closures* those of
+`optimizer.step(closure)`, *hooks* those on modules; *freezing* is switching weights off and on
+during a run. [What to expect of each integration](support.md).
 """
 
 # Table -> what stands in its columns.
 TABLES = {
-    "A run": ["plain loop", "save, load", "export", "deepcopy, pickle"],
+    "A run": ["plain loop", "save, load", "export", "copies"],
     "Other code": [
-        "8-bit and other optimizers",
-        "step(closure)",
-        "hooks on modules",
-        "weights frozen and trained again",
+        "other optimizers",
+        "closures",
+        "hooks",
+        "freezing",
         "PEFT",
     ],
     "Trainers": [
         "Accelerate",
         "HF Trainer",
-        "TRL SFTTrainer",
+        "TRL SFT",
         "Lightning Trainer",
         "Lightning Fabric",
     ],
@@ -85,23 +87,23 @@ WITH = {
             test_sherl_runs.test_an_export_loads_with_its_recipe_and_without_it: "sherl",
         },
     ),
-    "deepcopy, pickle": Tested(works=[test_laws.test_law]),
-    "8-bit and other optimizers": Tested(
+    "copies": Tested(works=[test_laws.test_law]),
+    "other optimizers": Tested(
         works=[
             test_optimizers.test_rounds_state_and_resume,
             test_optimizers.test_passes_without_coordinates_do_not_mind_the_optimizer,
         ]
     ),
-    "step(closure)": Tested(
+    "closures": Tested(
         works=[
             test_other_code.test_a_step_whose_closure_is_not_finite_changes_nothing,
             test_lightning.test_automatic_optimization_gives_the_plain_loop,
         ]
     ),
-    "hooks on modules": Tested(
+    "hooks": Tested(
         works=[test_other_code.test_hooks_on_modules_are_heard_whenever_they_are_put_on]
     ),
-    "weights frozen and trained again": Tested(
+    "freezing": Tested(
         works=[test_other_code.test_freezing_holds_and_unfreezing_trains_again],
         specs=test_other_code.ALL_AT_ONCE,
         also={test_freezing.test_a_slope_is_of_what_is_moved: "mezo"},
@@ -119,7 +121,7 @@ WITH = {
         works=[test_trainer.test_the_plain_loop_gives_the_same_run],
         also={test_sherl_runs.test_the_trainer_gives_the_plain_loop: "sherl"},
     ),
-    "TRL SFTTrainer": Tested(
+    "TRL SFT": Tested(
         works=[test_other_trainers.test_sft_trainer],
         refused=[test_other_trainers.test_what_the_fused_head_of_sft_trainer_leaves_no_room_for],
     ),
@@ -187,7 +189,7 @@ def matrix() -> str:
         works = passes_of(tested.works, tested.specs) | {*tested.also.values()}
         refused = passes_of(tested.refused, tested.specs)
         assert works and not works & refused, what
-        state[what] = dict.fromkeys(works, "works") | dict.fromkeys(refused, "error")
+        state[what] = dict.fromkeys(works, "yes") | dict.fromkeys(refused, "error")
     assert [each for columns in TABLES.values() for each in columns] == list(WITH)
     page = TITLE
     for title, columns in TABLES.items():
