@@ -265,8 +265,9 @@ def project(state: dict[str, Any], old: Tensor, new: Tensor, left: bool) -> None
             if 1 in value.shape:
                 continue  # a factor
             raise OptimizerError(
-                f'galore: on_resample="project" does not know how to take {key!r} of an optimizer '
-                'into another subspace. Give on_resample="keep", as published, or "reset".'
+                'galore: on_resample="project" does not know how an '
+                f"optimizer's {key!r} goes into another subspace. "
+                'Give on_resample="keep", as published, or "reset".'
             )
         now = moment(value) if left else moment(value).t()
         now = turn @ now if key in _FIRST else squares @ now + rest * now.mean(0, keepdim=True)
