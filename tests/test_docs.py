@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a file that is opened in passing
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guides/long_context.md"])
 def test_the_first_loop_of_a_page_runs_as_it_stands(page, tmp_path, monkeypatch):
     from examples.real import kjv, smollm2
 
