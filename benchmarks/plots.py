@@ -25,25 +25,30 @@ def picture(name: str, size: tuple[float, float], font: int = 8) -> Iterator[Any
     figure, axes = pyplot.subplots(figsize=size)
     yield axes
     PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Draw bytes alive after forward against time, both over eager; names of ours in bold."""
+    """Draw bytes alive after forward against time, both over eager, numbered from the fastest;
+    names of ours in bold."""
     plain = {name: row for name, row in rows.items() if not name.endswith(", checkpointing")}
     name = case.split(",")[0].lower().replace("-", "_")
     half = "_bfloat16" if "bfloat16" in case else ""
-    with picture(f"activation_memory_{name}{half}", (8, 5), font=7) as axes:
-        for name, row in plain.items():
-            other = any(word in name for word in ("peft", "budget", "eager", "adapters"))
-            other |= name == "checkpointing"
-            x, y = row["time_over_eager"], row["live_over_eager"]
-            axes.scatter(x, y, color="tab:gray" if other else "tab:blue", s=16)
-            axes.annotate(
-                name, (x, y), xytext=(4, 3), textcoords="offset points",
-                weight="normal" if other else "bold",
-            )  # fmt: skip
+    points = sorted((row["time_over_eager"], row["live_over_eager"], n) for n, row in plain.items())
+    with picture(f"activation_memory_{name}{half}", (9, 4.5)) as axes:
+        weights = []
+        for number, (x, y, row) in enumerate(points, 1):
+            other = any(word in row for word in ("peft", "budget", "eager", "adapters"))
+            other |= row == "checkpointing"
+            weights.append("normal" if other else "bold")
+            colour = "tab:gray" if other else "tab:blue"
+            axes.scatter(x, y, color=colour, s=16, label=f"{number}  {row}")
+            place = {"xytext": (3, 3), "textcoords": "offset points", "weight": weights[-1]}
+            axes.annotate(str(number), (x, y), **place)
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        for text, weight in zip(legend.get_texts(), weights, strict=True):
+            text.set_weight(weight)
         axes.set_xlabel("time of forward and backward over eager")
         axes.set_ylabel("bytes alive after forward over eager")
         axes.set_ylim(bottom=0)
@@ -61,7 +66,7 @@ def accuracy(task: str, result: dict[str, Any]) -> None:
         axes.set_xlabel("forwards (a backward counts as two)")
         axes.set_ylabel(f"accuracy, mean of {len(result['seeds'])} seeds")
         axes.set_title(f"MiniLM on Reuters R8, {task}, {result['shots']} examples of each")
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def draw(parts: dict[str, Any]) -> None:
@@ -72,3 +77,5 @@ def draw(parts: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     draw(json.loads((RESULTS / "activation_memory.json").read_text())["parts"])
+    for task, result in json.loads((RESULTS / "few_shot.json").read_text())["parts"].items():
+        accuracy(task, result)

@@ -4,6 +4,7 @@ project = "model-surgery"
 author = "the model-surgery authors"
 copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+default_role = "code"  # of docstrings: `surgery.fit`
 html_theme = "furo"
 html_title = "model-surgery"
 html_static_path = ["_static"]

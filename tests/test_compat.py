@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import copy
 import gc
+import importlib
 import inspect
 import logging
 import pickle
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import surgery
+from surgery import compat
 from surgery.compat import (
     autograd,
     caches,
@@ -275,6 +278,13 @@ def test_what_a_module_holds():
     modules.take_child(model, "extra")
     modules.take_child(model, "extra")
     assert modules.child(model, "extra") is None and not hasattr(model, "extra")
+    names, keys = [name for name, _ in model.named_children()], list(model.state_dict())
+    with modules.without_children(model, {names[0]}):
+        left = [name for name, _ in model.named_children()]
+        assert left == names[1:], "nn.Module lists children from elsewhere than _modules"
+        assert not any(key.startswith(f"{names[0]}.") for key in model.state_dict())
+    assert [name for name, _ in model.named_children()] == names
+    assert list(model.state_dict()) == keys
     plain = model(torch.ones(1, 4))
     handle = model.register_forward_hook(lambda module, args, out: out + 1)
     ((key, hook),) = modules.forward_hooks(model)
@@ -999,9 +1009,8 @@ def test_what_is_around_a_backward_a_forward_and_a_step():
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
-    known = [autograd, caches, dynamo, failures, fsdp, hf, inductor, modules, optimizers]
-    known += [stage, tensors, world]
-    for module in known:
+    for found in pkgutil.iter_modules(compat.__path__):
+        module = importlib.import_module(f"surgery.compat.{found.name}")
         for node in ast.parse(inspect.getsource(module)).body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
             if public:

@@ -47,7 +47,7 @@ def moved(weights: Mapping[str, Tensor], folder: Path) -> set[str]:
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a file that is opened in passing
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guides/long_context.md"])
 def test_the_first_loop_of_a_page_runs_as_it_stands(page, small, monkeypatch):
     code = next(block for block in blocks(page) if "surgery.apply" in block)
     names = run(code, small, monkeypatch)
