@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,13 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parent.parent
 COMMAND = "import sys; sys.path[:0] = ['tests', '.']; from processes import serve; serve()"
 LIMIT = 600  # seconds for one script
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def run(code: str, folder: Path, *arguments: list[str], env: Sequence[dict] = ()) -> list[str]:

@@ -9,8 +9,8 @@ import processes
 import pytest
 import torch
 from commands import run
+from processes import free_port
 from safetensors.torch import load_file
-from test_examples import free_port
 
 MAIN = "from surgery.cli import main; main()"
 # A signal that one process hears after its third step.

@@ -47,10 +47,12 @@ from surgery.compat import (
     fsdp,
     hf,
     inductor,
+    known,
     modules,
     optimizers,
     stage,
     tensors,
+    uncompiled,
     world,
 )
 from surgery.engine import callers, exhausted
@@ -260,6 +262,34 @@ def test_dynamo_does_not_look_into_what_it_is_kept_from():
 
     torch.compile(lambda x: dynamo.past(call)(x) * 2, backend="eager")(torch.ones(2))
     assert seen == [False]
+
+
+@pytest.mark.parametrize("first", ["distinct", "one tensor twice"])
+def test_a_call_that_is_given_less_and_one_tensor_twice_is_captured(first):
+    """Dynamo's words for a recapture read arguments of earlier calls that are not there now."""
+    model = surgery.apply(make("llama"), "recompute")
+    ids = torch.randint(0, 96, (2, 12))
+    labels = ids.clone() if first == "distinct" else ids
+    model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(24)).loss.backward()
+    loss = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(loss, make("llama")(input_ids=ids, labels=ids).loss)
+    model(input_ids=ids, labels=ids.clone(), attention_mask=torch.ones_like(ids)).loss.backward()
+
+
+def test_canary_known_and_uncompiled():
+    """known.Known has the data of what comes of numbers; uncompiled.uncompiled runs as written."""
+    whole, fake = torch.tensor([1, 2]), torch.empty(2, dtype=torch.long, device="meta")
+    data = known.Known()
+    data.note(fake, whole)
+    found = data.result(torch.ops.aten.add.Tensor, (fake, fake), {})
+    assert torch.equal(found, torch.tensor([2, 4])), "Look at func._schema and at torch.Tag"
+    fake.add_(1)
+    assert data.result(torch.ops.aten.add.Tensor, (fake, fake), {}) is None, "_version is gone"
+    calls = []
+    compile = torch.compile
+    with uncompiled.uncompiled():
+        torch.compile(lambda: calls.append(torch.compiler.is_compiling()))()
+    assert calls == [False] and torch.compile is compile, "look at torch.compiler.set_stance"
 
 
 def test_symbolic_conditions():

@@ -8,13 +8,14 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch._dynamo.guards
 import torch._dynamo.utils
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
@@ -90,7 +91,7 @@ def capturing(most: int) -> Iterator[None]:
     if _sorts_functions():
         quiet = patch.object(torch._dynamo.utils, _settings_logged().__name__, return_value="{}")
     try:
-        with torch._dynamo.config.patch(settings), quiet, _under_modes():
+        with torch._dynamo.config.patch(settings), quiet, _reasons_found(), _under_modes():
             yield
     except FailOnRecompileLimitHit as error:
         raise LimitHit(str(error)) from error
@@ -98,6 +99,22 @@ def capturing(most: int) -> Iterator[None]:
         if isinstance(error.inner_exception, SurgeryError):
             raise error.inner_exception from None
         raise
+
+
+_ALIASING = "recompilation_reason_for_no_tensor_aliasing_guard"
+
+
+def _reasons_found() -> AbstractContextManager[Any]:
+    """Let Dynamo capture a call that is given less than an earlier one: when a tensor is given
+    twice now, it looks among the arguments for all that were there then, and a KeyError ends it."""
+    asked = getattr(torch._dynamo.guards, _ALIASING)
+
+    def reasons(*args: Any) -> list[str]:
+        with suppress(LookupError, AttributeError):
+            return asked(*args)
+        return ["other arguments"]
+
+    return patch.object(torch._dynamo.guards, _ALIASING, reasons)
 
 
 @contextmanager
