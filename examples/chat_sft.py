@@ -3,14 +3,15 @@
     python chat_sft.py chats.jsonl --model Qwen/Qwen3-0.6B
 
 A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-"content": "..."}]}; of a longer conversation the last answer is learned. Stop it at any time: the
-same command goes on from its last save, one every --save-every steps. A save takes a little more
-disk than the weights. Memory is that of train.py, less the logits of questions and padding.
+"content": "..."}]}; of a longer conversation the last answer is learned. Stop it at any time, by
+Ctrl-C too: the same command goes on where it was. A save takes a little more disk than the weights.
+Memory is that of train.py, less the logits of questions and padding.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,25 @@ def batch_of(rows: list[dict[str, torch.Tensor]], device: str) -> dict[str, torc
     return made | {"attention_mask": there.long()}
 
 
+def talks_of(data: Path) -> list[list[dict[str, str]]]:
+    """Return the conversations of a file, each with an answer at its end."""
+    if not data.is_file():
+        raise SystemExit(f"there is no file {data}")
+    found = []
+    for number, line in enumerate(data.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            answered = messages[-1]["role"] == "assistant"
+        except (ValueError, TypeError, LookupError):
+            answered = False
+        if not answered:
+            raise SystemExit(f'{data}: record {number} has no "messages" that end in an answer')
+        found.append(messages)
+    return found
+
+
 def main(
     data: Annotated[Path | None, typer.Argument(help="Conversations, .jsonl.")] = None,
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -61,16 +81,12 @@ def main(
         except ImportError:
             raise SystemExit("Which conversations? python chat_sft.py chats.jsonl") from None
         data, model = sample("chats", model)
+    talks = talks_of(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     chat: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     chat.to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lines = filter(str.strip, data.read_text().splitlines())
-    talks = [json.loads(line).get("messages") for line in lines]
-    for number, messages in enumerate(talks, 1):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise SystemExit(f'{data}: record {number} has no "messages" that end in an answer')
     rows = [example(tokenizer, messages, length) for messages in talks]
     rows = [row for row in rows if (row["labels"] != IGNORED).any()]  # else cut before the answer
     if not rows:
@@ -82,9 +98,20 @@ def main(
     surgery.apply(chat, ["misa", "recompute", "chunked_loss"])
     optimizer = torch.optim.AdamW(chat.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps) + 1)
-    run = out / "run"
+    run, settings = out / "run", out / "settings.json"
+    given = {"model": str(model), "rows": len(rows), "length": length, "batch": batch}
+    given |= {"epochs": epochs, "lr": lr}
     if run.exists():
+        was = json.loads(settings.read_text())
+        other = [f"{key}={was.get(key)}" for key in given if was.get(key) != given[key]]
+        if other:
+            raise SystemExit(f"{out} holds a run with {', '.join(other)}: choose another --out")
         surgery.load(chat, run, optimizer, schedule)
+        print(f"{out}: goes on behind step {schedule.last_epoch} of {len(steps)}")
+    out.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(given))
+    stops: list[int] = []  # Ctrl-C is heard between steps
+    before = signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))
     done = schedule.last_epoch
     for step, places in enumerate(steps[done:], done + 1):
         loss = chat(**batch_of([rows[i] for i in places], device)).loss
@@ -94,8 +121,11 @@ def main(
         optimizer.zero_grad()
         schedule.step()
         print(f"step {step} of {len(steps)}, loss {loss.item():.3f}", flush=True)
-        if step % save_every == 0 or step == len(steps):
+        if stops or step % save_every == 0 or step == len(steps):
             surgery.save(chat, run, optimizer, schedule)
+        if stops and step < len(steps):
+            raise SystemExit("stopped: the same command goes on from here")
+    signal.signal(signal.SIGINT, before)
 
     chat.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)

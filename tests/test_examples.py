@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -181,15 +182,23 @@ def test_a_chat_goes_on_where_it_was_stopped(run, small, tmp_path, monkeypatch, 
     assert len(losses) == 6 and losses[-1] < losses[0]
     save = surgery.save
 
-    def stop(*args):
+    def interrupted(*args):
         save(*args)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(surgery, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(surgery, "save", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="the same command goes on from here"):
         train("parts")
+    signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(surgery, "save", save)
-    assert capsys.readouterr().out.splitlines() + train("parts") == whole
+    first = capsys.readouterr().out.splitlines()
+    said, *rest = train("parts")
+    assert said.endswith("goes on behind step 2 of 6") and first + rest == whole
+    with pytest.raises(SystemExit, match=r"holds a run with epochs=2, lr=0\.001: choose another"):
+        run("chat_sft", data, out=tmp_path / "parts", batch=2, epochs=3, lr=1e-4)
+    with pytest.raises(SystemExit, match="there is no file"):
+        run("chat_sft", tmp_path / "none.jsonl", out=tmp_path / "none")
     for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "parts" / "model.safetensors")[name]), name
 

@@ -63,6 +63,7 @@ def column(records: Sequence[dict[str, Any]], name: str, option: str) -> list[st
             has = listed(str(key) for key in record) or "none"
             raise OptionError(
                 f"record {number} has no {name!r}; its columns: {has}. Name the column: "
-                f"{option}=..."
+                f'{option}=...; a conversation goes under "messages", or under "prompt" and '
+                '"completion".'
             )
     return [str(record[name]) for record in records]

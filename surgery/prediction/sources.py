@@ -57,9 +57,12 @@ def config_of(source: str | os.PathLike[str] | Any) -> Any:
     try:
         return AutoConfig.from_pretrained(path if path.exists() else str(source))
     except (OSError, ValueError) as error:
+        reason = in_a_line(error, 200)
+        if "connect" in str(error):
+            reason = "the hub was not reached, and the cache of this machine does not have it"
         raise ModelError(
             f"{str(source)!r} is neither a model, nor a folder with a config.json, nor an id "
-            f"that the hub answers to: {in_a_line(error, 200)}"
+            f"that the hub answers to: {reason}"
         ) from error
 
 
