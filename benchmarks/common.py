@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import distributions, version
 from multiprocessing import get_context
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from surgery import memory
 
@@ -110,12 +111,46 @@ def run_parts(
     return result
 
 
+def chosen(
+    runs: str,
+    train: Callable[..., Any],
+    tried: Mapping[str, Mapping[float, Job]],
+    score: Callable[[Any], float],
+    until: float = math.inf,
+) -> tuple[dict[Job, Any], dict[str, float]]:
+    """Train each method at its learning rates, and return what that gave, and the rates that did
+    best: tried: method -> rate -> job. score: of what a job gives; the smallest is the best."""
+    jobs = [job for rates in tried.values() for job in rates.values()]
+    found = train_all(runs, train, jobs, until)
+    best = {
+        m: min(rates, key=lambda lr, rates=rates: score(found[rates[lr]]))
+        for m, rates in tried.items()
+    }
+    return found, best
+
+
+def summary(losses: Sequence[float]) -> dict[str, Any]:
+    return {
+        "held_out_losses": [round(loss, 4) for loss in losses],
+        "held_out_mean": round(statistics.fmean(losses), 4),
+    }
+
+
 def interval(values: Sequence[float]) -> list[float]:
     """Return the interval that holds the mean with 95 %, by Student's t of three values."""
     assert len(values) == 3
     half = 4.303 * statistics.stdev(values) / 3**0.5
     mean = statistics.fmean(values)
     return [round(mean - half, 4), round(mean + half, 4)]
+
+
+def warmed_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: int) -> LambdaLR:
+    """Return a schedule: a linear warm-up, and a cosine over all steps down to a tenth."""
+
+    def factor(n: int) -> float:
+        return min((n + 1) / warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1)))
+
+    return LambdaLR(optimizer, factor)
 
 
 def step_of(model: Any, optimizer: Any, batches: Sequence[torch.Tensor]) -> Callable[[], None]:

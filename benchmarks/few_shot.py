@@ -17,7 +17,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import surgery
-from benchmarks.common import OutOfTime, run_parts, train_all
+from benchmarks.common import OutOfTime, chosen, run_parts, train_all
 from benchmarks.plots import accuracy
 from benchmarks.prompted import GROUPS_WORDS, R8, R8_WORDS, Tokens, start_of
 
@@ -218,14 +218,17 @@ def train(task: str, method: str, lr: float, seed: int, forwards: int) -> list[f
     return [round(value, 4) for value in found]
 
 
+def _rates(rates: Sequence[float], task: Task) -> list[float]:
+    return [round(task.rates * lr, 9) for lr in rates]
+
+
 def compare(name: str, until: float) -> dict[str, Any]:
     task = TASKS[name]
-    rates = {m: [round(task.rates * lr, 9) for lr in row[2]] for m, row in METHODS.items()}
-    tried = {m: [(task.hard, m, lr, PILOT, task.pilot) for lr in rates[m]] for m in METHODS}
-    pilots = train_all(
-        "few_shot_runs", train, [job for jobs in tried.values() for job in jobs], until
-    )
-    best = {m: max(jobs, key=lambda job: max(pilots[job][1:]))[2] for m, jobs in tried.items()}
+    tried = {
+        m: {lr: (task.hard, m, lr, PILOT, task.pilot) for lr in _rates(row[2], task)}
+        for m, row in METHODS.items()
+    }
+    pilots, best = chosen("few_shot_runs", train, tried, lambda run: -max(run[1:]), until)
     runs = train_all(
         "few_shot_runs",
         train,
@@ -238,7 +241,7 @@ def compare(name: str, until: float) -> dict[str, Any]:
         final = [curve[-1] for curve in curves]
         rows[m] = {
             "lr": best[m],
-            "pilots": {str(job[2]): pilots[job] for job in tried[m]},
+            "pilots": {str(lr): pilots[job] for lr, job in tried[m].items()},
             "forwards_of_a_step": cost,
             "accuracies": final,
             "accuracy_mean": round(statistics.fmean(final), 4),

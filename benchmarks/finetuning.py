@@ -32,7 +32,17 @@ import passes
 import surgery
 from benchmarks import corpus
 from benchmarks.arms import dense, lora, ours
-from benchmarks.common import OutOfTime, interval, load, peak_of_step, save, train_all
+from benchmarks.common import (
+    OutOfTime,
+    chosen,
+    interval,
+    load,
+    peak_of_step,
+    save,
+    summary,
+    train_all,
+    warmed_cosine,
+)
 from benchmarks.pretraining import last
 from examples.real import smollm2
 
@@ -171,11 +181,7 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
     rows = rows_of(scale, tokenizer, "train", "gcide")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     count = scale.batch[0]
-    warm_up = max(steps // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min((n + 1) / warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1))),
-    )
+    schedule = warmed_cosine(optimizer, steps, max(steps // 20, 1))
 
     @torch.no_grad()
     def loss_on(ids: Tensor) -> float:
@@ -238,16 +244,11 @@ def compare(size: str, until: float) -> dict[str, Any]:
         [(size, m, rows, exact) for m in METHODS for rows, exact in ways],
         until,
     )
-    pilots = train_all(
-        RUNS,
-        train,
-        [(size, m, lr, PILOT, scale.pilot) for m, (_, rates) in METHODS.items() for lr in rates],
-        until,
-    )
-    best = {
-        m: min(rates, key=lambda lr, m=m: last(pilots[size, m, lr, PILOT, scale.pilot]))
+    tried = {
+        m: {lr: (size, m, lr, PILOT, scale.pilot) for lr in rates}
         for m, (_, rates) in METHODS.items()
     }
+    pilots, best = chosen(RUNS, train, tried, last, until)
     runs = train_all(
         RUNS,
         train,
@@ -256,15 +257,14 @@ def compare(size: str, until: float) -> dict[str, Any]:
     )
     reference = costs[size, "AdamW, all weights", count, False]["peak_megabytes"]
     rows: dict[str, Any] = {}
-    for m, (_, rates) in METHODS.items():
+    for m in METHODS:
         found = [runs[size, m, best[m], seed, scale.steps] for seed in SEEDS]
         losses = [last(run) for run in found]
         rows[m] = {
             "lr": best[m],
-            "pilot_losses": {str(r): last(pilots[size, m, r, PILOT, scale.pilot]) for r in rates},
+            "pilot_losses": {str(lr): last(pilots[job]) for lr, job in tried[m].items()},
             "held_out_before": found[0]["losses"]["0"],
-            "held_out_losses": losses,
-            "held_out_mean": round(statistics.fmean(losses), 4),
+            **summary(losses),
             "interval": interval(losses),
             "forgotten": round(
                 statistics.fmean(run["other_after"] - run["other_before"] for run in found), 4

@@ -30,7 +30,16 @@ from transformers.utils import logging
 import passes
 from benchmarks import corpus
 from benchmarks.arms import dense, lora, ours
-from benchmarks.common import OutOfTime, interval, load, save, train_all
+from benchmarks.common import (
+    OutOfTime,
+    chosen,
+    interval,
+    load,
+    save,
+    summary,
+    train_all,
+    warmed_cosine,
+)
 from surgery import memory
 
 RUNS = "pretraining_runs"
@@ -170,11 +179,7 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
     order = order.repeat(math.ceil(steps * count / len(rows)))[: steps * count]
     way = METHODS[method][0](scale.rank, scale.period)
     model, optimizer = way(model_of(scale), lr, REST, seed)
-    warm_up = steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: min((n + 1) / warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1))),
-    )
+    schedule = warmed_cosine(optimizer, steps, steps // 10)
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(scale.device, torch.bfloat16, enabled=gpu):
@@ -222,9 +227,10 @@ def last(run: dict[str, Any]) -> float:
 def compare(size: str, methods: tuple[str, ...], until: float) -> dict[str, Any]:
     """Return a row for each method: chosen learning rate, losses, interval, bytes, time."""
     scale = SCALES[size]
-    tried = {m: [(size, m, lr, PILOT, scale.pilot) for lr in RATES[METHODS[m][1]]] for m in methods}
-    pilots = train_all(RUNS, train, [job for jobs in tried.values() for job in jobs], until)
-    best = {m: min(jobs, key=lambda job: last(pilots[job]))[2] for m, jobs in tried.items()}
+    tried = {
+        m: {lr: (size, m, lr, PILOT, scale.pilot) for lr in RATES[METHODS[m][1]]} for m in methods
+    }
+    pilots, best = chosen(RUNS, train, tried, last, until)
     jobs = {m: [(size, m, best[m], seed, scale.steps) for seed in SEEDS] for m in methods}
     # All methods at a seed before the next seed: a call that ends early has whole columns.
     runs = train_all(RUNS, train, [jobs[m][i] for i in range(len(SEEDS)) for m in methods], until)
@@ -234,9 +240,8 @@ def compare(size: str, methods: tuple[str, ...], until: float) -> dict[str, Any]
         losses = [last(run) for run in found]
         rows[m] = {
             "lr": best[m],
-            "pilot_losses": {str(job[2]): last(pilots[job]) for job in tried[m]},
-            "held_out_losses": losses,
-            "held_out_mean": round(statistics.fmean(losses), 4),
+            "pilot_losses": {str(lr): last(pilots[job]) for lr, job in tried[m].items()},
+            **summary(losses),
             "interval": interval(losses),
             "curve": {
                 mark: round(statistics.fmean(run["losses"][mark] for run in found), 4)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +31,18 @@ from transformers.utils import logging
 import passes
 from benchmarks import arms
 from benchmarks.arms import dense
-from benchmarks.common import alternate, held_out, load, ratio, run_parts, step_of, train_all
+from benchmarks.common import (
+    alternate,
+    chosen,
+    held_out,
+    load,
+    ratio,
+    run_parts,
+    step_of,
+    summary,
+    train_all,
+    warmed_cosine,
+)
 from examples.real import kjv, smollm2, token_rows
 from surgery import memory
 
@@ -232,12 +242,7 @@ def train(name: str, method: str, lr: float, seed: int, steps: int) -> float:
     test, rows = rows[: case.held_out], rows[case.held_out :]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     model, optimizer = METHODS[method](copy.deepcopy(start), lr, case.rest, seed)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda n: (
-            min((n + 1) / case.warm_up, 1) * (0.55 + 0.45 * math.cos(math.pi * min(n / steps, 1)))
-        ),
-    )
+    schedule = warmed_cosine(optimizer, steps, case.warm_up)
     step = step_of(model, optimizer, rows[order].split(case.batch[0]))
     for _ in range(steps):
         step()
@@ -247,30 +252,18 @@ def train(name: str, method: str, lr: float, seed: int, steps: int) -> float:
 
 def losses_of(name: str, methods: Sequence[str]) -> dict[str, Any]:
     case = CASES[name]
-    pilots = train_all(
-        RUNS, train, [(name, m, lr, 0, case.pilot) for m in methods for lr in rates_of(name, m)]
-    )
-    best = {
-        m: min(rates_of(name, m), key=lambda lr, m=m: pilots[name, m, lr, 0, case.pilot])
-        for m in methods
-    }
+    tried = {m: {lr: (name, m, lr, 0, case.pilot) for lr in rates_of(name, m)} for m in methods}
+    pilots, best = chosen(RUNS, train, tried, float)
     found = train_all(
         RUNS, train, [(name, m, best[m], seed, case.steps) for m in methods for seed in SEEDS]
     )
     result: dict[str, Any] = {}
     for m in methods:
         losses = [found[name, m, best[m], seed, case.steps] for seed in SEEDS]
-        tried = {str(lr): round(pilots[name, m, lr, 0, case.pilot], 4) for lr in rates_of(name, m)}
-        result[m] = {"lr": best[m], "pilot_losses": tried} | summary(losses)
+        tries = {str(lr): round(pilots[job], 4) for lr, job in tried[m].items()}
+        result[m] = {"lr": best[m], "pilot_losses": tries} | summary(losses)
     setting = {"batch": case.batch, "steps": case.steps, "pilot_steps": case.pilot, "seeds": SEEDS}
     return setting | {"rank": RANK, "period": PERIOD, "methods": result}
-
-
-def summary(losses: Sequence[float]) -> dict[str, Any]:
-    return {
-        "held_out_losses": [round(loss, 4) for loss in losses],
-        "held_out_mean": round(statistics.fmean(losses), 4),
-    }
 
 
 def sensitivity(steps: int = 400) -> dict[str, Any]:

@@ -13,7 +13,7 @@ does not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -25,9 +25,8 @@ from torch.fx import GraphModule, Node
 from surgery.passkit import (
     EVERY,
     CaptureError,
-    Method,
+    Counting,
     Packer,
-    Run,
     Saved,
     Targets,
     Wrapper,
@@ -76,12 +75,11 @@ class Compress:
 
 
 @dataclass(eq=False, kw_only=True)
-class Compression(Method):
+class Compression(Counting):
     options: Compress
     modules: set[str] | None  # whose operations are targeted
     name: str = "compress"
     after = (EVERY, "recompute")  # works on how things are kept, once it is known what is
-    step: int = 0  # optimizer steps made: keys the rounding
     packed: int = 0  # activations, of all captured graphs
     masks: int = 0
     tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
@@ -156,15 +154,6 @@ class Compression(Method):
                 "compress found no activation to pack: none is kept by the targeted operations "
                 "alone. Leave targets= out, or leave compress out."
             )
-
-    def after_step(self, run: Run) -> None:
-        self.step = run.step
-
-    def state(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.step = state["step"]
 
     def lines(self) -> Iterable[tuple[str, str]]:
         bits = self.options.bits

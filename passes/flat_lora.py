@@ -13,7 +13,7 @@ restore, and reseeds torch's generator in each step.) Micro-batches of a step sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,8 @@ from torch.fx import GraphModule, Node
 
 from surgery.passkit import (
     CaptureError,
-    Method,
+    Counting,
     ModelError,
-    Run,
     Saved,
     TargetError,
     Targets,
@@ -108,11 +107,10 @@ def _check(name: str, weight: Tensor, kind: str | None) -> None:
 
 
 @dataclass(eq=False, kw_only=True)
-class Noising(Method):
+class Noising(Counting):
     options: FlatLora
     name: str = "flat_lora"
     layers: dict[str, nn.Module]  # with adapters
-    step: int = 0
     reached: set[str] = field(default_factory=set)
     places: dict[int, str] = field(default_factory=dict)  # id of a weight -> its layer
 
@@ -170,15 +168,6 @@ class Noising(Method):
                 f"flat_lora: {listed(missing)} is not read by a Linear in the captured forward, so "
                 "it gets no noise. Leave it out of targets=."
             )
-
-    def after_step(self, run: Run) -> None:
-        self.step = run.step
-
-    def state(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.step = state["step"]
 
     def lines(self) -> Iterable[tuple[str, str]]:
         yield "noise", f"on {len(self.layers)} weights with adapters, rho {self.options.rho:g}"

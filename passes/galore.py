@@ -119,10 +119,8 @@ class Galore:
                 channels=out if left else inputs,
             )
             shape = (self.rank, inputs) if left else (out, self.rank)
-            coordinate = mapped_as(model, name, frame, shape)
-            assert coordinate.mapped is not None
-            coordinate.mapped.weight_decay = self.weight_decay
-            method.projected.append(coordinate)
+            own = mapped_as(model, name, frame, shape, weight_decay=self.weight_decay)
+            method.projected.append(own)
         method.always = densely(model, dense)
         return method
 

@@ -103,11 +103,8 @@ class Rso:
             if self.share == "width":
                 frame = frames.setdefault(inputs, frame)
             owner = model.get_submodule(name.rpartition(".")[0])
-            coordinate = mapped(model, name, FrameMap(frame=frame, transposed=is_transposed(owner)))
-            assert coordinate.mapped is not None
-            coordinate.mapped.prox = self.prox
-            coordinate.mapped.weight_decay = self.weight_decay
-            method.projected.append(coordinate)
+            own = FrameMap(frame=frame, transposed=is_transposed(owner))
+            method.projected.append(mapped(model, name, own, self.prox, self.weight_decay))
         method.always = densely(model, dense)
         return method
 

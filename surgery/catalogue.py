@@ -68,8 +68,8 @@ def _one(entry: Any, options: Mapping[str, Any]) -> Any:
     if isinstance(entry, str):
         cls = _named(entry)
         names = [field.name for field in fields(cls)]
-        for option in options:
-            if option not in names and option not in getattr(cls, "renamed", {}):
+        for option in by_new_names(cls, options):
+            if option not in names:
                 has = f"Its options: {', '.join(names)}." if names else "It has none."
                 raise OptionError(
                     f"{entry} has no option {option!r}.{near_misses(option, names)} {has}"

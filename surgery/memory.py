@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +174,14 @@ def table(columns: dict[str, Bytes], title: str) -> Table:
     made.add_column("memory")
     for name in columns:
         made.add_column(name, justify="right")
-    for kind in ("parameters", "gradients", "optimizer", "activations", "total"):
-        values = [getattr(column, kind) for column in columns.values()]
-        if None not in values:
-            made.add_row(kind, *(megabytes(value) for value in values))
+    for kind, cells in rows([*columns.values()]):
+        made.add_row(kind, *cells)
     return made
+
+
+def rows(columns: Sequence[Bytes]) -> Iterator[tuple[str, list[str]]]:
+    """Return each kind of memory that all columns know, with its bytes in words."""
+    for kind in ("parameters", "gradients", "optimizer", "activations", "total"):
+        values = [getattr(column, kind) for column in columns]
+        if None not in values:
+            yield kind, [megabytes(value) for value in values]

@@ -18,6 +18,7 @@ from surgery.compat.hf import input_embeddings as input_embeddings
 from surgery.compat.hf import lora_factors as lora_factors
 from surgery.compat.hf import lora_layers as lora_layers
 from surgery.contract.method import EVERY as EVERY
+from surgery.contract.method import Counting as Counting
 from surgery.contract.method import Method as Method
 from surgery.contract.method import Run as Run
 from surgery.contract.options import check_types as check_types

@@ -32,7 +32,7 @@ def text_of(node: ast.AST, scope: ast.AST) -> str:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=parts):
-            return "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)  # type: ignore[misc]
+            return "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)
         case ast.BinOp(left=left, right=right):
             return text_of(left, scope) + text_of(right, scope)
         case ast.IfExp(body=body, orelse=orelse):

@@ -15,10 +15,10 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo
-import torch._dynamo.guards
 import torch._dynamo.utils
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
+from torch._dynamo import guards
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._guards import detect_fake_mode
@@ -102,19 +102,19 @@ def capturing(most: int) -> Iterator[None]:
 
 
 _ALIASING = "recompilation_reason_for_no_tensor_aliasing_guard"
+_aliasing = getattr(guards, _ALIASING)
+
+
+def _reasons(*args: Any) -> list[str]:
+    with suppress(LookupError, AttributeError):
+        return _aliasing(*args)
+    return ["other arguments"]
 
 
 def _reasons_found() -> AbstractContextManager[Any]:
     """Let Dynamo capture a call that is given less than an earlier one: when a tensor is given
     twice now, it looks among the arguments for all that were there then, and a KeyError ends it."""
-    asked = getattr(torch._dynamo.guards, _ALIASING)
-
-    def reasons(*args: Any) -> list[str]:
-        with suppress(LookupError, AttributeError):
-            return asked(*args)
-        return ["other arguments"]
-
-    return patch.object(torch._dynamo.guards, _ALIASING, reasons)
+    return patch.object(guards, _ALIASING, _reasons)
 
 
 @contextmanager

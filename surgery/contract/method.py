@@ -18,6 +18,7 @@ A Method must pickle: models are copied and saved with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
@@ -156,6 +157,25 @@ class Method:
     def lines(self) -> Iterable[tuple[str, str]]:
         """Return what `report` says of the pass, as (label, value)."""
         return ()
+
+
+@dataclass(eq=False, kw_only=True)
+class Counting(Method):
+    """A method whose nodes draw anew in each step.
+
+    step: optimizer steps that have been made, after a resume too.
+    """
+
+    step: int = 0
+
+    def after_step(self, run: Run) -> None:
+        self.step = run.step
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
 
 
 def overrides(method: Method, hook: str) -> bool:

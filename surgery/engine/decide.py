@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,7 +59,7 @@ class Decision:
     @cached_property
     def additions(self) -> Sequence[Addition]:
         """What the passes put on the model."""
-        return [each for method in self.methods for each in method.additions]
+        return _additions(self.methods)
 
 
 def decide(
@@ -90,7 +90,8 @@ def decide(
         sites=_sites(model, methods),
         flags=tuple(
             (owner, key, p.requires_grad)
-            for owner in (*model.modules(), *_added(methods))
+            for root in (model, *_additions(methods))
+            for owner in root.modules()
             for key, p in owner.named_parameters(recurse=False)
         ),
         workarounds=Workarounds(model),
@@ -234,11 +235,8 @@ def _ranks(first: Method, then: Method) -> bool:
     return (last and EVERY not in first.after) or (foremost and EVERY not in then.before)
 
 
-def _added(methods: Sequence[Method]) -> Iterator[nn.Module]:
-    """Return the modules that passes put on the model."""
-    for method in methods:
-        for each in method.additions:
-            yield from each.modules()
+def _additions(methods: Sequence[Method]) -> list[Addition]:
+    return [each for method in methods for each in method.additions]
 
 
 def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
@@ -263,7 +261,7 @@ def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
                     f"weights with targets=..., or leave one of them out{way}."
                 )
             own.append(each)
-    additions = [each for method in methods for each in method.additions]
+    additions = _additions(methods)
     names = [*dict(model.named_parameters()), *additions_of.named(additions)]
     order = [name for name in names if name in claims]
     return tuple(

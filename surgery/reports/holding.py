@@ -29,8 +29,7 @@ def bytes_of(
     active = [c.parameter for c in unique(c for c in decision.coordinates if c.active)]
     live = sum(map(_size, active)) if decision.sites else dense
     mapped = [each.parameter for each in coordinates if each.mapped]
-    mapping = [c.mapped for c in decision.coordinates if c.mapped]
-    carried = [each.carried for each in mapping if each.carried is not None]
+    carried = [c.mapped.carried for c in decision.coordinates if c.mapped]
     held = 2 * live if state is None else state
     return (
         Bytes(parameters=storage_bytes(own), gradients=dense, optimizer=2 * dense),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -11,19 +11,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from surgery.memory import Bytes, megabytes
+from surgery.memory import Bytes, megabytes, rows
 from surgery.prediction.timeline import Holder
 from surgery.reports.kept import Kept
 
+LABELS = {"parameters": "weights", "optimizer": "optimizer state"}
 LARGEST_KINDS = 12  # rows of a printed report; all are in `Report.kept`
-
-
-KINDS = {
-    "weights": "parameters",
-    "gradients": "gradients",
-    "optimizer state": "optimizer",
-    "activations": "activations",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +36,16 @@ class Report:
     measured: bool
     kept: tuple[Kept, ...] = ()
     holders: tuple[Holder, ...] = ()
-
     passes: tuple[str, ...] = ()
 
     def __rich__(self) -> Group:
         parts = [Text(self.title, style="bold"), self._bytes(), _pairs(self.lines)]
         if self.kept:
-            rows = [(megabytes(one.bytes), str(one)) for one in self.kept[:LARGEST_KINDS]]
-            parts += [Text("What forward keeps for backward, the largest first"), _pairs(rows)]
+            said = Text("What forward keeps for backward, the largest first")
+            parts += [said, _largest(self.kept)]
         if self.holders:
-            rows = [(megabytes(each.bytes), str(each)) for each in self.holders[:LARGEST_KINDS]]
-            parts += [Text("What is alive at the peak, the largest first"), _pairs(rows)]
+            said = Text("What is alive at the peak, the largest first")
+            parts += [said, _largest(self.holders)]
         return Group(*parts)
 
     def _bytes(self) -> Table:
@@ -62,14 +54,13 @@ class Report:
         table.add_column("all weights, Adam", justify="right")
         table.add_column(" + ".join(self.passes) or "now", justify="right")
         columns = self.before, self.after
-        for label, kind in KINDS.items():
-            values = [getattr(column, kind) for column in columns]
-            if None not in values:
-                table.add_row(label, *map(megabytes, values))
-        if any(column.peak is not None for column in columns):
+        peaks = any(column.peak is not None for column in columns)
+        for kind, cells in rows(columns):
+            # The sum is more than any peak: gradients and activations are never all there at once.
+            if kind != "total" or not peaks:
+                table.add_row(LABELS.get(kind, kind), *cells)
+        if peaks:
             table.add_row("peak of a step", *map(_peak, columns), style="bold")
-        else:  # gradients and activations are never all there at once: more than any peak
-            table.add_row("total", *(megabytes(column.total) for column in columns))
         if any(column.milliseconds is not None for column in columns):
             table.add_row("time of a step", *map(_time, columns))
         return table
@@ -87,6 +78,10 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
         table.add_row(Text(label), Text(value))
     table.add_row()
     return table
+
+
+def _largest(found: Sequence[Kept | Holder]) -> Table:
+    return _pairs((megabytes(each.bytes), str(each)) for each in found[:LARGEST_KINDS])
 
 
 def _peak(held: Bytes) -> str:

@@ -61,22 +61,37 @@ def choose(
     return names, [name for name, _ in model.named_parameters() if name in dense | set(small)]
 
 
-def mapped(model: nn.Module, name: str, projection: Projection) -> Coordinate:
+def mapped(
+    model: nn.Module,
+    name: str,
+    projection: Projection,
+    prox: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Coordinate:
     """Return a coordinate (out, k) of a weight, zero, with a projection of its x as map."""
     out = model.get_parameter(name).numel() // inputs_of(model, name)
-    return mapped_as(model, name, projection, (out, projection.width))
+    return mapped_as(model, name, projection, (out, projection.width), prox, weight_decay)
 
 
 def mapped_as(
-    model: nn.Module, name: str, beside: Projection | OneSided, shape: tuple[int, ...]
+    model: nn.Module,
+    name: str,
+    beside: Projection | OneSided,
+    shape: tuple[int, ...],
+    prox: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> Coordinate:
-    """Return a coordinate of a weight, zero, of this shape, with what stands beside it as map."""
+    """Return a coordinate of a weight, zero, of this shape, with what stands beside it as map.
+
+    prox, weight_decay: of its rule, `Mapped`.
+    """
     weight = model.get_parameter(name)
     start = torch.zeros(shape, dtype=wide(weight), device=weight.device)
+    covers = weight.numel()
     return Coordinate(
         weight=name,
         parameter=nn.Parameter(start),
-        rule=Mapped(map=beside, covers=weight.numel()),
+        rule=Mapped(map=beside, covers=covers, prox=prox, weight_decay=weight_decay),
         owner=model.get_submodule(name.rpartition(".")[0]),
         beside=beside,
         drawn=True,

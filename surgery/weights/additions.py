@@ -7,6 +7,7 @@ it into a folder of its own, by a recipe, and the model's own weights as a plain
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from surgery.weights.coordinate import Coordinate, densely
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 
 
-class Addition(nn.Module):
+class Addition(nn.Module, ABC):
     """A child that a pass puts on a model. key: the name under which the model holds it.
 
     resting: its hooks let everything pass, as if it were not there.
@@ -36,13 +37,13 @@ class Addition(nn.Module):
         self.handles: list[RemovableHandle] = []
         self.resting = False
 
+    @abstractmethod
     def recipe(self) -> Mapping[str, Any]:
         """Return what makes it again, on a model of the same class, as JSON."""
-        raise NotImplementedError(f"{type(self).__name__} has no recipe()")
 
+    @abstractmethod
     def hook(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Put its hooks on the modules of a model, one after another."""
-        raise NotImplementedError(f"{type(self).__name__} has no hook(model)")
 
     def put_on(self, model: nn.Module) -> None:
         """Make it a child of a model, and put its hooks on. Raises ModelError for a taken name."""
