@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -37,6 +38,7 @@ def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
     On a CPU the profiler misses what a thread that the call did not start from gives back: a
     collective's, say.
     """
+    gc.collect()  # what others have left in circles would count as given back by the call
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -33,6 +33,17 @@ def test_measure_counts_what_is_held_and_the_peak():
     assert found.result.shape == (1000,)
 
 
+def test_what_others_left_in_circles_is_not_given_back_by_the_call():
+    gc.disable()  # as it happens to be between two of its looks
+    try:
+        circle = [torch.empty(1000)]
+        circle.append(circle)  # pyright: ignore[reportArgumentType]
+        del circle
+        assert measure(lambda: (gc.collect(), torch.empty(10))[1], CPU).live == 40
+    finally:
+        gc.enable()
+
+
 def test_report_measures_before_and_now():
     model = make("llama", num_hidden_layers=3)
     inputs = inputs_of("llama", rows=4, length=32)

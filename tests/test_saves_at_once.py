@@ -16,7 +16,7 @@ from surgery.checkpoints import folder
 
 def test_saves_at_once_keep_one_whole_save(tmp_path):
     models = [surgery.apply(make("plain", seed=s), passes.BAdam(period=2)) for s in range(4)]
-    for round in range(5):
+    for round in range(40):
         threads = [threading.Thread(target=surgery.save, args=(m, tmp_path)) for m in models]
         for thread in threads:
             thread.start()

@@ -14,8 +14,8 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ from torch import Tensor
 
 from surgery.checkpoints.encoding import decode, encode
 from surgery.errors import CheckpointError, listed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 1
 
@@ -53,7 +58,8 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clear(folder)
-        _tidy(folder)
+        with _alone_in(folder):
+            _tidy(folder)
         partial.mkdir()
         save_file(tensors, partial / "state", {"values": values})
         about: dict[str, Any] = {"bytes": (partial / "state").stat().st_size}
@@ -64,11 +70,12 @@ def write(folder: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> 
         (partial / RECORD).write_text(_sealed({"format": FORMAT} | dict(record) | {"state": about}))
         for file in ("state", RECORD):
             _flush(partial / file)
-        used = _used(folder)
-        (partial / "state").replace(folder / about["file"])
-        (partial / RECORD).replace(folder / RECORD)
-        if used not in (None, about["file"]):
-            (folder / used).unlink(missing_ok=True)
+        with _alone_in(folder):  # another save of the same values bears the same name
+            used = _used(folder)
+            (partial / "state").replace(folder / about["file"])
+            (partial / RECORD).replace(folder / RECORD)
+            if used not in (None, about["file"]):
+                (folder / used).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not save to {folder}: {error}. A save that was there before is untouched. Free "
@@ -166,6 +173,25 @@ def abandoned(folder: Path) -> list[Path]:
 
 def _here() -> str:
     return f"{PARTIAL}.{platform.node()}"
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other saves from placing files in a folder, or from taking them away.
+
+    The lock is the kernel's, on the folder: it leaves no file, and none of a killed process. Where
+    there is no such lock (Windows, some network file systems) two saves at once are not told apart.
+    """
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that has none
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _tidy(folder: Path) -> None:
