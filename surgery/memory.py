@@ -38,8 +38,8 @@ def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
     On a CPU the profiler misses what a thread that the call did not start from gives back: a
     collective's, say.
     """
-    gc.collect()  # what others have left in circles would count as given back by the call
     if device.type == "cuda":
+        gc.collect()  # what others have left in circles would count as given back by the call
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,13 +75,27 @@ def _quiet() -> Iterator[None]:
 
 
 def _allocations(profiler: profile) -> list[int]:
-    """Return the CPU allocator's events in order: bytes taken (positive) and given back."""
+    """Return the CPU allocator's events in order: bytes taken (positive) and given back.
+
+    Only what was taken under this profiler: of other memory it knows no size, or that of an earlier
+    tensor at the same address, which was taken under a profiler and given back after it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     memory = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
-    return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]
+    changes, taken = [], set()
+    for event in sorted(memory, key=lambda e: e["ts"]):
+        change, address = event["args"]["Bytes"], event["args"]["Addr"]
+        if change > 0:
+            taken.add(address)
+        elif address not in taken:
+            continue
+        else:
+            taken.remove(address)
+        changes.append(change)
+    return changes
 
 
 @dataclass(frozen=True, kw_only=True)
