@@ -41,6 +41,7 @@ def main(
     lm.config.use_cache = False  # in training the cache only takes memory
 
     there = torch.cuda.mem_get_info()[1] if cuda else "2GiB"
+    print("Playing one step of each combination of passes: a minute, or some.", flush=True)
     found = surgery.fit(lm, (batch, length), memory or there)
     print(found)
     found.apply(lm.to("cuda" if cuda else "cpu"))  # checkpointing too, if that is recommended

@@ -5,7 +5,7 @@
 
 `surgery.apply` is the only line of surgery: gradients and Adam's state exist for a share of the
 weights at a time, and logits and cheap activations are computed twice instead of being kept. On a
-GPU it trains in bfloat16: Qwen3-8B wants 27 GiB for a row of 2,048, 76 without (predicted).
+GPU it trains in bfloat16. What a model needs is predicted by `surgery plan`, without a GPU.
 """
 
 import json

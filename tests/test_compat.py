@@ -1036,6 +1036,14 @@ def test_what_is_around_a_backward_a_forward_and_a_step():
     assert order == ["ours", "theirs"], "look at Optimizer._optimizer_step_post_hooks"
 
 
+def test_canary_checkpoint_blocks():
+    model = make("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf.checkpoint_blocks(model)
+    assert model.is_gradient_checkpointing, "the newer name of gradient_checkpointing_enable moved"
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.catalogue import resolve
 from surgery.compat.dynamo import Backend
+from surgery.compat.hf import checkpoint_blocks
 from surgery.engine import captures
 from surgery.engine.decide import decide
 from surgery.engine.surgery import Surgery
@@ -77,7 +78,7 @@ class Fit:
                 'goal="forwards", or more memory.'
             )
         if self.best.checkpointing:
-            _checkpoint(model)
+            checkpoint_blocks(model)
         if self.best.spec:
             passes = resolve(list(self.best.spec), {})
             surgery = Surgery(decide(model, passes, backend, compile=compile))
@@ -281,8 +282,4 @@ def _trained(model: nn.Module) -> None:
 
 def _checkpointed(model: nn.Module) -> None:
     _trained(model)
-    _checkpoint(model)
-
-
-def _checkpoint(model: Any) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model)
