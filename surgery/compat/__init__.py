@@ -26,7 +26,7 @@ modules that fully_shard leaves to us               fsdp.leave_to_us
 DDP around a forward, ZeRO's marks                  fsdp.ddp_around
 one process of many, played without the others      world
 what transformers does for reentrant checkpoints    hf.Workarounds
-gradient checkpointing switched on, unwarned        hf.checkpoint_blocks   transformers < 5.23: old name
+gradient checkpointing switched on, unwarned        hf.checkpoint_blocks   an older name before 5.23
 
 (1) `torch.compile` has neither `recompile_limit=` nor `isolate_recompiles=`: the limit stands in a
     patched config.
