@@ -178,7 +178,7 @@ def compare(
     for name, model in models.items():
         bases[name].zero_grad()
         forward = memory.measure(lambda model=model: model(**batch).loss, CPU)
-        backward = memory.measure(forward.result.backward, CPU)
+        backward = memory.measure(forward.result.backward, CPU, after=forward)
         peak = max(forward.peak, forward.live + backward.peak)
         row: dict[str, Any] = {"live_megabytes": round(forward.live / 1e6, 2)}
         row["peak_megabytes"] = round(peak / 1e6, 2)

@@ -90,8 +90,8 @@ def measured(one: Composition) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    start = measure(begin, torch.device("cpu")).live
-    peak = start + measure(step, torch.device("cpu")).peak
+    start = measure(begin, torch.device("cpu"))
+    peak = start.live + measure(step, torch.device("cpu"), after=start).peak
     seconds = []
     for _ in range(STEPS):
         began = time.process_time()

@@ -219,8 +219,11 @@ def measured(family: str, run: Run) -> dict[str, int]:
         step()
         gc.collect()
 
-    start = measure(begin, torch.device("cpu")).live
-    return {"start": start, "peak": start + measure(step, torch.device("cpu")).peak}
+    start = measure(begin, torch.device("cpu"))
+    return {
+        "start": start.live,
+        "peak": start.live + measure(step, torch.device("cpu"), after=start).peak,
+    }
 
 
 def compare(part: str, name: str) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def peak(build: Callable[..., Any], start: Any, case: Case, batches: Sequence[to
         return step
 
     standing = memory.measure(trained, CPU)
-    return standing.live + memory.measure(standing.result, CPU).peak
+    return standing.live + memory.measure(standing.result, CPU, after=standing).peak
 
 
 def cost(name: str) -> dict[str, Any]:

@@ -25,18 +25,26 @@ _LOG = "KINETO_LOG_LEVEL"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Generic[T]):
-    """What a call allocated: `live` bytes still held when it returned, `peak` bytes on the way."""
+    """What a call allocated: `live` bytes still held when it returned, `peak` bytes on the way.
+
+    blocks: on a CPU, the addresses of what it and the calls before it (`after=`) still hold.
+    """
 
     live: int
     peak: int
     result: T
+    blocks: frozenset[int] = frozenset()
 
 
-def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
+def measure(
+    call: Callable[[], T], device: torch.device, after: Measured[Any] | None = None
+) -> Measured[T]:
     """Run a call and ask the allocator (CPU: torch's profiler; CUDA: its statistics).
 
-    On a CPU the profiler misses what a thread that the call did not start from gives back: a
-    collective's, say.
+    On a CPU only what the call itself has taken counts as given back by it, and what was taken by
+    the measured call that it comes `after`: of other memory the profiler knows no size, or that of
+    an earlier tensor at the same address. It misses what a thread that the call did not start from
+    gives back: a collective's, say.
     """
     if device.type == "cuda":
         gc.collect()  # what others have left in circles would count as given back by the call
@@ -56,10 +64,17 @@ def measure(call: Callable[[], T], device: torch.device) -> Measured[T]:
     ):
         result = call()
     live = peak = 0
-    for change in _allocations(profiler):
+    blocks = set(after.blocks if after else ())
+    for address, change in _allocations(profiler):
+        if change > 0:
+            blocks.add(address)
+        elif address not in blocks:
+            continue
+        else:
+            blocks.remove(address)
         live += change
         peak = max(peak, live)
-    return Measured(live=live, peak=peak, result=result)
+    return Measured(live=live, peak=peak, result=result, blocks=frozenset(blocks))
 
 
 @contextmanager
@@ -74,28 +89,15 @@ def _quiet() -> Iterator[None]:
             del os.environ[_LOG]
 
 
-def _allocations(profiler: profile) -> list[int]:
-    """Return the CPU allocator's events in order: bytes taken (positive) and given back.
-
-    Only what was taken under this profiler: of other memory it knows no size, or that of an earlier
-    tensor at the same address, which was taken under a profiler and given back after it.
-    """
+def _allocations(profiler: profile) -> list[tuple[int, int]]:
+    """Return the CPU allocator's events in order: an address, and its bytes, negative if freed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     memory = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
-    changes, taken = [], set()
-    for event in sorted(memory, key=lambda e: e["ts"]):
-        change, address = event["args"]["Bytes"], event["args"]["Addr"]
-        if change > 0:
-            taken.add(address)
-        elif address not in taken:
-            continue
-        else:
-            taken.remove(address)
-        changes.append(change)
-    return changes
+    memory.sort(key=lambda event: event["ts"])
+    return [(e["args"]["Addr"], e["args"]["Bytes"]) for e in memory]
 
 
 @dataclass(frozen=True, kw_only=True)

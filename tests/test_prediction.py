@@ -120,7 +120,8 @@ def really(case: Case, spec: Any) -> tuple[int, str]:
         gc.collect()
 
     gc.collect()  # what is freed meanwhile would count
-    live = measure(begin, CPU).live
+    found = measure(begin, CPU)
+    live = found.live
     peaks = {}
     loss: list[Any] = []
     for phase, call in (
@@ -128,7 +129,7 @@ def really(case: Case, spec: Any) -> tuple[int, str]:
         ("backward", lambda: backward(loss)),
         ("step", step),
     ):
-        found = measure(call, CPU)
+        found = measure(call, CPU, after=found)
         peaks[phase] = live + found.peak
         live += found.live
     phase = max(peaks, key=lambda each: peaks[each])

@@ -28,7 +28,7 @@ def test_no_x_is_kept_and_none_is_formed_again(chosen):
     model(x).backward()
     forward = measure(lambda: model(x), CPU)
     assert forward.live < x.nbytes / 20
-    backward = measure(forward.result.backward, CPU)
+    backward = measure(forward.result.backward, CPU, after=forward)
     assert backward.peak < x.nbytes / 20
 
 

@@ -79,7 +79,7 @@ def measured(wrap):
     for own, spec in ROWS_OF:
         if own == wrap:
             first = measure(lambda: begun(wrap, spec), cpu)  # what stays, whoever holds it
-            found.append(first.live + measure(first.result, cpu).peak)
+            found.append(first.live + measure(first.result, cpu, after=first).peak)
             del first
             gc.collect()
 
