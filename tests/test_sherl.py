@@ -179,6 +179,9 @@ def test_exact_passes_go_along(others):
         rtol=1e-3,
         atol=1e-5,
     )
+
+
+def test_rounded_activations_go_along():
     steps(surgery.apply(model_of(), ["sherl", "compress"]))
 
 
