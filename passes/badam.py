@@ -45,7 +45,7 @@ class BAdam:
 
     def __post_init__(self) -> None:
         check_types(self)
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""

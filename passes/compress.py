@@ -151,8 +151,8 @@ class Compression(Counting):
     def check_reached(self) -> None:
         if not self.packed and not self.masks:
             raise CaptureError(
-                "compress found no activation to pack: none is kept by the targeted operations "
-                "alone. Leave targets= out, or leave compress out."
+                "compress found no activation to pack: no activation is kept by the "
+                "targeted operations alone. Leave targets= out, or leave compress out."
             )
 
     def lines(self) -> Iterable[tuple[str, str]]:

@@ -84,7 +84,7 @@ class Galore:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         positive = math.isfinite(self.scale) and self.scale > 0
         demand(positive, self, f"scale={self.scale} of the steps must be positive.")
         decay = math.isfinite(self.weight_decay) and self.weight_decay >= 0
@@ -263,9 +263,9 @@ def project(state: dict[str, Any], old: Tensor, new: Tensor, left: bool) -> None
             if 1 in value.shape:
                 continue  # a factor
             raise OptimizerError(
-                'galore: on_resample="project" does not know how an '
-                f"optimizer's {key!r} goes into another subspace. "
-                'Give on_resample="keep", as published, or "reset".'
+                'galore: on_resample="project" does not know how to carry an '
+                f"optimizer's {key!r} over into another subspace. "
+                'Use on_resample="keep", as published, or "reset".'
             )
         now = moment(value) if left else moment(value).t()
         now = turn @ now if key in _FIRST else squares @ now + rest * now.mean(0, keepdim=True)

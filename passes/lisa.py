@@ -62,11 +62,11 @@ class Lisa:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.layers >= 1, self, f"layers={self.layers} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         demand(self.threshold > 0, self, f"threshold={self.threshold} must be above 0.")
         if not isinstance(self.weights, str):
             strange = [w for w in self.weights if not (math.isfinite(w) and w >= 0)]
-            demand(not strange, self, f"weights= has {strange[:3]}; each is finite and >= 0.")
+            demand(not strange, self, f"weights= has {strange[:3]}; each must be finite and >= 0.")
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""
@@ -92,11 +92,12 @@ class Lisa:
             found = outliers(model, self.threshold)
             return {name: found[name] for name in names}
         places = blocks(model)
-        count = f"weights= has {len(self.weights)} numbers, and the model {len(places)} blocks."
-        demand(len(self.weights) == len(places), self, count)
+        numbers, count = len(self.weights), len(places)
+        wrong = f"weights= has {numbers} numbers, but the model has {count} blocks."
+        demand(numbers == count, self, wrong)
         given = dict(zip(places, map(float, self.weights), strict=True))
         likely = sum(given[name] > 0 for name in names)
-        few = f"layers={self.layers}, but weights= is above 0 for {likely} of the blocks only."
+        few = f"layers={self.layers}, but weights= is above 0 for only {likely} of the blocks."
         demand(likely >= self.layers, self, few)
         return {name: given[name] for name in names}
 

@@ -78,9 +78,9 @@ class Misa:
 
     def __post_init__(self) -> None:
         check_types(self)
-        share = f"budget={self.budget} is a share of all parameters and lies in (0, 1]; write 0.03"
+        share = f"budget={self.budget} is a share of all parameters, in (0, 1]; write 0.03"
         demand(0.0 < self.budget <= 1.0, self, f"{share} for 3 %.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         demand(math.isfinite(self.eta) and self.eta >= 0, self, f"eta={self.eta} must be >= 0.")
         demand(0 <= self.ema_decay < 1, self, f"ema_decay={self.ema_decay} must lie in [0, 1).")
         mix = self.uniform_mix
@@ -144,7 +144,7 @@ class Misa:
         if any(each.numel > limit for each in found):
             raise OptionError(
                 f"misa: one row of {name} is larger than the budget of {limit:,} parameters. "
-                "Raise budget, or leave it out with targets=."
+                "Raise budget=, or leave this weight out with targets=."
             )
         return found
 
@@ -232,8 +232,9 @@ class MomentumFlush:
 
     def conflict(self, weight: str) -> str:
         return (
-            f"momentum_step=True writes into weights past the coordinates that train {weight}. Use "
-            "momentum_step=False, or leave it out of the targets of one pass."
+            f"momentum_step=True updates {weight} itself, but another pass trains it through "
+            "coordinates of its own. Use momentum_step=False, or leave this weight out of the "
+            "targets of one of the two passes."
         )
 
     @torch.no_grad()

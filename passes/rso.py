@@ -76,7 +76,7 @@ class Rso:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         given = self.on_resample
         known = callable(given) or given in ("reset", "transport")
         demand(known, self, f'on_resample={given!r} must be "reset", "transport" or a function.')
@@ -238,8 +238,8 @@ class FrameMap(Projection):
     def _frame(self, like: Tensor) -> Tensor:
         if self.frame.matrix is None:
             raise SurgeryError(
-                f"rso: P of {self.frame.name} is drawn in the next training forward, when it is "
-                "known which weights read the same input."
+                f"rso: the projection P of {self.frame.name} is drawn in the next training "
+                "forward, when it is known which weights read the same input. Run one first."
             )
         return self.frame.matrix.to(like)
 

@@ -69,7 +69,7 @@ class Sherl:
 
     def __post_init__(self) -> None:
         check_types(self)
-        demand(self.taps >= 2, self, f"taps={self.taps}: one block to read, and the guide, are 2.")
+        demand(self.taps >= 2, self, f"taps={self.taps} must be at least 2: a block and the guide.")
         for name in ("late", "width", "hidden"):
             value = getattr(self, name)
             demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
@@ -84,17 +84,21 @@ class Sherl:
         elif isinstance(present, SidePath):
             side = present
             same = self == Sherl(seed=self.seed) or _recipe(model, self) == side.recipe()
-            demand(same, self, f"{self!r} is not what is on the model: {dict(side.recipe())}.")
+            other = (
+                f"{self!r} differs from the side path on the model: {dict(side.recipe())}. Give "
+                "the same options, or take that off first: model.side_path.take_off(model)."
+            )
+            demand(same, self, other)
         else:
             raise ModelError(
-                f"sherl: {type(model).__name__} has a {SidePath.key!r} of its own, and the side "
-                "path goes by that name. Give yours another."
+                f"sherl: {type(model).__name__} has an attribute {SidePath.key!r} of its own, and "
+                "the side path needs that name. Rename yours."
             )
         trained = [n for n, p in side.named_parameters() if p.requires_grad]
         if not trained:
             raise TargetError(
-                "sherl: the side path on this model is frozen, so nothing would be trained. Switch "
-                "it on first: model.side_path.requires_grad_(True)."
+                "sherl: the side path on this model is frozen, so nothing would be trained. "
+                "Unfreeze it first: model.side_path.requires_grad_(True)."
             )
         return Routing(
             side=side,
@@ -122,8 +126,8 @@ class Routing(Method):
         if any(each.unused for each in self.coordinates):
             raise CaptureError(
                 "sherl: the side path does not reach the output: this model does not call its "
-                f"blocks ({self.side.reads[-1]}), so that no hook on them is heard. A GraphModule "
-                "does that: apply to the model that it was traced from."
+                f"blocks ({self.side.reads[-1]}), so hooks on them never run. If it is a "
+                "GraphModule, apply the pass to the model that it was traced from."
             )
 
     def lines(self) -> Iterable[tuple[str, str]]:
@@ -195,15 +199,15 @@ def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
 def _made(model: nn.Module, options: Sherl) -> SidePath:
     if lora_layers(model):
         raise TargetError(
-            "sherl: PEFT adapters are on this model, and below the late route nothing has a "
+            "sherl: this model has PEFT adapters, and below the late route nothing gets a "
             "gradient. Merge them first: model = model.merge_and_unload()."
         )
     recipe = _recipe(model, options)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
     if isinstance(first, DTensor):
         raise ModelError(
-            "sherl: this model is sharded already, and what is put on it now would not be. Apply "
-            'first: surgery.apply(model, "sherl"), then fully_shard, blocks and model.'
+            "sherl: this model is already sharded, and a side path added now would not be. Apply "
+            'first: surgery.apply(model, "sherl"), then fully_shard the blocks and the model.'
         )
     return SidePath(**recipe, like=first).train(model.training)
 
@@ -214,8 +218,9 @@ def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     trunk = stack[: len(stack) - options.late]
     if len(trunk) < 2:
         raise TargetError(
-            f"sherl: {len(stack)} blocks, {options.late} of them the late route, leave a trunk of "
-            f"{len(trunk)}, and the side path reads two or more. Use another pass, misa say."
+            f"sherl: this model has {len(stack)} blocks, and late={options.late} leaves a trunk of "
+            f"{len(trunk)}. The side path needs a trunk of two or more: use a smaller late=, or "
+            "another pass, such as misa."
         )
     hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")
     width = options.width or max(1, hidden // 2)

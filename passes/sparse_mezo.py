@@ -55,8 +55,8 @@ class SparseMezo(ZerothOrder):
     def __post_init__(self) -> None:
         super().__post_init__()
         good = 0 < self.keep_fraction <= 1
-        demand(good, self, f"keep_fraction={self.keep_fraction} is a share, in (0, 1].")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(good, self, f"keep_fraction={self.keep_fraction} must lie in (0, 1].")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
 
     def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
         weight = owner.get_parameter(name.rpartition(".")[2])

@@ -73,7 +73,7 @@ class Velora:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.groups >= 1, self, f"groups={self.groups} of an input must be at least 1.")
-        steps = f"period={self.period} is a number of optimizer steps, at least 1, or None."
+        steps = f"period={self.period} must be at least 1 step, or None."
         demand(self.period is None or self.period >= 1, self, steps)
         positive = math.isfinite(self.scale) and self.scale > 0
         demand(positive, self, f"scale={self.scale} of the gradient must be positive.")
@@ -247,8 +247,8 @@ class SubTokenMap(Projection):
         v = self.direction.vector
         if v is None:
             raise SurgeryError(
-                f"velora: v of {self.direction.name} is taken from the next training batch, which "
-                "has not been seen yet."
+                f"velora: the vector v of {self.direction.name} is computed from the next training "
+                "batch, which has not been seen yet. Run a training forward first."
             )
         return _spread(rows, rows, v, self.inputs)
 

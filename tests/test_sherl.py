@@ -235,7 +235,7 @@ def test_a_forward_that_ended_in_an_error_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("spec", "blocks", "error", "said"),
     [
-        (passes.Sherl(late=5), 6, surgery.TargetError, "leave a trunk of 1"),
+        (passes.Sherl(late=5), 6, surgery.TargetError, "leaves a trunk of 1"),
         (passes.Sherl(within="nowhere"), 6, surgery.TargetError, r"\['model.layers'\]"),
         ([passes.Sherl(), passes.Misa()], 6, surgery.ConflictError, "sherl and misa"),
         ([passes.Sherl(), passes.Mezo()], 6, surgery.ConflictError, "sherl and mezo"),
@@ -265,7 +265,7 @@ def test_models_that_need_a_word_more_say_which():
     with pytest.raises(Exception, match=r"hidden=32"):
         steps(wrong, count=1)
     put = surgery.remove(surgery.apply(case("sherl").model(), "sherl"))
-    with pytest.raises(surgery.OptionError, match="is not what is on the model"):
+    with pytest.raises(surgery.OptionError, match="differs from the side path on the model"):
         surgery.apply(put, passes.Sherl(width=3))
 
 

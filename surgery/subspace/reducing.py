@@ -60,8 +60,8 @@ class OneSided(Reduction, ABC):
             return self.matrix
         if not delta.is_meta and bool(delta.any()):
             raise SurgeryError(
-                f"{self.by}: P of {self.name} is taken from its first gradient, which has not been "
-                "seen yet: run a backward before."
+                f"{self.by}: P of {self.name} is computed from its first gradient, which has not "
+                "been seen yet. Run a backward first."
             )
         return delta.new_zeros(self.channels, delta.shape[0 if self.left else 1])
 
