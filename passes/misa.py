@@ -78,7 +78,7 @@ class Misa:
 
     def __post_init__(self) -> None:
         check_types(self)
-        share = f"budget={self.budget} is a share of all parameters, in (0, 1]; write 0.03"
+        share = f"budget={self.budget} is a share of all parameters and lies in (0, 1]; write 0.03"
         demand(0.0 < self.budget <= 1.0, self, f"{share} for 3 %.")
         demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         demand(math.isfinite(self.eta) and self.eta >= 0, self, f"eta={self.eta} must be >= 0.")

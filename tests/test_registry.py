@@ -175,7 +175,7 @@ def state(name="strange", **attributes):
         (lambda: None, r"strange: Strange\.start\(model\) returns a NoneType"),
         (state, r"returns the class State\. .* surgery\.passkit\.Method"),
         (lambda: state("other")(), r"called 'other'.*`name: str = 'strange'` in State"),
-        (lambda: state(after="recompute")(), r"one string.*after = \('recompute',\)"),
+        (lambda: state(after="recompute")(), r"is a string.*after = \('recompute',\)"),
         (lambda: state(conflicts=("misa",))(), "conflicts is a tuple"),
     ],
     ids=["none", "a class", "another name", "a string", "no reasons"],

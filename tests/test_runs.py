@@ -285,7 +285,7 @@ def test_a_trainer_that_goes_on_without_the_surgerys_state_is_refused(tmp_path):
         return trainer
 
     run().train()
-    with pytest.raises(surgery.OptimizerError, match="has made 2 steps, and the surgery none"):
+    with pytest.raises(surgery.OptimizerError, match="2 steps, but the surgery has made none"):
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     first = run(callbacks=[surgery.TrainerCallback()])
     first.train()

@@ -259,7 +259,7 @@ def test_models_that_need_a_word_more_say_which():
         surgery.apply(adapt(model_of(), "lora"), "sherl")
     taken = model_of()
     taken.side_path = nn.Identity()
-    with pytest.raises(surgery.ModelError, match="has a 'side_path' of its own"):
+    with pytest.raises(surgery.ModelError, match="has an attribute 'side_path' of its own"):
         surgery.apply(taken, "sherl")
     wrong = surgery.apply(model_of(), passes.Sherl(hidden=31))
     with pytest.raises(Exception, match=r"hidden=32"):

@@ -46,8 +46,8 @@ def outliers(
             empty.append(block)
     if empty:
         raise TargetError(
-            f"outliers: {listed(empty)} has no matrix in floating point whose module has run. Give "
-            "some batches, of what the model takes; or numbers of your own, one for each block."
+            f"outliers: {listed(empty)} has no floating-point matrix whose module has run. Give "
+            "some batches that the model takes, or numbers of your own, one for each block."
         )
     return found
 

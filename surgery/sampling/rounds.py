@@ -83,9 +83,9 @@ class Rounds(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.learned, Mapping) or {"round", "steps", "active"} & {*self.learned}:
             raise OptionError(
-                f"{self.name}: learned={self.learned!r} maps names to what has state() and "
-                'restore(state), such as {"scores": scores}; "round", "steps" and "active" are '
-                "taken."
+                f"{self.name}: learned={self.learned!r} must map names to objects with state() and "
+                'restore(state), such as {"scores": scores}. The names "round", "steps" and '
+                '"active" are taken.'
             )
         for each in self.always:
             each.active = True
@@ -168,7 +168,7 @@ class Rounds(Method):
         names = self.draw(round)
         strange = [name for name in names if name not in self.units]
         if strange or not names:
-            what = f"{listed(strange)}, which are no units of it" if strange else "nothing"
+            what = f"{listed(strange)}, which are not its units" if strange else "nothing"
             raise OptionError(
                 f"{self.name}: draw({round}) named {what}. Its units are {listed(self.units)}."
             )

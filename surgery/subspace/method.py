@@ -166,9 +166,9 @@ class Projecting(Subspace, ABC):
         super().check_reached()
         if self.found.kept and self.named:
             warnings.warn(
-                f"{self.name} saves no activations at {self._kept()}. Its gradient and optimizer "
-                "state are small all the same. Add the other readers of the same input to "
-                "targets=, or leave it out.",
+                f"{self.name} does not reduce the activations at {self._kept()}. Gradient and "
+                "optimizer state are smaller all the same. Add the other readers of the same input "
+                "to targets=, or leave these weights out.",
                 stacklevel=2,
             )
 

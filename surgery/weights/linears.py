@@ -66,12 +66,12 @@ def check_steps(name: str, weight: nn.Parameter, what: str) -> None:
     foreign = is_wrapper(weight) and not shards.is_cut(weight)
     if not weight.is_floating_point() or foreign:
         raise TargetError(
-            f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
-            "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
-            "these."
+            f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}), so it cannot "
+            "be trained. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
+            "those."
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TargetError(
-            f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
-            "or train adapters on top of it."
+            f"{what}: {name} is {weight.dtype}, which cannot be trained. Convert it to "
+            "bfloat16, or train adapters on top of it."
         )

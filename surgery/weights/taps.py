@@ -51,14 +51,14 @@ class Taps(Addition):
         if len(seen) != len(self.reads):
             raise ModelError(
                 f"{self.made_by}: {len(seen)} of the {len(self.reads)} blocks that the side path "
-                "reads have run in this forward. A checkpoint around a block and its hooks runs it "
-                "by itself: switch gradient checkpointing off, since nothing is kept of a frozen "
-                "trunk; and let no block be dropped."
+                "reads have run in this forward. A checkpoint around a block runs it and its hooks "
+                "again by themselves: switch gradient checkpointing off, since a frozen trunk "
+                "keeps nothing for backward. And do not drop blocks."
             )
         if last.shape[-1] != self.hidden:
             raise ModelError(
-                f"{self.made_by}: {self.reads[-1]} puts out {tuple(last.shape)}, and the side path "
-                f"was made for a width of {self.hidden}. Give it: hidden={last.shape[-1]}."
+                f"{self.made_by}: {self.reads[-1]} returns the shape {tuple(last.shape)}, but the "
+                f"side path was made for a width of {self.hidden}. Give hidden={last.shape[-1]}."
             )
         found = self(seen)
         return found if isinstance(output, Tensor) else (found, *output[1:])
@@ -83,7 +83,7 @@ def one_stack(model: nn.Module, within: str | None, of: str) -> list[str]:
     for name in blocks(model):
         lists.setdefault(name.rpartition(".")[0], []).append(name)
     if within is not None and within not in lists:
-        raise TargetError(f"{of}: within={within!r} is no list of blocks here: {[*lists]}.")
+        raise TargetError(f"{of}: within={within!r} is not one of the lists of blocks: {[*lists]}.")
     if within is None and len(lists) != 1:
         raise TargetError(
             f"{of}: the blocks of this model are in {len(lists)} lists, {[*lists][:4]}. Say which "
@@ -106,7 +106,7 @@ def width_of(block: nn.Module, of: str) -> int:
     ]
     if not sizes:
         raise OptionError(
-            f"{of}: {type(block).__name__} has no norm that tells the width of the model. Give it: "
-            "hidden=..."
+            f"{of}: {type(block).__name__} has no norm that shows the width of the model. Give the "
+            "width: hidden=..."
         )
     return sizes[0]

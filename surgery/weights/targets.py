@@ -87,8 +87,8 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
         held = [p for name in hit & {*modules} for p in modules[name].parameters(recurse=False)]
         if held:
             raise TargetError(
-                f"{what}={targets!r} matches only weights that are tied to others. Name them as "
-                f"those: {listed([own[id(p)] for p in held], 3)}."
+                f"{what}={targets!r} matches only weights that are tied to others. Use the names "
+                f"of those: {listed([own[id(p)] for p in held], 3)}."
             )
         raise TargetError(
             f"{what}={targets!r} matches only modules that own no parameters, such as "
@@ -121,8 +121,8 @@ def _check_pattern(pattern: str, what: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise TargetError(
-            f"{what}={pattern!r} is no regular expression: {error}. A string stands for the whole "
-            f'name (".*q_proj"); ends of names go into a list, {what}=["q_proj"].'
+            f"{what}={pattern!r} is not a regular expression: {error}. A string stands for the "
+            f'whole name (".*q_proj"); ends of names go into a list, {what}=["q_proj"].'
         ) from error
 
 

@@ -77,15 +77,15 @@ class ZerothOrder:
         reading = hf.wants_gradients(model)
         if reading is not None:
             raise ModelError(
-                f"{name} trains by forwards alone, and AdaLoRA ({reading}) gives ranks away by the "
-                "gradients of its weights, of which there are none. Use LoraConfig in the place of "
+                f"{name} trains by forwards alone, but AdaLoRA ({reading}) allocates its ranks by "
+                "the gradients of its weights, which would be missing. Use LoraConfig instead of "
                 "AdaLoraConfig, or a pass that trains by backward."
             )
         above = [] if self.backward is None else backward_of(model, self.backward, name)
         names = weights_of(model, self.targets, name, above)
         runs = neighbours(model, names)
         count = len(runs) if self.blocks is None else self.blocks
-        most = f"blocks={count}, but what is trained of the model lies in {len(runs)} blocks."
+        most = f"blocks={count}, but the weights that are trained lie in {len(runs)} blocks."
         demand(count <= len(runs), self, most)
         starts = range(0, len(runs), count)
         groups = [set(itertools.chain(*runs[at : at + count])) for at in starts]
@@ -129,22 +129,23 @@ class ZerothOrder:
         demand(
             self.update != "conservative" or (method.slots == 1 and not self.dense),
             self,
-            'update="conservative" looks along one direction for the better end of a step: '
+            'update="conservative" looks along one direction for the best end of a step. Use '
             "directions=1, per_rank=False, dense=False.",
         )
         demand(
             self.update != "conservative" or self.backward is None,
             self,
-            'update="conservative" with backward=: the step of those weights is made already where '
-            "that of the others is judged. Leave one of them out.",
+            'update="conservative" does not go with backward=: those weights have made their step '
+            "before that of the others is judged. Leave one of the two out.",
         )
         demand(
             self.update != "sign" or (signs and alone),
             self,
-            'update="sign" is carried by one scalar for a weight, along signs: directions=1 (one '
-            'for each group of blocks), per_rank=False, noise="rademacher", mezo or sparse_mezo. '
-            "For signs of other sums of g z, let the optimizer see these, dense=True without "
-            "update=, and take p.grad.sign_() of each p in model.parameters() before its step.",
+            'update="sign" needs one scalar for each weight, and directions of signs: directions=1 '
+            '(one for each group of blocks), per_rank=False, noise="rademacher", and mezo or '
+            "sparse_mezo. For the signs of other sums of g z, let the optimizer see these sums, "
+            "dense=True without update=, and call p.grad.sign_() for each p in model.parameters() "
+            "before its step.",
         )
 
 
@@ -165,8 +166,8 @@ class Decaying(ZerothOrder):
         demand(
             not self.weight_decay or self.update != "conservative",
             self,
-            f'update="conservative" with weight_decay={self.weight_decay}: what a step is judged '
-            "by would not be what is kept. Leave one of them out.",
+            f'update="conservative" does not go with weight_decay={self.weight_decay}: the weights '
+            "that are judged would not be those that are kept. Leave one of the two out.",
         )
 
     def start(self, model: nn.Module) -> TwoPoint:
@@ -206,16 +207,16 @@ def weights_of(
     both = [name for name in wanted if name in set(above)]
     if both:
         raise TargetError(
-            f"{what}: {listed(both)} in targets= and in backward=. A weight is trained by forwards "
-            "or by backward: leave it out of one."
+            f"{what}: {listed(both)} is named in both targets= and backward=. A weight is trained "
+            "either by forwards or by backward: leave it out of one of the two."
         )
     for name in wanted:
         weight = model.get_parameter(name)
         check_steps(name, weight, what)
         if not weight.is_contiguous():
             raise TargetError(
-                f"{what}: {name} has gaps, strides {weight.stride()}. Make it contiguous, "
-                f"p.data = p.data.contiguous(), or leave it out of targets=."
+                f"{what}: {name} is not contiguous, its strides are {weight.stride()}. Write "
+                "p.data = p.data.contiguous(), or leave it out of targets=."
             )
     chosen = [name for name in wanted if name in set(trained)]
     if not chosen:
