@@ -56,7 +56,8 @@ def apply(
     if isinstance(spec, str) and spec == "auto":
         if "batch" not in options:
             raise OptionError(
-                'surgery.apply(model, "auto", batch=batch, memory="24GiB") needs both.'
+                'surgery.apply(model, "auto") needs a batch, and memory= or device=: '
+                'surgery.apply(model, "auto", batch=batch, memory="24GiB").'
             )
         known = [*inspect.signature(fit).parameters][1:]
         for name in options:
@@ -133,7 +134,7 @@ def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None)
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise OptimizerError(
             f"{type(optimizer).__name__} has no param_groups and state, so the state of weights "
-            "that leave could not be freed."
+            "that are no longer trained could not be freed."
         )
     if run is not None and rank_of_world()[1] > 1:
         raise OptimizerError(

@@ -71,7 +71,7 @@ def test_schedules_of_another_kind_or_other_groups_are_refused(tmp_path):
     go(model, optimizer, schedule, range(2))
     surgery.save(model, tmp_path, optimizer, schedule)
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    with pytest.raises(surgery.CheckpointError, match="LambdaLR, and CosineAnnealingLR is given"):
+    with pytest.raises(surgery.CheckpointError, match="LambdaLR, but CosineAnnealingLR is given"):
         surgery.load(model, tmp_path, optimizer, cosine)
     single = torch.optim.AdamW(model.parameters())
     schedule = lr_scheduler.LambdaLR(single, lambda n: 1.0)

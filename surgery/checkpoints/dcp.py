@@ -58,7 +58,10 @@ class Stateful:
         """Take back what `state_dict` returned."""
         surgery = applied(self.model)
         if surgery.clock.stepped:
-            raise CheckpointError("load between steps: some optimizers have made theirs already.")
+            raise CheckpointError(
+                "some of the optimizers of this model have made their step, and others have not. "
+                "Load between steps."
+            )
         rest = state["rest"]
         size = int.from_bytes(rest[:8], "little")  # safetensors reads this header of files only
         values = json.loads(json.loads(rest[8 : 8 + size])["__metadata__"]["values"])

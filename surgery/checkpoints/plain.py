@@ -54,8 +54,8 @@ def export(
     cut = shards.is_sharded(plain)
     if cut and adapters.are_on(plain):
         raise CheckpointError(
-            "PEFT adapters on a model that FSDP2 shards cannot be exported. surgery.save it, load "
-            "that in one process without fully_shard, and export there."
+            "PEFT adapters on a model that FSDP2 shards cannot be exported. Use surgery.save, load "
+            "the save in one process without fully_shard, and export there."
         )
     with on_first_rank() as first:
         state = shards.whole_state(plain, first) if cut else None  # on all ranks
@@ -110,8 +110,9 @@ def _check_extra(model: nn.Module) -> None:
     if kept:
         names = listed([name or type(model).__name__ for name in kept])
         raise CheckpointError(
-            f"the extra state of {names} (get_extra_state) is no tensor, and a plain checkpoint "
-            "holds tensors only. surgery.save keeps it; or let get_extra_state return a tensor."
+            f"the extra state of {names} (get_extra_state) is not a tensor, but a plain checkpoint "
+            "holds only tensors. Use surgery.save, which keeps it, or let get_extra_state return a "
+            "tensor."
         )
 
 

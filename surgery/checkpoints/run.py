@@ -60,8 +60,8 @@ def save(
     _check_given(optimizer=optimizer, scheduler=scheduler)
     if surgery.clock.stepping:
         raise CheckpointError(
-            "an optimizer's step is under way, whose gradients are not used up yet: this is a hook "
-            "of its. Save after step() has returned."
+            "an optimizer's step is under way: surgery.save was called from one of its hooks. Save "
+            "after step() has returned."
         )
     if surgery.clock.stepped:
         raise CheckpointError(
@@ -71,9 +71,9 @@ def save(
     given = [c for c in surgery.decision.coordinates if c.parameter.grad is not None]
     if surgery.backward.pending and given:
         raise CheckpointError(
-            f"a backward has given gradients to {len(given)} coordinates, and no step has used "
-            "them: a save would lose them. Save after optimizer.step(), at the end of an "
-            "accumulation; or give them up first: optimizer.zero_grad()."
+            f"{len(given)} coordinates have gradients, and no step has used them: a save would "
+            "lose them. Save after optimizer.step(), at the end of an accumulation, or discard "
+            "them first: optimizer.zero_grad()."
         )
     surgery.bind()
     tensors, state = tensors_of(surgery.decision.model), state_of(surgery)
@@ -117,12 +117,12 @@ def load(
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None and what in state:
             raise CheckpointError(
-                f"{folder} holds the state of {_article(what)}, and none is given. Pass "
-                f"{what}={what}, or {what}=False to leave it."
+                f"{folder} holds the state of {_article(what)}, but none is given. Pass "
+                f"{what}={what}, or {what}=False to ignore that state."
             )
         if given not in (None, False) and what not in state:
             raise CheckpointError(
-                f"{folder} was saved without {_article(what)}. Pass {what}=None, and it starts "
+                f"{folder} was saved without {_article(what)}. Pass {what}=None: yours then starts "
                 "anew."
             )
     schedule: Any = None
@@ -156,10 +156,10 @@ def _check_given(**given: Any) -> None:
             continue
         kind = type(each).__name__
         if not isinstance(each, Sequence):
-            raise OptionError(f"{what}= takes an object with a state_dict, and {kind} has none.")
+            raise OptionError(f"{what}= takes an object with a state_dict, but {kind} has none.")
         raise OptionError(
-            f"{what}= takes one object with a state_dict, and this is a {kind}. Of several, keep "
-            "the state beside the save: torch.save([o.state_dict() for o in ...], "
+            f"{what}= takes one object with a state_dict, not a {kind}. Keep the state of several "
+            "beside the save: torch.save([o.state_dict() for o in ...], "
             'folder / "others.pt").'
         )
 

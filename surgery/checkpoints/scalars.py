@@ -71,10 +71,10 @@ def _method(surgery: Surgery) -> TwoPoint:
                 return method
             raise ModelError(
                 f"{listed(sorted(others))} are trained by backward beside {method.name}, so its "
-                "scalars are not the whole run. Save it: surgery.save(model, folder, optimizer)."
+                "scalars are not the whole run. Use surgery.save(model, folder, optimizer)."
             )
     names = ", ".join(options.name for options in surgery.decision.passes)
     raise ModelError(
-        f"only the steps of zeroth-order passes are scalars, and {names} was applied (dense=True "
+        f"only the steps of zeroth-order passes are scalars, but {names} was applied (dense=True "
         "leaves the steps to the optimizer)."
     )

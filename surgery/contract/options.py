@@ -54,7 +54,7 @@ def renamed(**names: str) -> Callable[[type[C]], type[C]]:
                 new = names[old]
                 if new in given:
                     raise OptionError(
-                        f"{cls.__name__} is given {old}= and {new}=, which are one option. "
+                        f"{cls.__name__} is given {old}= and {new}=, which are the same option. "
                         f"Leave {old}= out."
                     )
                 warnings.warn(

@@ -73,8 +73,8 @@ class Fit:
         if self.best is None:
             raise ModelError(
                 f"nothing fits into {binary(self.memory)} with {SPARE:.0%} to spare. The nearest "
-                f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}: a shorter batch, "
-                'goal="forwards", or more memory.'
+                f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}. Try a smaller "
+                'batch, goal="forwards", or more memory.'
             )
         if self.best.checkpointing:
             _checkpoint(model)
@@ -158,7 +158,7 @@ def fit(
     weights = storage_bytes(model.parameters()) // (world if wrap == "fsdp2" else 1)
     if weights > size:
         raise OptionError(
-            f"the weights of this {type(model).__name__} alone are {binary(weights)}, and memory= "
+            f"the weights of this {type(model).__name__} alone are {binary(weights)}, but memory= "
             f"is {binary(size)}. Load them in fewer bits, or shard them over several devices."
         )
     given = batch_for(model, batch, loss)
@@ -226,7 +226,7 @@ def _judged(played: Played, memory: int) -> Fit:
     rows = [row for group in groups for row in group]
     known = [row for row in rows if row.peak is not None]
     if not known:
-        raise ModelError(f"no composition could be played for this {played.what}: {rows[0].note}")
+        raise ModelError(f"no composition could be simulated: {played.what}: {rows[0].note}")
     fitting = next((fits for group in groups if (fits := [r for r in group if r.fits])), [])
     return Fit(
         title=f"{played.what} in {binary(memory)}{played.where}",

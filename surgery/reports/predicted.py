@@ -124,10 +124,10 @@ def check_world(world: int, wrap: Wrap, batch: object) -> None:
     if wrap not in get_args(Wrap):
         raise OptionError(f"wrap={wrap!r} must be one of {', '.join(map(repr, get_args(Wrap)))}.")
     if world > 1 and batch is None:
-        raise OptionError("what a process of several holds comes of a step: world= needs a batch.")
+        raise OptionError("world= needs a batch: what each process holds depends on the step.")
     if world > 1 and wrap == "fsdp2" and is_joined():
         raise OptionError(
-            "this process has joined a group already, and a process is in one world only: plan "
+            "this process has joined a process group already, and can be in one only: plan "
             "before torch.distributed.init_process_group."
         )
 
