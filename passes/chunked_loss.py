@@ -37,11 +37,12 @@ from surgery.passkit import (
 class ChunkedLoss:
     """Options of chunked_loss.
 
-    outside: logits that leave the model are not computed either, for a loss of the loop's own; they
-    are a tensor that torch's functions take. Else they are `None` beside a loss of the model's, and
-    plain without one. keep_logits: return them computed beside a loss, without gradients. tokens:
-    rows of a chunk (default: 24 MiB of logits, an eighth of the width at least; 1,024 and more on
-    a GPU).
+    outside: whether logits that leave the model are computed in chunks too, for a loss in your own
+    loop; they are then a tensor that torch's functions take. If False, the logits are `None` beside
+    a loss of the model, and plain logits without one. keep_logits: whether to return the logits
+    beside the model's loss, computed and without gradients. tokens: the number of rows in a chunk
+    (default: as many as give 24 MiB of logits, and at least an eighth of the width; 1,024 or more
+    on a GPU).
     """
 
     saves = ("activations",)

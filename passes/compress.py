@@ -54,9 +54,9 @@ SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
 class Compress:
     """Options of compress.
 
-    bits: of a packed entry, 8 or 4. targets: modules whose operations keep packed activations, by
-    PEFT's matching rules (default: all). An activation that anything else keeps as well stays as it
-    is.
+    bits: the size of a packed entry, 8 or 4. targets: the modules whose operations keep packed
+    activations, by PEFT's matching rules (default: all). An activation that another operation keeps
+    as well is not packed.
     """
 
     saves = ("activations",)

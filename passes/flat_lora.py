@@ -55,9 +55,9 @@ from surgery.passkit import (
 class FlatLora:
     """Options of Flat-LoRA, for models with PEFT's LoRA on Linears.
 
-    rho: norm of the noise on a row of W', as a share of the row's own. steps: T, optimizer steps
-    over which c rises from 0 to 1 (None: 1 from the first step on). targets: which of the Linears
-    with adapters get noise (default: all).
+    rho: the norm of the noise on a row of W', as a share of the row's own norm. steps: T, the
+    number of optimizer steps over which c rises from 0 to 1 (None: c is 1 from the first step on).
+    targets: which of the Linears with adapters get noise (default: all).
     """
 
     saves = ()

@@ -57,15 +57,16 @@ from surgery.passkit import (
 class Galore:
     """Options of GaLore.
 
-    rank: of the subspace (r). period: optimizer steps after which a weight renews its P. scale:
-    factor of the steps. projection: P from a randomised SVD of the gradient ("randomised"), from an
-    exact one ("svd", which forms G once a period, and takes long), or "random". side: which of W's
-    is projected: the smaller one ("auto"), "out" or "in". on_resample: what becomes of the
-    optimizer's state when P is renewed: kept as it is ("keep", as published), taken along into the
-    new subspace ("project"), or dropped ("reset"). weight_decay: of W, decoupled, times the rate of
-    the group that holds R. always: weights trained densely besides. targets: weights of Linears
-    (default: all in the repeated blocks; those with no more than `rank` channels on their smaller
-    side are trained densely). Everything else is frozen.
+    rank: the rank of the subspace (r). period: the number of optimizer steps after which a weight
+    gets a new P. scale: a factor of the steps. projection: how P is computed: by a randomised SVD
+    of the gradient ("randomised"), by an exact one ("svd", which forms G once a period and is
+    slow), or at random ("random"). side: which side of W is projected: the smaller one ("auto"),
+    "out" or "in". on_resample: what happens to the optimizer's state when P changes: it is kept as
+    it is ("keep", as published), carried over into the new subspace ("project"), or dropped
+    ("reset"). weight_decay: decoupled decay of W, multiplied by the learning rate of the group that
+    holds R. always: weights that are trained densely as well. targets: weights of Linears (default:
+    all in the repeated blocks; those with no more than `rank` channels on their smaller side are
+    trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer")

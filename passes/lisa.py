@@ -41,12 +41,12 @@ from surgery.passkit import (
 class Lisa:
     """Options of LISA.
 
-    layers: blocks that are trained in a round. period: optimizer steps in a round. weights: how
-    likely each block is drawn: all alike, in proportion to its share of outliers in magnitude, or
-    to numbers, one for each block in order, such as `outlier_ratios(model, batches)`. threshold: M
-    of "outliers". precision: of what is trained of 16-bit weights, as in `Misa`. targets: what is
-    trained at all, inside the blocks and outside of them (embeddings, final norm, head), by PEFT's
-    matching rules (default: everything).
+    layers: the number of blocks that are trained in a round. period: the number of optimizer steps
+    in a round. weights: how likely each block is drawn: "uniform" draws all alike, "outliers" in
+    proportion to a block's share of outliers in magnitude; or give one number for each block, in
+    order, such as `outlier_ratios(model, batches)`. threshold: M of "outliers". precision: how
+    16-bit weights are trained, as in `Misa`. targets: what is trained at all, inside the blocks and
+    outside of them (embeddings, final norm, head), by PEFT's matching rules (default: everything).
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -140,9 +140,10 @@ class WeightedBlocks:
 def outlier_ratios(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], threshold: float = 13.0
 ) -> list[float]:
-    """Return D of each block, of abs(W_ij) norm(x_j), x_j one of the inputs that its Linears get.
+    """Return D of each block, with A_ij = abs(W_ij) norm(x_j), x_j the inputs of its Linears.
 
-    batches: a few, of what the model takes: `model(**batch)` runs without gradients, in evaluation
-    mode, before `surgery.apply`. threshold: M, as OWS has it.
+    batches: a few batches of the model's keyword arguments. `model(**batch)` is run on each,
+    without gradients and in evaluation mode; call this before `surgery.apply`. threshold: M, 13 in
+    OWS.
     """
     return [*outliers(model, threshold, batches).values()]

@@ -31,8 +31,8 @@ from surgery.passkit import (
 class Lozo(Decaying):
     """Options of LOZO; see `ZerothOrder` and `Decaying`.
 
-    rank: of a direction (r). period: steps that V is kept for. noise: of vectors, and of matrices
-    too thin for r.
+    rank: the rank of a direction (r). period: the number of steps that V is kept for. noise: the
+    distribution of z for vectors, and for matrices that are too thin for r.
     """
 
     saves = ("gradients", "optimizer", "activations")

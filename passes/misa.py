@@ -49,16 +49,17 @@ from surgery.passkit import (
 class Misa:
     """Options of MISA.
 
-    budget: largest share of all parameters that is trained at a time, in (0, 1].
-    period: optimizer steps in a round (T). eta: 0 draws uniformly, larger is greedier.
-    ema_decay: beta of the score. score: "relative" divides G by its mean over the modules, so that
-    eta means the same for every model; "paper" takes G as it is. uniform_mix: share of the uniform
-    distribution mixed into p. span: draw each round from this many neighbouring blocks, so that
-    backward ends below them. momentum_step: add the paper's momentum step at the end of each round.
-    precision: of what is trained of 16-bit weights: "auto", float32 copies, 4 bytes a parameter
-    more; "weights", the weights themselves, whose steps below half a unit are lost.
-    always: parameters trained in every round, outside of the budget. targets: matrices to draw from
-    (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
+    budget: the largest share of all parameters that is trained at a time, in (0, 1].
+    period: the number of optimizer steps in a round (T). eta: how strongly large scores are
+    preferred; 0 draws uniformly. ema_decay: beta of the score. score: "relative" divides G by its
+    mean over the modules, so that eta means the same for every model; "paper" takes G as it is.
+    uniform_mix: the share of the uniform distribution that is mixed into p. span: draw each round
+    from this many neighbouring blocks, so that backward ends below them. momentum_step: whether to
+    add the paper's momentum step at the end of each round. precision: how 16-bit weights are
+    trained. "auto" trains float32 copies, which take 4 bytes more for each parameter; "weights"
+    trains the weights themselves, and steps of less than half their last digit are lost.
+    always: parameters that are trained in every round, outside of the budget. targets: the matrices
+    to draw from (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
     """
 
     saves = ("gradients", "optimizer", "activations")

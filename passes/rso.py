@@ -49,15 +49,15 @@ from surgery.passkit import (
 class Rso:
     """Options of RSO.
 
-    rank: of the subspace (r). period: optimizer steps in a round. projection: distribution of P,
-    "gaussian" or "orthonormal". share: one P for all weights that read the same x (True), for each
-    weight (False), or for each input width ("width"). on_resample: what becomes of the optimizer's
-    state of B at the end of a round: dropped ("reset"), carried over ("transport"), or changed by a
-    function of (state, old P, new P). prox: decay of B, decoupled, times the learning rate of the
-    group that holds B. weight_decay: of W, decoupled, times the same rate. always: weights trained
-    densely besides. targets: weights of Linears (default: all in the repeated blocks, of stacked
-    experts too; those with no more than `rank` inputs are trained densely). Everything else is
-    frozen.
+    rank: the rank of the subspace (r). period: the number of optimizer steps in a round.
+    projection: the distribution of P, "gaussian" or "orthonormal". share: which weights share one
+    P: all that read the same x (True), none (False), or all of the same input width ("width").
+    on_resample: what happens to the optimizer's state of B at the end of a round: it is dropped
+    ("reset"), carried over ("transport"), or changed by a function of (state, old P, new P). prox:
+    decoupled decay of B, multiplied by the learning rate of the group that holds B. weight_decay:
+    decoupled decay of W, multiplied by the same rate. always: weights that are trained densely as
+    well. targets: weights of Linears (default: all in the repeated blocks, stacked experts
+    included; those with no more than `rank` inputs are trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer", "activations")

@@ -52,10 +52,11 @@ from surgery.passkit import (
 class Sherl:
     """Options of SHERL.
 
-    taps: k, blocks of the trunk that the side path reads, evenly spaced, the last one among them.
-    late: blocks of the late route. width: of z (default: half of the model's). hidden: width of the
-    model, where its norms do not tell. within: name of the list of blocks, of a model that has
-    several, such as "model.language_model.layers".
+    taps: k, the number of blocks of the trunk that the side path reads; they are evenly spaced and
+    include the last one. late: the number of blocks of the late route. width: the width of z
+    (default: half of the model's). hidden: the width of the model, if it cannot be read from its
+    norms. within: the name of the list of blocks if the model has several, such as
+    "model.language_model.layers".
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -183,10 +184,11 @@ class SidePath(Taps):
 
 
 def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the side path of an export (its folder `side_path`) on a model, whose outputs are then
-    those of the model that was exported; `model.side_path.take_off(model)` takes it off again.
+    """Put the side path of an export (its folder `side_path`) on a model.
 
-    Needs no surgery; `surgery.apply(model, "sherl")` goes on training it. Returns the same model.
+    The model's outputs are then those of the model that was exported.
+    `model.side_path.take_off(model)` takes it off again. The model needs no surgery for this;
+    `surgery.apply(model, "sherl")` goes on training the side path. Returns the same model.
     """
     recipe, state = read_addition(folder)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())

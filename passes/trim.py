@@ -45,10 +45,10 @@ from surgery.passkit import (
 class Trim:
     """Options of trim.
 
-    used: the ids that occur: numbers, a tensor, or a data set (of mappings, whose "input_ids",
-    "labels" and "decoder_input_ids" count, or of such sequences). An id outside of it is an error
-    in training. rest: whether all other weights are trained, as they are; False: by other passes,
-    or not at all.
+    used: the ids that occur in the data: numbers, a tensor, or a data set of mappings (of which
+    "input_ids", "labels" and "decoder_input_ids" are read) or of sequences of ids. Any other id is
+    an error in training. rest: whether all other weights are trained too, as without surgery; if
+    False, other passes train them, or nothing does.
     """
 
     saves = ("gradients", "optimizer")

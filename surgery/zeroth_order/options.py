@@ -31,18 +31,20 @@ EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
 class ZerothOrder:
     """Options of all passes that train by forwards.
 
-    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are of LoRA, 1e-1 if they are
-    prefixes). directions: q, each of two forwards; the variance of the gradient falls by q. noise:
-    of z. estimate: "central", "one_sided" ((L(W + eps z) - L(W)) / eps: q + 1 forwards), or
-    "forward": the exact derivative along z, by forward-mode differentiation, eps unused. dense:
-    let the optimizer see g z, of the weights' own size, and not g: for momentum and Adam over
-    weights. blocks: repeated blocks that a direction goes through, neighbours, and the next ones
-    each time; what lies before and behind them counts as a block (default: all). update: "sign"
-    makes each step lr sign(g z), whatever the size of g; "conservative" keeps of W, W - lr g z and
-    W + lr g z the one where the model's own loss is smallest: three forwards more. per_rank: other
-    directions on each rank of a data-parallel run. targets: weights, biases and norms among them
-    (default: all that require gradients). backward: weights that are trained by backward instead,
-    as without surgery: a forward more, at W, which is what is returned.
+    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are LoRA's, 1e-1 if they are
+    prefixes). directions: q, the number of directions in a step; each takes two forwards, and the
+    variance of the gradient falls by q. noise: the distribution of z. estimate: "central",
+    "one_sided" ((L(W + eps z) - L(W)) / eps, which takes q + 1 forwards), or "forward", the exact
+    derivative along z by forward-mode differentiation, without eps. dense: whether the optimizer
+    sees g z, as large as the weights, instead of g: for momentum and Adam over weights. blocks: the
+    number of neighbouring blocks that a direction perturbs (default: all); the next direction takes
+    the next ones, and what lies before and behind the blocks counts as one. update: "sign" makes
+    each step lr sign(g z), whatever the size of g; "conservative" keeps the one of W, W - lr g z
+    and W + lr g z where the model's own loss is smallest, for three forwards more. per_rank:
+    whether each rank of a data-parallel run has directions of its own. targets: the weights to
+    train, biases and norms included (default: all that require gradients). backward: weights that
+    are trained by backward instead, as without surgery. This takes one more forward, at W, whose
+    output is returned.
     """
 
     thin: ClassVar[bool] = False  # whether directions of matrices are products of thin factors
@@ -151,10 +153,10 @@ class ZerothOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Decaying(ZerothOrder):
-    """Options of those that decay weights; see `ZerothOrder`.
+    """Options of passes that decay weights; see `ZerothOrder`.
 
-    weight_decay: of matrices, decoupled, times the learning rate (the optimizer's own would act on
-    scalars that start from zero in each step).
+    weight_decay: decoupled decay of matrices, multiplied by the learning rate (the optimizer's own
+    decay would act on scalars that start from zero in each step).
     """
 
     weight_decay: float = 0.0
