@@ -21,16 +21,16 @@ WHAT = "the distributed checkpoint"
 
 
 class Stateful:
-    """What surgery has to save beside the model and the optimizer, as torch's `Stateful`.
+    """What surgery has to save besides model and optimizer, as a `Stateful` of torch.
 
     Use it with torch.distributed.checkpoint, on any number of ranks, to save and to load:
 
         state = {"surgery": surgery.Stateful(model), "model": get_model_state_dict(model), ...}
         dcp.save(state, checkpoint_id=folder)
 
-    Coordinates are saved as they are held, sharded by FSDP2 or whole; all else is small. Loading
-    raises CheckpointError if it is of other passes, another partition, or another model. Raises
-    ModelError if nothing was applied.
+    Coordinates are saved as they are held, sharded by FSDP2 or whole; everything else is small.
+    Loading raises CheckpointError if the state is of other passes, another partition, or another
+    model. Raises ModelError if nothing was applied.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -48,13 +48,15 @@ def save(
     scheduler: Any = None,
     weights: bool = True,
 ) -> None:
-    """Write all that `surgery.load` needs to go on from here, at any optimizer step.
+    """Write all that `surgery.load` needs to continue from here, after any optimizer step.
 
-    optimizer, scheduler: whatever has a state_dict. weights: False leaves them to whoever saves
-    them beside; `load` then checks that the model has them. Written in one piece: a save that was
-    there before stays intact until the new one is complete. On several ranks all call it, and rank
-    0 writes. Raises ModelError if nothing was applied, CheckpointError if it cannot be written, or
-    if there are gradients that no step has used: they are not saved.
+    An earlier save in the folder stays intact until the new one is complete. With several ranks,
+    all must call it, and rank 0 writes.
+
+    optimizer, scheduler: objects with a state_dict. weights: False leaves out the model's weights,
+    if something else saves them; `load` then checks that the model has them. Raises ModelError if
+    nothing was applied; CheckpointError if the save cannot be written, or if there are gradients
+    that no step has used, since they are not saved.
     """
     surgery = applied(model)
     _check_given(optimizer=optimizer, scheduler=scheduler)
@@ -98,12 +100,14 @@ def save(
 def load(
     model: nn.Module, folder: str | Path, optimizer: Any = None, scheduler: Any = None
 ) -> nn.Module:
-    """Take a model, its passes, an optimizer and a schedule to where they were saved.
+    """Restore a model, its passes, an optimizer and a schedule from a save. Returns the same model.
 
-    model: of the same architecture, with the same passes applied (`surgery.saved_passes(folder)`).
-    optimizer: built from it as it was for the run; False leaves the saved state alone. Returns the
-    same model. All or nothing: raises ModelError if nothing was applied, CheckpointError if the
-    save is damaged or of another format, architecture, partition or passes, or was made with an
+    model: a model of the same architecture, with the same passes applied
+    (`surgery.saved_passes(folder)`). optimizer: an optimizer of this model, built as it was for the
+    run; False ignores its saved state. scheduler: likewise.
+
+    An error changes nothing. Raises ModelError if nothing was applied; CheckpointError if the save
+    is damaged, or of another format, architecture, partition or passes, or was made with an
     optimizer or a scheduler that is not given here.
     """
     surgery, folder = applied(model), Path(folder)

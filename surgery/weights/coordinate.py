@@ -237,9 +237,9 @@ def unique(coordinates: Iterable[Coordinate]) -> list[Coordinate]:
 class Coordinates:
     """One trainable tensor and its map into one weight: what `surgery.coordinates` returns.
 
-    weight: qualified name of the weight. parameter: what the optimizer steps. expand: maps a tensor
-    of the parameter's shape to the change of the whole weight that it stands for. active: whether
-    it is being trained now.
+    weight: the qualified name of the weight. parameter: what the optimizer steps. expand: maps a
+    change of the parameter to the change of the whole weight that it stands for. active: whether
+    the coordinate is being trained now.
     """
 
     weight: str

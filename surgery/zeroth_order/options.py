@@ -38,9 +38,9 @@ class ZerothOrder:
     derivative along z by forward-mode differentiation, without eps. dense: whether the optimizer
     sees g z, as large as the weights, instead of g: for momentum and Adam over weights. blocks: the
     number of neighbouring blocks that a direction perturbs (default: all); the next direction takes
-    the next ones, and what lies before and behind the blocks counts as one. update: "sign" makes
-    each step lr sign(g z), whatever the size of g; "conservative" keeps the one of W, W - lr g z
-    and W + lr g z where the model's own loss is smallest, for three forwards more. per_rank:
+    the next ones, and what lies before and behind the blocks counts as a block. update: "sign"
+    makes each step lr sign(g z), whatever the size of g; "conservative" keeps the one of W, W - lr
+    g z and W + lr g z where the model's own loss is smallest, for three forwards more. per_rank:
     whether each rank of a data-parallel run has directions of its own. targets: the weights to
     train, biases and norms included (default: all that require gradients). backward: weights that
     are trained by backward instead, as without surgery. This takes one more forward, at W, whose
