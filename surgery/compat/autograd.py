@@ -37,7 +37,7 @@ def keeps_graph() -> bool:
 
 
 def first_order_only(by: str) -> None:
-    """Raise SurgeryError in a backward whose results shall be differentiated again."""
+    """Raise SurgeryError in a backward that is to be differentiated again (create_graph=True)."""
     if torch.is_grad_enabled():
         raise SurgeryError(
             f"{by}: a gradient is to be differentiated a second time (create_graph=True), but what "

@@ -39,10 +39,10 @@ def _plain(value: Any) -> Any:
 
 
 def renamed(**names: str) -> Callable[[type[C]], type[C]]:
-    """Let a pass take options by their earlier names, too: `@renamed(old="new")`.
+    """Let a pass take options by their earlier names too: `@renamed(old="new")`.
 
-    Giving one warns (FutureWarning); giving both raises OptionError. Saves that name the old ones
-    are read.
+    An old name warns (FutureWarning); both names at once raise OptionError. Saves with the old name
+    can still be loaded.
     """
 
     def change(cls: type[C]) -> type[C]:

@@ -35,7 +35,7 @@ def by_identity(run: F) -> F:
 
 
 def is_by_identity(node: Node) -> bool:
-    """Whether a node finds something by the identity of a tensor that it is given."""
+    """Whether a node recognises a tensor that it is given by identity."""
     return bool(getattr(node.target, "by_identity", False))
 
 

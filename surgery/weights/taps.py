@@ -14,10 +14,11 @@ from surgery.weights.targets import blocks
 
 
 class Taps(Addition):
-    """An addition whose forward is given what k blocks put out, h_1 .. h_k (..., hidden), detached,
-    and returns what the block behind the last of them reads instead of h_k.
+    """An addition that reads the outputs of k blocks and replaces the last of them.
 
-    made_by: the pass, for errors. reads: names of the blocks, in order. hidden: width of h.
+    Its forward gets the detached outputs h_1 .. h_k (..., hidden), and returns what the next block
+    reads instead of h_k. made_by: the name of the pass, for errors. reads: the names of the blocks,
+    in order. hidden: the width of h.
     """
 
     made_by: ClassVar[str]
@@ -34,16 +35,16 @@ class Taps(Addition):
         yield model.get_submodule(self.reads[-1]).register_forward_hook(self.close)
 
     def open(self, block: nn.Module, inputs: Any) -> None:
-        """Before the first block that is read: forget a forward that has ended in an error."""
+        """Forget a forward that has ended in an error. Runs before the first block that is read."""
         self.seen = []
 
     def hear(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        """Behind a block that is read: keep its output for this forward."""
+        """Keep the output of a block for this forward. Runs after each block that is read."""
         if not self.resting:
             self.seen = [*self.seen, _first(output).detach()]
 
     def close(self, block: nn.Module, inputs: Any, output: Any) -> Any:
-        """Behind the last block that is read: return what the next one reads."""
+        """Return what the next block reads. Runs after the last block that is read."""
         if self.resting:
             return None
         last = _first(output).detach()
@@ -69,7 +70,7 @@ def _first(output: Any) -> Tensor:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Return so many names, evenly spaced, the last one among them; all if they are fewer."""
+    """Return `count` of the names, evenly spaced and with the last one; all if there are fewer."""
     count = min(count, len(names))
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
 
@@ -77,7 +78,8 @@ def evenly(names: Sequence[str], count: int) -> list[str]:
 def one_stack(model: nn.Module, within: str | None, of: str) -> list[str]:
     """Return the names of the blocks of one list, in order.
 
-    within: its name; None: there is only one. of: the pass. Raises TargetError.
+    within: the name of the list; None if there is only one. of: the name of the pass, for errors.
+    Raises TargetError if the list does not exist, or if None leaves it open which one is meant.
     """
     lists: dict[str, list[str]] = {}
     for name in blocks(model):
@@ -93,9 +95,9 @@ def one_stack(model: nn.Module, within: str | None, of: str) -> list[str]:
 
 
 def width_of(block: nn.Module, of: str) -> int:
-    """Return the width of what a block reads: that of the norm which is least deep in it.
+    """Return the width of a block's input, which is that of the outermost norm in the block.
 
-    Raises OptionError, naming the pass, if it has no norm.
+    of: the name of the pass, for errors. Raises OptionError if the block has no norm.
     """
     found = sorted(block.named_modules(), key=lambda each: each[0].count("."))
     sizes = [
