@@ -1,13 +1,13 @@
-"""Logits that never stand whole, exact. Prior art: Liger's fused linear losses.
+"""Exact losses whose logits never exist as a whole. Prior art: Liger's fused linear losses.
 
-With z = h W^T + b, what a loss makes of each row, y_i = f_i(z_i), has the gradients
+With z = h W^T + b, a function of each row of the logits, y_i = f_i(z_i), has the gradients
 
     dz_i = g_i f_i'(z_i),    dh = dz W,    dW = dz^T h,    db = sum dz
 
 which are sums over rows: forward and backward take a chunk of rows at a time, so that neither the
-logits nor their gradient ever exist whole. The logits of the model are a tensor that knows h and W;
-what torch's functions make of it, in the model or in the loop, is written down until something
-small is asked for: a loss, log-probabilities, an entropy.
+logits nor their gradient ever exist as a whole. The model's logits are a tensor that holds h and W.
+What torch's functions do with it, in the model or in the loop, is recorded, and computed only when
+a small result is needed: a loss, log-probabilities, an entropy.
 """
 
 from __future__ import annotations

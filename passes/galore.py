@@ -1,14 +1,14 @@
 """GaLore: gradients in a subspace of their own directions. arXiv 2403.03507 (ICML 2024).
 
-The gradient G = g^T x (out, in) of a Linear is seen in a subspace of its smaller side, of rank r,
+The gradient G = g^T x (out, in) of a Linear is projected to rank r on its smaller side,
 
     R = P^T G  (r, in)  if out < in,    R = G P  (out, r)  else,    P^T P = I,
 
-P the top singular vectors of G as it is every `period` steps; any optimizer steps on R, and what it
-does to R is taken back into W, times `scale`: W <- W + scale P dR, or scale dR P^T. Here R's
-gradient is made as (g P)^T x, or g^T (x P): no G is ever formed, nor is one for P, whose randomised
-SVD wants thin products with G alone. Each weight renews P in a step of its own. What the published
-code does otherwise: docs/passes/galore.md.
+P the top singular vectors of G, computed again every `period` steps. Any optimizer steps R, and its
+change dR is added to W: W <- W + scale P dR, or W + scale dR P^T. Here R's gradient is computed as
+(g P)^T x, or g^T (x P), so that G is never formed. P does not need it either: its randomised SVD
+takes only thin products with G. Different weights renew P at different steps. Differences from the
+published code: docs/passes/galore.md.
 """
 
 from __future__ import annotations

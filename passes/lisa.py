@@ -1,6 +1,6 @@
 """LISA: layerwise importance sampled AdamW. arXiv 2403.17919 (NeurIPS 2024).
 
-Embeddings and head are trained always. Every K steps, freeze all blocks and draw gamma of the N_L
+Embeddings and head are always trained. Every K steps, freeze all blocks and draw gamma of the N_L
 blocks uniformly, without replacement: inclusion probabilities {1, gamma/N_L, ..., gamma/N_L, 1}.
 Unlike the published code, the optimizer state of a block that leaves is freed.
 

@@ -6,8 +6,8 @@ In round k the weight W (out, in) of each Linear moves in a random subspace only
 
 with any optimizer on B. P (r, in) is Gaussian N(0, 1/r), or sqrt(in/r) times an orthonormal frame,
 uniformly random; both have E[P^T P] = I, so that Adam's usual learning rate transfers. Forward
-keeps x P^T (rows, r) instead of x, and dB = g^T (x P^T) = dW P^T. The steps of B are carried into W
-as they are made: W is always the trained weight, and a round ends by drawing P anew.
+keeps x P^T (rows, r) instead of x, and dB = g^T (x P^T) = dW P^T. The steps of B are added to W
+as they are made: W is always the trained weight, and each round begins with a new P.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """SHERL: a side path over a frozen trunk, into its last blocks. arXiv 2407.07523 (ECCV 2024).
 
-Of L blocks the last `late` are the late route, and the others the trunk, without a backward. With
-h_1 .. h_k what k blocks of the trunk put out, the last block's last, and g = z_k the guide, for
-each token
+Of L blocks, the last `late` are the late route; the others are the trunk, which has no backward.
+With h_1 .. h_k the outputs of k blocks of the trunk, h_k that of its last block, and g = z_k the
+guide, for each token
 
     z_i = LN(D_i h_i),    rho_i = sum_{j<k} relu(cos(z_i, z_j))
     y = sum_{i<k} a_i z_i + g,    s_i = relu(w . (z_i * g)) / rho_i,    a_i = s_i / sum_j s_j
     h <- (1 + tanh(gamma / 0.1)) h_k + U relu(y)
 
 and the late route reads h. Only D, LN, w, U, gamma are trained. U and gamma begin at zero, so that
-the first output is the model's own. Published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k, both
-from their usual beginning, which takes the trunk's own stream away at first.
+the first output is the model's own. The published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k,
+with U and gamma initialised as usual, which at first removes the trunk's own stream.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ optimizer sees is
 
 and gradients and optimizer state have k rows instead of V. A head over the vocabulary, tied or not,
 reads all rows, so that its softmax is exact, and is trained in those of I. The model keeps its
-whole E, current at every step: tokenizer, checkpoints and generation are as ever.
+whole E, current at every step: tokenizer, checkpoints and generation work as before.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     surgery.testing.check(MyPass())
 
-runs all of them on a small model, and raises `LawError` with what is broken. As tests of pytest:
+runs all of them on a small model, and raises `LawError` with what is broken. As pytest tests:
 
     CASE = surgery.testing.Case(spec=MyPass())  # one: laws share a run of it
 

@@ -237,7 +237,7 @@ def parts(matrix: Tensor) -> Iterable[slice]:
 
 
 def number(value: float, like: Tensor) -> Tensor:
-    """Return a number as a tensor () beside another, in the dtype of its steps."""
+    """Return a number as a scalar tensor on another one's device, in the dtype of its steps."""
     return _number(value, wide(like), like.device)
 
 
