@@ -221,8 +221,8 @@ def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     if len(trunk) < 2:
         raise TargetError(
             f"sherl: this model has {len(stack)} blocks, and late={options.late} leaves a trunk of "
-            f"{len(trunk)}. The side path needs a trunk of two or more: use a smaller late=, or "
-            "another pass, such as misa."
+            f"{len(trunk)}. The side path needs two blocks or more there: use a smaller "
+            "late=, or another pass, such as misa."
         )
     hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")
     width = options.width or max(1, hidden // 2)

@@ -194,7 +194,7 @@ def _check_conflicts(methods: Sequence[Method]) -> None:
             why = method.conflicts.get(other.name, method.conflicts.get(EVERY))
             if other is not method and why is not None:
                 raise ConflictError(
-                    f"{method.name} and {other.name} cannot be applied together. The reason, of "
+                    f"{method.name} and {other.name} cannot be applied together. About "
                     f"{method.name}: {why.replace('{other}', other.name)}. Leave one of them out."
                 )
 

@@ -134,7 +134,7 @@ def check_layout(model: nn.Module) -> None:
         if fsdp.is_zero(parameter):
             raise ModelError(
                 f"{name} belongs to DeepSpeed ZeRO, whose optimizer steps flat copies of many "
-                "parameters at once, and no coordinates. Use FSDP2, "
+                "parameters at once, not coordinates. Use FSDP2, "
                 "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2), or DDP."
             )
 
@@ -153,7 +153,7 @@ def check_membership(
             f"holds {len(missing)} of the coordinates: "
             f"{listed(missing.values())}. It was probably built before surgery.apply, or from "
             "a part of the parameters (get_peft_model after surgery.apply switches "
-            "requires_grad off). Build it afterwards, from all: "
+            "requires_grad off). Build it afterwards, from all parameters: "
             "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
         )
 

@@ -88,7 +88,7 @@ class Fit:
             surgery.install()
         elif backend is not None:
             raise OptionError(
-                "the recommended composition has no pass, so there is no graph for "
+                "the recommended combination has no pass, so there is no graph for "
                 f"backend={backend!r} to compile. Leave it out, or call torch.compile(model)."
             )
         return model
@@ -232,7 +232,7 @@ def _judged(played: Played, memory: int) -> Fit:
     rows = [row for group in groups for row in group]
     known = [row for row in rows if row.peak is not None]
     if not known:
-        raise ModelError(f"no composition could be simulated: {played.what}: {rows[0].note}")
+        raise ModelError(f"no combination could be simulated: {played.what}: {rows[0].note}")
     fitting = next((fits for group in groups if (fits := [r for r in group if r.fits])), [])
     return Fit(
         title=f"{played.what} in {binary(memory)}{played.where}",
