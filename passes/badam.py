@@ -30,9 +30,10 @@ from surgery.passkit import (
 class BAdam:
     """Options of BAdam.
 
-    order: "random" (a new permutation for every sweep), "ascending" or "descending". period:
-    optimizer steps with each block. precision: of what is trained of 16-bit weights, as in `Misa`.
-    targets: what is trained inside the blocks, by PEFT's matching rules (default: all of it).
+    order: "random" (a new permutation for every sweep), "ascending" or "descending". period: the
+    number of optimizer steps with each block. precision: how 16-bit weights are trained, as in
+    `Misa`. targets: what is trained inside the blocks, by PEFT's matching rules (default: all of
+    it).
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -45,7 +46,7 @@ class BAdam:
 
     def __post_init__(self) -> None:
         check_types(self)
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""

@@ -1,13 +1,13 @@
-"""Logits that never stand whole, exact. Prior art: Liger's fused linear losses.
+"""Exact losses whose logits never exist as a whole. Prior art: Liger's fused linear losses.
 
-With z = h W^T + b, what a loss makes of each row, y_i = f_i(z_i), has the gradients
+With z = h W^T + b, a function of each row of the logits, y_i = f_i(z_i), has the gradients
 
     dz_i = g_i f_i'(z_i),    dh = dz W,    dW = dz^T h,    db = sum dz
 
 which are sums over rows: forward and backward take a chunk of rows at a time, so that neither the
-logits nor their gradient ever exist whole. The logits of the model are a tensor that knows h and W;
-what torch's functions make of it, in the model or in the loop, is written down until something
-small is asked for: a loss, log-probabilities, an entropy.
+logits nor their gradient ever exist as a whole. The model's logits are a tensor that holds h and W.
+What torch's functions do with it, in the model or in the loop, is recorded, and computed only when
+a small result is needed: a loss, log-probabilities, an entropy.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from surgery.passkit import (
 class ChunkedLoss:
     """Options of chunked_loss.
 
-    outside: logits that leave the model are not computed either, for a loss of the loop's own; they
-    are a tensor that torch's functions take. Else they are `None` beside a loss of the model's, and
-    plain without one. keep_logits: return them computed beside a loss, without gradients. tokens:
-    rows of a chunk (default: 24 MiB of logits, an eighth of the width at least; 1,024 and more on
-    a GPU).
+    outside: whether logits that leave the model are computed in chunks too, for a loss in your own
+    loop; they are then a tensor that torch's functions take. If False, the logits are `None` beside
+    a loss of the model, and plain logits without one. keep_logits: whether to return the logits
+    beside the model's loss, computed and without gradients. tokens: the number of rows in a chunk
+    (default: as many as give 24 MiB of logits, and at least an eighth of the width; 1,024 or more
+    on a GPU).
     """
 
     saves = ("activations",)

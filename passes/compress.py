@@ -54,9 +54,9 @@ SIGNS, MASKS = frozenset(["relu", "relu_"]), frozenset(["dropout"])
 class Compress:
     """Options of compress.
 
-    bits: of a packed entry, 8 or 4. targets: modules whose operations keep packed activations, by
-    PEFT's matching rules (default: all). An activation that anything else keeps as well stays as it
-    is.
+    bits: the size of a packed entry, 8 or 4. targets: the modules whose operations keep packed
+    activations, by PEFT's matching rules (default: all). An activation that another operation keeps
+    as well is not packed.
     """
 
     saves = ("activations",)
@@ -151,8 +151,8 @@ class Compression(Counting):
     def check_reached(self) -> None:
         if not self.packed and not self.masks:
             raise CaptureError(
-                "compress found no activation to pack: none is kept by the targeted operations "
-                "alone. Leave targets= out, or leave compress out."
+                "compress found no activation to pack: no activation is kept by the "
+                "targeted operations alone. Leave targets= out, or leave compress out."
             )
 
     def lines(self) -> Iterable[tuple[str, str]]:

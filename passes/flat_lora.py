@@ -55,9 +55,9 @@ from surgery.passkit import (
 class FlatLora:
     """Options of Flat-LoRA, for models with PEFT's LoRA on Linears.
 
-    rho: norm of the noise on a row of W', as a share of the row's own. steps: T, optimizer steps
-    over which c rises from 0 to 1 (None: 1 from the first step on). targets: which of the Linears
-    with adapters get noise (default: all).
+    rho: the norm of the noise on a row of W', as a share of the row's own norm. steps: T, the
+    number of optimizer steps over which c rises from 0 to 1 (None: c is 1 from the first step on).
+    targets: which of the Linears with adapters get noise (default: all).
     """
 
     saves = ()
@@ -71,7 +71,7 @@ class FlatLora:
         check_types(self)
         demand(math.isfinite(self.rho) and self.rho >= 0, self, f"rho={self.rho} must be >= 0.")
         good = self.steps is None or self.steps >= 1
-        demand(good, self, f"steps={self.steps} is a number of steps, at least 1.")
+        demand(good, self, f"steps={self.steps} must be at least 1, or None.")
 
     def start(self, model: nn.Module) -> Noising:
         """Find the adapters of a model; changes nothing. Raises TargetError."""
@@ -81,8 +81,8 @@ class FlatLora:
             layers = {n: v for n, v in layers.items() if hit & {n, f"{n}.base_layer"}}
         if not layers:
             raise TargetError(
-                "flat_lora: no LoRA on a Linear in floating point among the targets. First "
-                "model = peft.get_peft_model(model, peft.LoraConfig(...)); bases of few bits, "
+                "flat_lora: no target is a floating-point Linear with LoRA. Add LoRA first: "
+                "model = peft.get_peft_model(model, peft.LoraConfig(...)). Quantised layers, "
                 "convolutions and embeddings get no noise."
             )
         for name, (layer, kind) in layers.items():
@@ -94,15 +94,15 @@ def _check(name: str, weight: Tensor, kind: str | None) -> None:
     leave = "leave it out of targets=."
     if kind is not None:
         raise TargetError(
-            f"flat_lora: {name} is more than LoRA ({kind}), and its weight not W + s B A. Make the "
-            f"adapters without, LoraConfig(use_dora=False), or {leave}"
+            f"flat_lora: {name} is not plain LoRA but {kind}, so its weight is not W + s B A. Use "
+            f"plain LoRA, LoraConfig(use_dora=False), or {leave}"
         )
     if weight.requires_grad:
-        raise TargetError(f"flat_lora: {name}.base_layer is trained itself. Freeze it, or {leave}")
+        raise TargetError(f"flat_lora: {name}.base_layer is not frozen. Freeze it, or {leave}")
     if not weight.is_floating_point() or weight.ndim != 2:
         raise TargetError(
-            f"flat_lora: {name}.base_layer is {weight.dtype}, which noise cannot be added to; "
-            f"{leave}"
+            f"flat_lora: {name}.base_layer is {weight.dtype} of {weight.ndim} dimensions. Noise "
+            f"can only be added to floating-point matrices; {leave}"
         )
 
 
@@ -188,8 +188,8 @@ def noised(
     method.reached.add(name)
     if weight.requires_grad:
         raise ModelError(
-            f"flat_lora: {name}.base_layer has been switched on (requires_grad) since "
-            "surgery.apply, and its gradient would be that of a noisy weight. Freeze it again."
+            f"flat_lora: {name}.base_layer was unfrozen (requires_grad=True) after surgery.apply, "
+            "and its gradient would be that of the noisy weight. Freeze it again."
         )
     sigma = method.sigma(name, weight, transposed)
     if sigma is None:

@@ -1,14 +1,14 @@
 """GaLore: gradients in a subspace of their own directions. arXiv 2403.03507 (ICML 2024).
 
-The gradient G = g^T x (out, in) of a Linear is seen in a subspace of its smaller side, of rank r,
+The gradient G = g^T x (out, in) of a Linear is projected to rank r on its smaller side,
 
     R = P^T G  (r, in)  if out < in,    R = G P  (out, r)  else,    P^T P = I,
 
-P the top singular vectors of G as it is every `period` steps; any optimizer steps on R, and what it
-does to R is taken back into W, times `scale`: W <- W + scale P dR, or scale dR P^T. Here R's
-gradient is made as (g P)^T x, or g^T (x P): no G is ever formed, nor is one for P, whose randomised
-SVD wants thin products with G alone. Each weight renews P in a step of its own. What the published
-code does otherwise: docs/passes/galore.md.
+P the top singular vectors of G, computed again every `period` steps. Any optimizer steps R, and its
+change dR is added to W: W <- W + scale P dR, or W + scale dR P^T. Here R's gradient is computed as
+(g P)^T x, or g^T (x P), so that G is never formed. P does not need it either: its randomised SVD
+takes only thin products with G. Different weights renew P at different steps. Differences from the
+published code: docs/passes/galore.md.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ from surgery.passkit import (
 class Galore:
     """Options of GaLore.
 
-    rank: of the subspace (r). period: optimizer steps after which a weight renews its P. scale:
-    factor of the steps. projection: P from a randomised SVD of the gradient ("randomised"), from an
-    exact one ("svd", which forms G once a period, and takes long), or "random". side: which of W's
-    is projected: the smaller one ("auto"), "out" or "in". on_resample: what becomes of the
-    optimizer's state when P is renewed: kept as it is ("keep", as published), taken along into the
-    new subspace ("project"), or dropped ("reset"). weight_decay: of W, decoupled, times the rate of
-    the group that holds R. always: weights trained densely besides. targets: weights of Linears
-    (default: all in the repeated blocks; those with no more than `rank` channels on their smaller
-    side are trained densely). Everything else is frozen.
+    rank: the rank of the subspace (r). period: the number of optimizer steps after which a weight
+    gets a new P. scale: a factor of the steps. projection: how P is computed: by a randomised SVD
+    of the gradient ("randomised"), by an exact one ("svd", which forms G once a period and is
+    slow), or at random ("random"). side: which side of W is projected: the smaller one ("auto"),
+    "out" or "in". on_resample: what happens to the optimizer's state when P changes: it is kept as
+    it is ("keep", as published), carried over into the new subspace ("project"), or dropped
+    ("reset"). weight_decay: decoupled decay of W, multiplied by the learning rate of the group that
+    holds R. always: weights that are trained densely as well. targets: weights of Linears (default:
+    all in the repeated blocks; those with no more than `rank` channels on their smaller side are
+    trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer")
@@ -84,7 +85,7 @@ class Galore:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         positive = math.isfinite(self.scale) and self.scale > 0
         demand(positive, self, f"scale={self.scale} of the steps must be positive.")
         decay = math.isfinite(self.weight_decay) and self.weight_decay >= 0
@@ -263,9 +264,9 @@ def project(state: dict[str, Any], old: Tensor, new: Tensor, left: bool) -> None
             if 1 in value.shape:
                 continue  # a factor
             raise OptimizerError(
-                'galore: on_resample="project" does not know how an '
-                f"optimizer's {key!r} goes into another subspace. "
-                'Give on_resample="keep", as published, or "reset".'
+                'galore: on_resample="project" does not know how to carry an '
+                f"optimizer's {key!r} over into another subspace. "
+                'Use on_resample="keep", as published, or "reset".'
             )
         now = moment(value) if left else moment(value).t()
         now = turn @ now if key in _FIRST else squares @ now + rest * now.mean(0, keepdim=True)

@@ -1,6 +1,6 @@
 """LISA: layerwise importance sampled AdamW. arXiv 2403.17919 (NeurIPS 2024).
 
-Embeddings and head are trained always. Every K steps, freeze all blocks and draw gamma of the N_L
+Embeddings and head are always trained. Every K steps, freeze all blocks and draw gamma of the N_L
 blocks uniformly, without replacement: inclusion probabilities {1, gamma/N_L, ..., gamma/N_L, 1}.
 Unlike the published code, the optimizer state of a block that leaves is freed.
 
@@ -41,12 +41,12 @@ from surgery.passkit import (
 class Lisa:
     """Options of LISA.
 
-    layers: blocks that are trained in a round. period: optimizer steps in a round. weights: how
-    likely each block is drawn: all alike, in proportion to its share of outliers in magnitude, or
-    to numbers, one for each block in order, such as `outlier_ratios(model, batches)`. threshold: M
-    of "outliers". precision: of what is trained of 16-bit weights, as in `Misa`. targets: what is
-    trained at all, inside the blocks and outside of them (embeddings, final norm, head), by PEFT's
-    matching rules (default: everything).
+    layers: the number of blocks that are trained in a round. period: the number of optimizer steps
+    in a round. weights: how likely each block is drawn: "uniform" draws all alike, "outliers" in
+    proportion to a block's share of outliers in magnitude; or give one number for each block, in
+    order, such as `outlier_ratios(model, batches)`. threshold: M of "outliers". precision: how
+    16-bit weights are trained, as in `Misa`. targets: what is trained at all, inside the blocks and
+    outside of them (embeddings, final norm, head), by PEFT's matching rules (default: everything).
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -62,11 +62,11 @@ class Lisa:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.layers >= 1, self, f"layers={self.layers} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         demand(self.threshold > 0, self, f"threshold={self.threshold} must be above 0.")
         if not isinstance(self.weights, str):
             strange = [w for w in self.weights if not (math.isfinite(w) and w >= 0)]
-            demand(not strange, self, f"weights= has {strange[:3]}; each is finite and >= 0.")
+            demand(not strange, self, f"weights= has {strange[:3]}; each must be finite and >= 0.")
 
     def start(self, model: nn.Module) -> Rounds:
         """Plan the rounds on a model; changes nothing. Raises OptionError, TargetError."""
@@ -92,11 +92,12 @@ class Lisa:
             found = outliers(model, self.threshold)
             return {name: found[name] for name in names}
         places = blocks(model)
-        count = f"weights= has {len(self.weights)} numbers, and the model {len(places)} blocks."
-        demand(len(self.weights) == len(places), self, count)
+        numbers, count = len(self.weights), len(places)
+        wrong = f"weights= has {numbers} numbers, but the model has {count} blocks."
+        demand(numbers == count, self, wrong)
         given = dict(zip(places, map(float, self.weights), strict=True))
         likely = sum(given[name] > 0 for name in names)
-        few = f"layers={self.layers}, but weights= is above 0 for {likely} of the blocks only."
+        few = f"layers={self.layers}, but weights= is above 0 for only {likely} of the blocks."
         demand(likely >= self.layers, self, few)
         return {name: given[name] for name in names}
 
@@ -139,9 +140,10 @@ class WeightedBlocks:
 def outlier_ratios(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], threshold: float = 13.0
 ) -> list[float]:
-    """Return D of each block, of abs(W_ij) norm(x_j), x_j one of the inputs that its Linears get.
+    """Return D of each block, with A_ij = abs(W_ij) norm(x_j), x_j the inputs of its Linears.
 
-    batches: a few, of what the model takes: `model(**batch)` runs without gradients, in evaluation
-    mode, before `surgery.apply`. threshold: M, as OWS has it.
+    batches: a few batches of the model's keyword arguments. `model(**batch)` is run on each,
+    without gradients and in evaluation mode; call this before `surgery.apply`. threshold: M, 13 in
+    OWS.
     """
     return [*outliers(model, threshold, batches).values()]

@@ -31,8 +31,8 @@ from surgery.passkit import (
 class Lozo(Decaying):
     """Options of LOZO; see `ZerothOrder` and `Decaying`.
 
-    rank: of a direction (r). period: steps that V is kept for. noise: of vectors, and of matrices
-    too thin for r.
+    rank: the rank of a direction (r). period: the number of steps that V is kept for. noise: the
+    distribution of z for vectors, and for matrices that are too thin for r.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -44,7 +44,7 @@ class Lozo(Decaying):
     def __post_init__(self) -> None:
         super().__post_init__()
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
 
     def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
         weight = owner.get_parameter(name.rpartition(".")[2])

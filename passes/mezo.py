@@ -5,7 +5,7 @@ In each step, with a direction z of independent entries (mean 0, variance 1) ove
     g = (L(W + eps z) - L(W - eps z)) / (2 eps),    W <- W - lr g z
 
 (Algorithm 1, SPSA). The optimizer sees one scalar for each direction, whose gradient is g, and its
-step is carried along z. z is drawn again wherever it is needed; evaluations write no weight.
+step moves W along z. z is drawn again wherever it is needed; evaluations change no weight.
 """
 
 from __future__ import annotations

@@ -49,16 +49,17 @@ from surgery.passkit import (
 class Misa:
     """Options of MISA.
 
-    budget: largest share of all parameters that is trained at a time, in (0, 1].
-    period: optimizer steps in a round (T). eta: 0 draws uniformly, larger is greedier.
-    ema_decay: beta of the score. score: "relative" divides G by its mean over the modules, so that
-    eta means the same for every model; "paper" takes G as it is. uniform_mix: share of the uniform
-    distribution mixed into p. span: draw each round from this many neighbouring blocks, so that
-    backward ends below them. momentum_step: add the paper's momentum step at the end of each round.
-    precision: of what is trained of 16-bit weights: "auto", float32 copies, 4 bytes a parameter
-    more; "weights", the weights themselves, whose steps below half a unit are lost.
-    always: parameters trained in every round, outside of the budget. targets: matrices to draw from
-    (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
+    budget: the largest share of all parameters that is trained at a time, in (0, 1].
+    period: the number of optimizer steps in a round (T). eta: how strongly large scores are
+    preferred; 0 draws uniformly. ema_decay: beta of the score. score: "relative" divides G by its
+    mean over the modules, so that eta means the same for every model; "paper" takes G as it is.
+    uniform_mix: the share of the uniform distribution that is mixed into p. span: draw each round
+    from this many neighbouring blocks, so that backward ends below them. momentum_step: whether to
+    add the paper's momentum step at the end of each round. precision: how 16-bit weights are
+    trained. "auto" trains float32 copies, which take 4 bytes more for each parameter; "weights"
+    trains the weights themselves, and steps of less than half their last digit are lost.
+    always: parameters that are trained in every round, outside of the budget. targets: the matrices
+    to draw from (default: every matrix of the repeated blocks). Both follow PEFT's matching rules.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -80,7 +81,7 @@ class Misa:
         check_types(self)
         share = f"budget={self.budget} is a share of all parameters and lies in (0, 1]; write 0.03"
         demand(0.0 < self.budget <= 1.0, self, f"{share} for 3 %.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         demand(math.isfinite(self.eta) and self.eta >= 0, self, f"eta={self.eta} must be >= 0.")
         demand(0 <= self.ema_decay < 1, self, f"ema_decay={self.ema_decay} must lie in [0, 1).")
         mix = self.uniform_mix
@@ -144,7 +145,7 @@ class Misa:
         if any(each.numel > limit for each in found):
             raise OptionError(
                 f"misa: one row of {name} is larger than the budget of {limit:,} parameters. "
-                "Raise budget, or leave it out with targets=."
+                "Raise budget=, or leave this weight out with targets=."
             )
         return found
 
@@ -232,8 +233,9 @@ class MomentumFlush:
 
     def conflict(self, weight: str) -> str:
         return (
-            f"momentum_step=True writes into weights past the coordinates that train {weight}. Use "
-            "momentum_step=False, or leave it out of the targets of one pass."
+            f"momentum_step=True updates {weight} itself, but another pass trains it through "
+            "coordinates of its own. Use momentum_step=False, or leave this weight out of the "
+            "targets of one of the two passes."
         )
 
     @torch.no_grad()

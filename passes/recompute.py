@@ -38,7 +38,7 @@ CHEAP = SIMPLE | {"contiguous", "dropout", "flatten", "normalize", "reshape", "v
 @register("recompute")
 @dataclass(frozen=True, kw_only=True)
 class Recompute:
-    """Exact: no options. Gradients are eager's to rounding, the loss is bit-identical."""
+    """Has no options. Exact: the loss equals eager's bit for bit, gradients up to rounding."""
 
     saves = ("activations",)
 

@@ -6,8 +6,8 @@ In round k the weight W (out, in) of each Linear moves in a random subspace only
 
 with any optimizer on B. P (r, in) is Gaussian N(0, 1/r), or sqrt(in/r) times an orthonormal frame,
 uniformly random; both have E[P^T P] = I, so that Adam's usual learning rate transfers. Forward
-keeps x P^T (rows, r) instead of x, and dB = g^T (x P^T) = dW P^T. The steps of B are carried into W
-as they are made: W is always the trained weight, and a round ends by drawing P anew.
+keeps x P^T (rows, r) instead of x, and dB = g^T (x P^T) = dW P^T. The steps of B are added to W
+as they are made: W is always the trained weight, and each round begins with a new P.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from surgery.passkit import (
 class Rso:
     """Options of RSO.
 
-    rank: of the subspace (r). period: optimizer steps in a round. projection: distribution of P,
-    "gaussian" or "orthonormal". share: one P for all weights that read the same x (True), for each
-    weight (False), or for each input width ("width"). on_resample: what becomes of the optimizer's
-    state of B at the end of a round: dropped ("reset"), carried over ("transport"), or changed by a
-    function of (state, old P, new P). prox: decay of B, decoupled, times the learning rate of the
-    group that holds B. weight_decay: of W, decoupled, times the same rate. always: weights trained
-    densely besides. targets: weights of Linears (default: all in the repeated blocks, of stacked
-    experts too; those with no more than `rank` inputs are trained densely). Everything else is
-    frozen.
+    rank: the rank of the subspace (r). period: the number of optimizer steps in a round.
+    projection: the distribution of P, "gaussian" or "orthonormal". share: which weights share one
+    P: all that read the same x (True), none (False), or all of the same input width ("width").
+    on_resample: what happens to the optimizer's state of B at the end of a round: it is dropped
+    ("reset"), carried over ("transport"), or changed by a function of (state, old P, new P). prox:
+    decoupled decay of B, multiplied by the learning rate of the group that holds B. weight_decay:
+    decoupled decay of W, multiplied by the same rate. always: weights that are trained densely as
+    well. targets: weights of Linears (default: all in the repeated blocks, stacked experts
+    included; those with no more than `rank` inputs are trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -76,7 +76,7 @@ class Rso:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.rank >= 1, self, f"rank={self.rank} must be at least 1.")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
         given = self.on_resample
         known = callable(given) or given in ("reset", "transport")
         demand(known, self, f'on_resample={given!r} must be "reset", "transport" or a function.')
@@ -238,8 +238,8 @@ class FrameMap(Projection):
     def _frame(self, like: Tensor) -> Tensor:
         if self.frame.matrix is None:
             raise SurgeryError(
-                f"rso: P of {self.frame.name} is drawn in the next training forward, when it is "
-                "known which weights read the same input."
+                f"rso: the projection P of {self.frame.name} is drawn in the next training "
+                "forward, when it is known which weights read the same input. Run one first."
             )
         return self.frame.matrix.to(like)
 

@@ -1,16 +1,16 @@
 """SHERL: a side path over a frozen trunk, into its last blocks. arXiv 2407.07523 (ECCV 2024).
 
-Of L blocks the last `late` are the late route, and the others the trunk, without a backward. With
-h_1 .. h_k what k blocks of the trunk put out, the last block's last, and g = z_k the guide, for
-each token
+Of L blocks, the last `late` are the late route; the others are the trunk, which has no backward.
+With h_1 .. h_k the outputs of k blocks of the trunk, h_k that of its last block, and g = z_k the
+guide, for each token
 
     z_i = LN(D_i h_i),    rho_i = sum_{j<k} relu(cos(z_i, z_j))
     y = sum_{i<k} a_i z_i + g,    s_i = relu(w . (z_i * g)) / rho_i,    a_i = s_i / sum_j s_j
     h <- (1 + tanh(gamma / 0.1)) h_k + U relu(y)
 
 and the late route reads h. Only D, LN, w, U, gamma are trained. U and gamma begin at zero, so that
-the first output is the model's own. Published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k, both
-from their usual beginning, which takes the trunk's own stream away at first.
+the first output is the model's own. The published code has LN(U relu(y)) + tanh(gamma / 0.1) h_k,
+with U and gamma initialised as usual, which at first removes the trunk's own stream.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ from surgery.passkit import (
 class Sherl:
     """Options of SHERL.
 
-    taps: k, blocks of the trunk that the side path reads, evenly spaced, the last one among them.
-    late: blocks of the late route. width: of z (default: half of the model's). hidden: width of the
-    model, where its norms do not tell. within: name of the list of blocks, of a model that has
-    several, such as "model.language_model.layers".
+    taps: k, the number of blocks of the trunk that the side path reads; they are evenly spaced and
+    include the last one. late: the number of blocks of the late route. width: the width of z
+    (default: half of the model's). hidden: the width of the model, if it cannot be read from its
+    norms. within: the name of the list of blocks if the model has several, such as
+    "model.language_model.layers".
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -69,7 +70,7 @@ class Sherl:
 
     def __post_init__(self) -> None:
         check_types(self)
-        demand(self.taps >= 2, self, f"taps={self.taps}: one block to read, and the guide, are 2.")
+        demand(self.taps >= 2, self, f"taps={self.taps} must be at least 2: a block and the guide.")
         for name in ("late", "width", "hidden"):
             value = getattr(self, name)
             demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
@@ -84,17 +85,21 @@ class Sherl:
         elif isinstance(present, SidePath):
             side = present
             same = self == Sherl(seed=self.seed) or _recipe(model, self) == side.recipe()
-            demand(same, self, f"{self!r} is not what is on the model: {dict(side.recipe())}.")
+            other = (
+                f"{self!r} differs from the side path on the model: {dict(side.recipe())}. Give "
+                "the same options, or take that off first: model.side_path.take_off(model)."
+            )
+            demand(same, self, other)
         else:
             raise ModelError(
-                f"sherl: {type(model).__name__} has a {SidePath.key!r} of its own, and the side "
-                "path goes by that name. Give yours another."
+                f"sherl: {type(model).__name__} has an attribute {SidePath.key!r} of its own, and "
+                "the side path needs that name. Rename yours."
             )
         trained = [n for n, p in side.named_parameters() if p.requires_grad]
         if not trained:
             raise TargetError(
-                "sherl: the side path on this model is frozen, so nothing would be trained. Switch "
-                "it on first: model.side_path.requires_grad_(True)."
+                "sherl: the side path on this model is frozen, so nothing would be trained. "
+                "Unfreeze it first: model.side_path.requires_grad_(True)."
             )
         return Routing(
             side=side,
@@ -122,8 +127,8 @@ class Routing(Method):
         if any(each.unused for each in self.coordinates):
             raise CaptureError(
                 "sherl: the side path does not reach the output: this model does not call its "
-                f"blocks ({self.side.reads[-1]}), so that no hook on them is heard. A GraphModule "
-                "does that: apply to the model that it was traced from."
+                f"blocks ({self.side.reads[-1]}), so hooks on them never run. If it is a "
+                "GraphModule, apply the pass to the model that it was traced from."
             )
 
     def lines(self) -> Iterable[tuple[str, str]]:
@@ -179,10 +184,11 @@ class SidePath(Taps):
 
 
 def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the side path of an export (its folder `side_path`) on a model, whose outputs are then
-    those of the model that was exported; `model.side_path.take_off(model)` takes it off again.
+    """Put the side path of an export (its folder `side_path`) on a model.
 
-    Needs no surgery; `surgery.apply(model, "sherl")` goes on training it. Returns the same model.
+    The model's outputs are then those of the model that was exported.
+    `model.side_path.take_off(model)` takes it off again. The model needs no surgery for this;
+    `surgery.apply(model, "sherl")` goes on training the side path. Returns the same model.
     """
     recipe, state = read_addition(folder)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
@@ -195,15 +201,15 @@ def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
 def _made(model: nn.Module, options: Sherl) -> SidePath:
     if lora_layers(model):
         raise TargetError(
-            "sherl: PEFT adapters are on this model, and below the late route nothing has a "
+            "sherl: this model has PEFT adapters, and below the late route nothing gets a "
             "gradient. Merge them first: model = model.merge_and_unload()."
         )
     recipe = _recipe(model, options)
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
     if isinstance(first, DTensor):
         raise ModelError(
-            "sherl: this model is sharded already, and what is put on it now would not be. Apply "
-            'first: surgery.apply(model, "sherl"), then fully_shard, blocks and model.'
+            "sherl: this model is already sharded, and a side path added now would not be. Apply "
+            'first: surgery.apply(model, "sherl"), then fully_shard the blocks and the model.'
         )
     return SidePath(**recipe, like=first).train(model.training)
 
@@ -214,8 +220,9 @@ def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     trunk = stack[: len(stack) - options.late]
     if len(trunk) < 2:
         raise TargetError(
-            f"sherl: {len(stack)} blocks, {options.late} of them the late route, leave a trunk of "
-            f"{len(trunk)}, and the side path reads two or more. Use another pass, misa say."
+            f"sherl: this model has {len(stack)} blocks, and late={options.late} leaves a trunk of "
+            f"{len(trunk)}. The side path needs two blocks or more there: use a smaller "
+            "late=, or another pass, such as misa."
         )
     hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")
     width = options.width or max(1, hidden // 2)

@@ -39,10 +39,10 @@ SAMPLE = 1 << 17  # entries that h is taken from
 class SparseMezo(ZerothOrder):
     """Options of Sparse-MeZO; see `ZerothOrder`.
 
-    keep_fraction: share of each matrix (embeddings too) that is trained; norms and biases wholly.
-    threshold: h taken once ("fixed", the paper), or again each `period` steps ("period"). period:
-    optimizer steps between two thresholds. mask: "magnitude", or "random", the control: as many
-    entries, fixed, at random.
+    keep_fraction: the share of each matrix (embeddings included) that is trained; norms and biases
+    are trained wholly. threshold: whether h is computed once ("fixed", as in the paper) or again
+    every `period` steps ("period"). period: the number of optimizer steps between two thresholds.
+    mask: "magnitude", or as a control "random": as many entries, fixed, chosen at random.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -55,8 +55,8 @@ class SparseMezo(ZerothOrder):
     def __post_init__(self) -> None:
         super().__post_init__()
         good = 0 < self.keep_fraction <= 1
-        demand(good, self, f"keep_fraction={self.keep_fraction} is a share, in (0, 1].")
-        demand(self.period >= 1, self, f"period={self.period} is a number of steps, at least 1.")
+        demand(good, self, f"keep_fraction={self.keep_fraction} must lie in (0, 1].")
+        demand(self.period >= 1, self, f"period={self.period} must be at least 1 step.")
 
     def beside(self, name: str, owner: nn.Module, method: TwoPoint) -> Perturbation:
         weight = owner.get_parameter(name.rpartition(".")[2])

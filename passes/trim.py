@@ -7,7 +7,7 @@ optimizer sees is
 
 and gradients and optimizer state have k rows instead of V. A head over the vocabulary, tied or not,
 reads all rows, so that its softmax is exact, and is trained in those of I. The model keeps its
-whole E, current at every step: tokenizer, checkpoints and generation are as ever.
+whole E, current at every step: tokenizer, checkpoints and generation work as before.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from surgery.passkit import (
 class Trim:
     """Options of trim.
 
-    used: the ids that occur: numbers, a tensor, or a data set (of mappings, whose "input_ids",
-    "labels" and "decoder_input_ids" count, or of such sequences). An id outside of it is an error
-    in training. rest: whether all other weights are trained, as they are; False: by other passes,
-    or not at all.
+    used: the ids that occur in the data: numbers, a tensor, or a data set of mappings (of which
+    "input_ids", "labels" and "decoder_input_ids" are read) or of sequences of ids. Any other id is
+    an error in training. rest: whether all other weights are trained too, as without surgery; if
+    False, other passes train them, or nothing does.
     """
 
     saves = ("gradients", "optimizer")
@@ -73,12 +73,12 @@ class Trim:
         weight = getattr(table, "weight", None)
         if not isinstance(weight, Tensor) or id(weight) not in names:
             raise TargetError(
-                "trim: this model has no embedding that can be told to be its vocabulary's: give "
-                "it a method get_input_embeddings(), as transformers' models have."
+                "trim: it is not clear which embedding of this model is that of its vocabulary. "
+                "Give the model a method get_input_embeddings(), as transformers' models have."
             )
         height = weight.shape[0]
         strange = [n for n in self.used if not 0 <= n < height]
-        outside = f"used= has {listed(map(str, strange))}, and the vocabulary {height:,} rows."
+        outside = f"used= has {listed(map(str, strange))}, but the vocabulary has {height:,} rows."
         demand(not strange, self, outside)
         head = getattr(output_head(model), "weight", None)
         tables = [weight]
@@ -97,8 +97,8 @@ class Trim:
         rest = densely(model, others, precision="weights")
         if not own and not rest:
             raise TargetError(
-                f"trim: {names[id(weight)]} is frozen, and nothing else is trained. Switch it on "
-                "(requires_grad) before surgery.apply, or leave trim out."
+                f"trim: {names[id(weight)]} is frozen, and nothing else is trained. Unfreeze it "
+                "(requires_grad=True) before surgery.apply, or leave trim out."
             )
         return Trimming(
             tables=own,
@@ -133,8 +133,8 @@ class Trimming(Method):
     def check_reached(self) -> None:
         if self.looked is not None and self.looked not in self.reached:
             raise CaptureError(
-                f"trim: no embedding(ids, {self.looked}) is in the captured forward, outside of "
-                "checkpointed regions, so nobody would see an id that is not among used=. Leave "
+                f"trim: the captured forward has no embedding(ids, {self.looked}) outside of "
+                "checkpointed regions, so an id that is not among used= would go unnoticed. Leave "
                 "trim out."
             )
 

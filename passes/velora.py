@@ -51,12 +51,13 @@ from surgery.passkit import (
 class Velora:
     """Options of VeLoRA.
 
-    groups: sub-tokens of an input (G); padded with zeros where G does not divide its width. init: v
-    from the mean of the first batch (padding left out), or "random". period: draw v anew every so
-    many optimizer steps. dense: the gradient goes to the weight itself, as in the paper, instead of
-    the coordinates. scale: factor of the gradient; without effect under Adam. always: weights
-    trained densely besides. targets: weights of Linears (default: all in the repeated blocks; those
-    with no more than `groups` inputs are trained densely). Everything else is frozen.
+    groups: the number of sub-tokens of an input (G); the input is padded with zeros if G does not
+    divide its width. init: where v comes from: the mean of the first batch without its padding
+    ("mean"), or "random". period: the number of optimizer steps after which v is drawn anew.
+    dense: whether the gradient goes to the weight itself, as in the paper, instead of to the
+    coordinates. scale: a factor of the gradient; it has no effect under Adam. always: weights that
+    are trained densely as well. targets: weights of Linears (default: all in the repeated blocks;
+    those with no more than `groups` inputs are trained densely). Everything else is frozen.
     """
 
     saves = ("gradients", "optimizer", "activations")
@@ -73,7 +74,7 @@ class Velora:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.groups >= 1, self, f"groups={self.groups} of an input must be at least 1.")
-        steps = f"period={self.period} is a number of optimizer steps, at least 1, or None."
+        steps = f"period={self.period} must be at least 1 step, or None."
         demand(self.period is None or self.period >= 1, self, steps)
         positive = math.isfinite(self.scale) and self.scale > 0
         demand(positive, self, f"scale={self.scale} of the gradient must be positive.")
@@ -247,8 +248,8 @@ class SubTokenMap(Projection):
         v = self.direction.vector
         if v is None:
             raise SurgeryError(
-                f"velora: v of {self.direction.name} is taken from the next training batch, which "
-                "has not been seen yet."
+                f"velora: the vector v of {self.direction.name} is computed from the next training "
+                "batch, which has not been seen yet. Run a training forward first."
             )
         return _spread(rows, rows, v, self.inputs)
 

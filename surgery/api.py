@@ -33,20 +33,22 @@ def apply(
     compile: Compile = "auto",
     **options: Any,
 ) -> nn.Module:
-    """Rewrite a model in place, so that it trains by the given passes in any plain loop.
+    """Rewrite a model in place, so that any plain loop trains it by the given passes.
+
+    Build the optimizer afterwards. Returns the same model.
 
     model: a PyTorch or Hugging Face model with its weights loaded. spec: the name of a pass, an
-    instance from `passes`, or a list of these; "auto": what `surgery.fit` recommends, whose options
-    follow (`batch=`, `memory=` or `device=`). Each pass says after which others it rewrites the
-    graph (`Method.after`); those that do not name each other do it in the order given. options: of
-    a pass given by name. backend: of torch.compile ("inductor", "aot_eager", or a function), which
-    compiles the rewritten graphs; for passes whose nodes are the same in every step. compile: the
-    regions that passes recompute, the loss in chunks and work on whole weights are compiled one by
-    one, under every pass: on accelerators ("auto"), on CPUs, too (True: regions and the loss), or
-    nowhere (False). Build the optimizer afterwards. Returns the same model.
+    instance from `passes`, or a list of these. "auto" applies what `surgery.fit` recommends and
+    takes the arguments of `fit` (`batch=`, and `memory=` or `device=`). Each pass says after which
+    others it rewrites the graph (`Method.after`); the rest keep the order given. options: the
+    options of a pass that is given by name. backend: a backend of torch.compile ("inductor",
+    "aot_eager", or a function) that compiles the rewritten graphs, for passes whose nodes are the
+    same in every step. compile: where kernels are compiled, under every pass and one by one: the
+    regions that passes recompute, the loss in chunks, and work on whole weights. "auto" compiles
+    them on accelerators, True also the regions and the loss on CPUs, False none.
 
-    All or nothing: an error of any kind leaves the model as it was. Raises OptionError,
-    TargetError, ModelError, ConflictError (all SurgeryError).
+    An error of any kind leaves the model as it was. Raises OptionError, TargetError, ModelError,
+    ConflictError (all SurgeryError).
     """
     if not isinstance(model, nn.Module) and isinstance(spec, nn.Module):
         raise OptionError(
@@ -56,7 +58,8 @@ def apply(
     if isinstance(spec, str) and spec == "auto":
         if "batch" not in options:
             raise OptionError(
-                'surgery.apply(model, "auto", batch=batch, memory="24GiB") needs both.'
+                'surgery.apply(model, "auto") needs a batch, and memory= or device=: '
+                'surgery.apply(model, "auto", batch=batch, memory="24GiB").'
             )
         known = [*inspect.signature(fit).parameters][1:]
         for name in options:
@@ -71,7 +74,7 @@ def apply(
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take everything out again; the weights keep what they have learned. Returns the same model.
+    """Undo `apply`; the weights keep what they have learned. Returns the same model.
 
     Raises ModelError if nothing was applied.
     """
@@ -83,9 +86,9 @@ def remove(model: nn.Module) -> nn.Module:
 def coordinates(model: nn.Module) -> list[Coordinates]:
     """Return every coordinate of the model with its map into a weight; see `Coordinates`.
 
-    One entry for each weight, or for each block of a weight that is trained in blocks. If no pass
-    says what is trained, every weight that requires gradients is its own coordinate. Raises
-    ModelError if nothing was applied.
+    There is one entry for each weight, or one for each block if a weight is trained in blocks. If
+    no pass chooses what is trained, every weight that requires gradients is its own coordinate.
+    Raises ModelError if nothing was applied.
     """
     decision = applied(model).decision
     if decision.sites:
@@ -100,31 +103,31 @@ def coordinates(model: nn.Module) -> list[Coordinates]:
 def report(model: nn.Module, batch: dict[str, Any] | None = None) -> Report:
     """Say what was done and what it costs; with a batch, run it once and measure.
 
-    batch: keyword arguments of the model's forward, with labels if the model computes its loss. It
-    is run forward with gradients, not backward; no weight, gradient or state changes. The bytes are
-    the allocator's. Raises ModelError if nothing was applied.
+    batch: keyword arguments of the model's forward, with labels if the model computes its loss. The
+    forward is run on it with gradients enabled, but no backward; no weight, gradient or state
+    changes. The allocator measures the bytes. Raises ModelError if nothing was applied.
     """
     return measured.report(applied(model), batch)
 
 
 def graphs(model: nn.Module) -> list[code.Graph]:
-    """Return each graph that was captured so far, as readable code before and after the passes.
+    """Return each graph captured so far, as readable code before and after the passes.
 
-    Every node that a pass has put in is marked with its name: `print(surgery.graphs(model)[0])`.
-    Empty before the first training forward. Raises ModelError if nothing was applied.
+    Every node that a pass has inserted is marked with its name: `print(surgery.graphs(model)[0])`.
+    The list is empty before the first training forward. Raises ModelError if nothing was applied.
     """
     return code.graphs(applied(model))
 
 
 def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None) -> None:
-    """Step an optimizer that the clock does not hear by itself.
+    """Step an optimizer that is not a `torch.optim.Optimizer`, so that the passes notice its step.
 
-    optimizer: not a `torch.optim.Optimizer`, but with `param_groups` and `state` like one. (For a
-    torch optimizer this is `optimizer.step()`.) run: what makes the step instead of
-    `optimizer.step()`: of LOMO (arXiv 2306.09782), which updates weights inside of backward,
-    `lambda: optimizer.fused_backward(loss, lr)`. It cannot take back a step that is not finite.
-    Raises ModelError if nothing was applied, OptimizerError if the optimizer has no such attributes
-    or lacks coordinates, or if `run` is given and there are several processes.
+    optimizer: an object with `param_groups` and `state` like those of a torch optimizer. (For a
+    torch optimizer, this is just `optimizer.step()`.) run: what makes the step instead of
+    `optimizer.step()`. For LOMO (arXiv 2306.09782), which updates weights inside of backward, it is
+    `lambda: optimizer.fused_backward(loss, lr)`. With `run`, a step that is not finite cannot be
+    skipped. Raises ModelError if nothing was applied; OptimizerError if the optimizer lacks these
+    attributes or coordinates, or if `run` is given and there are several processes.
     """
     backward = applied(model).backward
     if run is None and isinstance(optimizer, Optimizer):
@@ -133,7 +136,7 @@ def step(model: nn.Module, optimizer: Any, run: Callable[[], Any] | None = None)
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise OptimizerError(
             f"{type(optimizer).__name__} has no param_groups and state, so the state of weights "
-            "that leave could not be freed."
+            "that are no longer trained could not be freed."
         )
     if run is not None and rank_of_world()[1] > 1:
         raise OptimizerError(

@@ -22,7 +22,7 @@ comes_first(lambda: importlib.import_module("passes"))
 def available() -> list[str]:
     """Return the names of all registered passes, sorted.
 
-    Warns of packages that announce passes and cannot be loaded.
+    Warns of packages that announce passes but cannot be loaded.
     """
     for package, error in _load_others().items():
         warnings.warn(f"passes of {package} are left out: {error}", RuntimeWarning, stacklevel=2)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class SurgeryError(ValueError):
-    """Base of all errors raised here; raised before anything is changed."""
+    """The base of all errors of the library. They are raised before anything is changed."""
 
 
 class OptionError(SurgeryError):
@@ -19,15 +19,15 @@ class TargetError(SurgeryError):
 
 
 class ModelError(SurgeryError):
-    """A model that cannot be operated on: no parameters, on meta, wrapped, or changed before."""
+    """A model that cannot be trained as it is: without parameters, on meta, wrapped, or changed."""
 
 
 class ConflictError(SurgeryError):
-    """Two passes that claim one weight."""
+    """Passes that cannot be applied together, such as two that train the same weight."""
 
 
 class CaptureError(SurgeryError):
-    """A rewrite that was not reached, or that was lost to Dynamo's recompile limit."""
+    """A forward that could not be captured or rewritten, or that hit Dynamo's recompile limit."""
 
 
 class OptimizerError(SurgeryError):
@@ -35,7 +35,7 @@ class OptimizerError(SurgeryError):
 
 
 class CheckpointError(SurgeryError):
-    """A save that cannot be written, or one that is damaged, foreign, or of another run."""
+    """A save or export that cannot be written, or a save that is damaged or of another run."""
 
 
 def near_misses(word: str, known: Iterable[str], count: int = 3) -> str:

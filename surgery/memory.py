@@ -102,10 +102,10 @@ def _allocations(profiler: profile) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Memory of training, by what holds it. None where it was not measured or predicted.
+    """The memory of training, by what holds it; None where it was not measured or predicted.
 
-    peak: the most at a time in a whole step, of the model's device, reached in `phase`: "forward",
-    "backward" or "step". milliseconds: of a step.
+    peak: the most bytes in use at any time of a step, on the model's device. phase: where the peak
+    is reached: "forward", "backward" or "step". milliseconds: the time of a step.
     """
 
     parameters: int

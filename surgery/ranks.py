@@ -6,7 +6,7 @@ from torch import Tensor, distributed
 
 
 def rank_of_world() -> tuple[int, int]:
-    """Return the rank of this process and the number of all: (0, 1) without torch.distributed."""
+    """Return this process's rank and the number of processes, (0, 1) without torch.distributed."""
     if is_joined():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -18,6 +18,6 @@ def is_joined() -> bool:
 
 
 def add_up(values: Tensor) -> None:
-    """Add values up over all ranks, in place; nothing happens on one."""
+    """Add values up over all ranks, in place. With one rank, nothing happens."""
     if rank_of_world()[1] > 1:
         distributed.all_reduce(values)

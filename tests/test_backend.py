@@ -157,7 +157,7 @@ def test_torch_compile_around_surgery_compiles_the_rewritten_graph(row):
 def test_torch_compile_around_what_it_would_fix_is_refused(row):
     model = surgery.apply(make("llama", num_hidden_layers=2), row)
     outer = torch.compile(model, backend="aot_eager")
-    with pytest.raises(surgery.OptionError, match=rf"aot_eager would compile what {row} decides"):
+    with pytest.raises(surgery.OptionError, match=rf"aot_eager would freeze what {row} decides"):
         loss_of(outer, inputs_of("llama"))
     loss_of(model, inputs_of("llama")).backward()
 

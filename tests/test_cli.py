@@ -91,7 +91,7 @@ def test_fit_recommends_and_refuses(llama):
     assert found["best"]["lines"].startswith("surgery.apply(model, [")
     assert found["best"]["peak"] <= 0.9e9 and len(found["rows"]) == 4
     assert "--memory 24GiB, or --device rtx4090" in refused(*words)
-    assert "is no number of bytes" in refused(*words, "--memory", "24 gallons")
+    assert "is not a number of bytes" in refused(*words, "--memory", "24 gallons")
     assert "goal='half' must be one of" in refused(*words[:2], "--memory", "1GB", "--goal", "half")
 
 
@@ -121,13 +121,13 @@ def test_bad_words_are_one_line(llama, words, said):
 
 def test_a_model_that_is_nowhere_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "nor an id that the hub answers to" in refused("plan", "no-one/nothing")
+    assert "nor the id of a model on the hub" in refused("plan", "no-one/nothing")
     assert "nor a folder with a config.json" in refused("plan", tmp_path)
 
 
 def test_a_config_of_another_kind_is_one_line(tmp_path):
     transformers.ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    assert "a ViTConfig is of no causal language model" in refused("plan", tmp_path)
+    assert "a ViTConfig is not the config of a causal language model" in refused("plan", tmp_path)
 
 
 def test_a_plan_without_a_peak_ends_with_2_and_tells_the_rest(llama, monkeypatch):

@@ -37,14 +37,14 @@ def test_adapters_that_transformers_has_put_in_are_written_beside_their_base(tmp
         parameter.requires_grad_("mlp" in name)
     surgery.apply(model, "misa", budget=0.5, targets=r".*mlp.*_proj")
     train(model, "llama", 2)
-    with pytest.raises(surgery.OptionError, match="no way to merge what add_adapter"):
+    with pytest.raises(surgery.OptionError, match="cannot merge adapters that add_adapter"):
         surgery.export(model, tmp_path, merge=True)
     surgery.export(model, tmp_path)
     base = loaded(transformers.AutoModelForCausalLM, tmp_path)
     same_outputs(model, PeftModel.from_pretrained(base, tmp_path / "adapters"), "llama")
     with pytest.warns(match="multiple adapters"):
         model.add_adapter(config, "second")
-    with pytest.raises(surgery.CheckpointError, match=r"default, second .* writes one"):
+    with pytest.raises(surgery.CheckpointError, match=r"default, second .* writes only one"):
         surgery.export(model, tmp_path)
 
 

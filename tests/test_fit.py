@@ -81,7 +81,7 @@ def test_report_says_how_far_the_prediction_was_right():
     assert said["peak"].endswith("predicted") and "off by" not in said["activations"]
     assert "measured" in said["activations"]
     other = dict(surgery.report(model, tokens(rows=128)).lines)
-    assert "is not the one that was played" in other["activations"]
+    assert "is not the simulated one" in other["activations"]
     assert "activations" not in dict(surgery.report(model).lines)
 
 
@@ -96,16 +96,16 @@ def test_where_nothing_fits_the_nearest_is_named():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory": "24 gallons"}, "is no number of bytes"),
-        ({"memory": "1.2.3GB"}, "is no number of bytes"),
+        ({"memory": "24 gallons"}, "is not a number of bytes"),
+        ({"memory": "1.2.3GB"}, "is not a number of bytes"),
         ({}, "say how much memory there is"),
         ({"memory": 1000}, "the weights of this LlamaForCausalLM alone are"),
         ({"memory": "1GB", "device": "h1000"}, "Did you mean 'h100'"),
         ({"memory": "1GB", "goal": "half"}, "goal='half' must be one of"),
         ({"memory": "1GB", "clip": -1.0}, r"clip=-1\.0 must be a positive norm"),
-        ({"memory": "1GB", "autocast": "bf16"}, "autocast='bf16' is no dtype"),
-        ({"memory": "1GB", "optimizer": "adamw"}, "should be what makes one"),
-        ({"memory": "1GB", "device": torch.device("cpu")}, "is no name, such as 'h100'"),
+        ({"memory": "1GB", "autocast": "bf16"}, "autocast='bf16' is not a dtype"),
+        ({"memory": "1GB", "optimizer": "adamw"}, "must be a callable that makes one"),
+        ({"memory": "1GB", "device": torch.device("cpu")}, "is not a name like 'h100'"),
     ],
 )
 def test_bad_input(options, said):
@@ -136,7 +136,7 @@ def test_a_batch_that_is_none_is_named_by_its_type():
 
 def test_small_sizes_are_told_in_mebibytes():
     with pytest.raises(
-        surgery.OptionError, match=r"alone are 0\.\d\d MiB, and memory= is 0\.00 MiB"
+        surgery.OptionError, match=r"alone are 0\.\d\d MiB, but memory= is 0\.00 MiB"
     ):
         surgery.fit(make("llama"), (1, 8), 1000)
 

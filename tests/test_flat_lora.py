@@ -236,9 +236,9 @@ def test_two_processes_take_the_step_of_one():
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (lambda: make("llama"), surgery.TargetError, r"no LoRA .* peft\.get_peft_model"),
-        (lambda: adapt(make("llama"), "dora"), surgery.TargetError, "more than LoRA .*use_dora"),
-        (lambda: opened(adapted("llama")), surgery.TargetError, "base_layer is trained itself"),
+        (lambda: make("llama"), surgery.TargetError, r"Linear with LoRA.* peft\.get_peft_model"),
+        (lambda: adapt(make("llama"), "dora"), surgery.TargetError, "not plain LoRA .*use_dora"),
+        (lambda: opened(adapted("llama")), surgery.TargetError, "base_layer is not frozen"),
     ],
     ids=["none", "dora", "trained"],
 )
@@ -265,7 +265,7 @@ def test_targets_choose_among_the_linears_with_adapters():
     model = surgery.apply(adapted("llama"), passes.FlatLora(targets=["q_proj"]))
     assert [n.rpartition(".")[2] for n in method_of(model, Noising).layers] == ["q_proj"]
     loss_of(model, inputs_of("llama")).backward()
-    with pytest.raises(surgery.TargetError, match="no LoRA on a Linear"):
+    with pytest.raises(surgery.TargetError, match="no target is a floating-point Linear with LoRA"):
         surgery.apply(adapted("llama"), passes.FlatLora(targets=["k_proj"]))
 
 

@@ -162,7 +162,7 @@ def test_what_a_compiler_cannot_do_runs_as_it_is(monkeypatch):
 
     monkeypatch.setattr(inductor, "compiled", broken)
     made = Compiled(lambda a: a * 2, False, static=False)
-    with pytest.warns(UserWarning, match="was not compiled .*CantSplit.*right, but slower"):
+    with pytest.warns(UserWarning, match="was not compiled .*CantSplit.*correct but slower"):
         assert torch.equal(made(torch.ones(3)), torch.full((3,), 2.0))
     assert torch.equal(made(torch.ones(3)), torch.full((3,), 2.0))  # once a size
 

@@ -338,7 +338,7 @@ def test_a_report_makes_no_subspace():
     model, inputs = surgery.apply(make("llama"), "galore", rank=4), inputs_of("llama")
     surgery.report(model, inputs)
     assert all(frame.matrix is None for frame in frames(model).values())
-    with pytest.raises(surgery.SurgeryError, match=r"P of .* is taken from its first gradient"):
+    with pytest.raises(surgery.SurgeryError, match=r"P of .* is computed from its first gradient"):
         c = surgery.coordinates(model)[0]
         c.expand(torch.ones_like(c.parameter))
 
@@ -464,7 +464,7 @@ def test_misa_draws_from_its_coordinates():
     ("options", "message"),
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"period": 0}, "period=0 is a number of steps"),
+        ({"period": 0}, "period=0 must be at least 1 step"),
         ({"scale": -1.0}, "scale=-1.0 of the steps must be positive"),
         ({"weight_decay": math.nan}, "weight_decay=nan must be >= 0"),
         ({"side": "left"}, "side='left'"),

@@ -64,7 +64,7 @@ def test_the_log_names_each_pass_with_time_nodes_and_bytes(monkeypatch, capsys):
 def test_an_unknown_log_is_an_error_before_anything_changes(monkeypatch):
     monkeypatch.setenv("SURGERY_LOG", "passes, grpahs")
     model = make("llama")
-    with pytest.raises(surgery.OptionError, match=r"'grpahs', which is no log.*SURGERY_LOG=passes"):
+    with pytest.raises(surgery.OptionError, match=r"'grpahs', which is not a .*SURGERY_LOG=passes"):
         surgery.apply(model, "misa", budget=0.5)
     monkeypatch.delenv("SURGERY_LOG")
     surgery.apply(model, "misa", budget=0.5)

@@ -130,9 +130,9 @@ def test_adapters_are_drawn_by_the_blocks_that_they_are_in():
     ("options", "message"),
     [
         ({"weights": "outlier"}, r"weights='outlier' is a str; it takes"),
-        ({"weights": (0.5, -1.0, 1.0)}, r"\[-1\.0\]; each is finite and >= 0"),
-        ({"weights": (0.5, 1.0)}, "2 numbers, and the model 3 blocks"),
-        ({"weights": (0.5, 0.0, 0.0), "layers": 2}, "above 0 for 1 of the blocks"),
+        ({"weights": (0.5, -1.0, 1.0)}, r"\[-1\.0\]; each must be finite and >= 0"),
+        ({"weights": (0.5, 1.0)}, "2 numbers, but the model has 3 blocks"),
+        ({"weights": (0.5, 0.0, 0.0), "layers": 2}, "above 0 for only 1 of the blocks"),
         ({"threshold": 0.0}, "threshold=0.0 must be above 0"),
     ],
     ids=["a word", "negative", "too few", "mostly zero", "threshold"],

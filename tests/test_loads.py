@@ -192,7 +192,7 @@ def test_names_that_hold_the_name_of_the_table_are_saved(tmp_path):
 def test_what_has_no_state_dict_is_refused_by_name(tmp_path):
     model = surgery.apply(make("plain"), "badam")
     optimizer = adamw(model)
-    with pytest.raises(surgery.OptionError, match=r"optimizer= takes one .*Of several, keep"):
+    with pytest.raises(surgery.OptionError, match=r"optimizer= takes one .*state of several"):
         surgery.save(model, tmp_path, [optimizer])
     with pytest.raises(surgery.OptionError, match=r"scheduler= takes an object .*float has none"):
         surgery.save(model, tmp_path, optimizer, 0.1)

@@ -57,7 +57,7 @@ def test_what_is_not_known_makes_it_whole_and_says_so_once(monkeypatch):
     monkeypatch.setattr("surgery.logits.factored._LARGE", 0)
     one, other = parts(), parts()
     z = lazy(other)
-    with pytest.warns(UserWarning, match=r"cumsum makes .*\(3, 7, 37\) whole, 0.0 MB"):
+    with pytest.warns(UserWarning, match=r"cumsum needs all .*\(3, 7, 37\), 0.0 MB"):
         found = z.cumsum(-1)
     torch.testing.assert_close(found, plain(one).cumsum(-1))
     found = found.sum() + z.cumsum(-1).square().sum()  # a plain tensor by now: nothing more is said
@@ -127,14 +127,14 @@ def test_writing_entries_is_that_of_plain_tensors():
 def test_targets_out_of_range_are_named_before_anything_is_computed(name, wrong):
     p = parts()
     p["labels"][1, 2] = p["masked"][1, 2] = wrong
-    with pytest.raises(surgery.SurgeryError, match=f"a target is {wrong}, and the logits have 37"):
+    with pytest.raises(surgery.SurgeryError, match=f"a target is {wrong}, but the logits have 37"):
         MAKES[name](lazy(p), p)
     assert p["hidden"].grad is None
 
 
 def test_targets_of_another_shape_are_named():
     p = parts()
-    with pytest.raises(surgery.SurgeryError, match=r"shape \(18,\), and the logits \(21,\) rows"):
+    with pytest.raises(surgery.SurgeryError, match=r"shape \(18,\), but the logits are \(21,\)"):
         F.cross_entropy(flat(lazy(p)), p["labels"][:, 1:].flatten())
 
 

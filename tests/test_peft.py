@@ -13,7 +13,7 @@ import surgery
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*scalars that"),
-    pytest.mark.filterwarnings("ignore:(velora|rso) saves no activations"),
+    pytest.mark.filterwarnings("ignore:(velora|rso) does not reduce the activations"),
 ]
 EXACT = {
     "recompute": passes.Recompute,

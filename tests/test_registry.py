@@ -175,7 +175,7 @@ def state(name="strange", **attributes):
         (lambda: None, r"strange: Strange\.start\(model\) returns a NoneType"),
         (state, r"returns the class State\. .* surgery\.passkit\.Method"),
         (lambda: state("other")(), r"called 'other'.*`name: str = 'strange'` in State"),
-        (lambda: state(after="recompute")(), r"one string.*after = \('recompute',\)"),
+        (lambda: state(after="recompute")(), r"is a string.*after = \('recompute',\)"),
         (lambda: state(conflicts=("misa",))(), "conflicts is a tuple"),
     ],
     ids=["none", "a class", "another name", "a string", "no reasons"],
@@ -277,7 +277,7 @@ def test_an_option_is_taken_by_its_earlier_name(kind, old, new, value):
         assert kind(**{old: value}) == kind(**{new: value})
     with pytest.warns(FutureWarning, match=new):
         assert catalogue.resolve(kind.name, {old: value}) == (kind(**{new: value}),)
-    with pytest.raises(surgery.OptionError, match=f"{old}= and {new}=, which are one option"):
+    with pytest.raises(surgery.OptionError, match=f"{old}= and {new}=, which are the same option"):
         kind(**{old: value, new: value})
     saved = {"name": kind.name, "options": {old: value}}
     assert catalogue.from_json(saved) == kind(**{new: value})

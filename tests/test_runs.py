@@ -71,7 +71,7 @@ def test_schedules_of_another_kind_or_other_groups_are_refused(tmp_path):
     go(model, optimizer, schedule, range(2))
     surgery.save(model, tmp_path, optimizer, schedule)
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    with pytest.raises(surgery.CheckpointError, match="LambdaLR, and CosineAnnealingLR is given"):
+    with pytest.raises(surgery.CheckpointError, match="LambdaLR, but CosineAnnealingLR is given"):
         surgery.load(model, tmp_path, optimizer, cosine)
     single = torch.optim.AdamW(model.parameters())
     schedule = lr_scheduler.LambdaLR(single, lambda n: 1.0)
@@ -285,7 +285,7 @@ def test_a_trainer_that_goes_on_without_the_surgerys_state_is_refused(tmp_path):
         return trainer
 
     run().train()
-    with pytest.raises(surgery.OptimizerError, match="has made 2 steps, and the surgery none"):
+    with pytest.raises(surgery.OptimizerError, match="2 steps, but the surgery has made none"):
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     first = run(callbacks=[surgery.TrainerCallback()])
     first.train()

@@ -238,7 +238,7 @@ def test_a_forward_that_ended_in_an_error_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("spec", "blocks", "error", "said"),
     [
-        (passes.Sherl(late=5), 6, surgery.TargetError, "leave a trunk of 1"),
+        (passes.Sherl(late=5), 6, surgery.TargetError, "leaves a trunk of 1"),
         (passes.Sherl(within="nowhere"), 6, surgery.TargetError, r"\['model.layers'\]"),
         ([passes.Sherl(), passes.Misa()], 6, surgery.ConflictError, "sherl and misa"),
         ([passes.Sherl(), passes.Mezo()], 6, surgery.ConflictError, "sherl and mezo"),
@@ -262,13 +262,13 @@ def test_models_that_need_a_word_more_say_which():
         surgery.apply(adapt(model_of(), "lora"), "sherl")
     taken = model_of()
     taken.side_path = nn.Identity()
-    with pytest.raises(surgery.ModelError, match="has a 'side_path' of its own"):
+    with pytest.raises(surgery.ModelError, match="has an attribute 'side_path' of its own"):
         surgery.apply(taken, "sherl")
     wrong = surgery.apply(model_of(), passes.Sherl(hidden=31))
     with pytest.raises(Exception, match=r"hidden=32"):
         steps(wrong, count=1)
     put = surgery.remove(surgery.apply(case("sherl").model(), "sherl"))
-    with pytest.raises(surgery.OptionError, match="is not what is on the model"):
+    with pytest.raises(surgery.OptionError, match="differs from the side path on the model"):
         surgery.apply(put, passes.Sherl(width=3))
 
 

@@ -237,5 +237,5 @@ def test_ddp_takes_the_step_of_one_process():
 @pytest.mark.parametrize("row", ["trim"])
 def test_fsdp2_is_refused(row):
     words = case(row, "plain")
-    with pytest.raises(surgery.testing.LawError, match="FSDP2 cuts its rows in its own way"):
+    with pytest.raises(surgery.testing.LawError, match="FSDP2 shards its rows in its own way"):
         surgery.testing.two_ranks(words, wraps=("FSDP2",))

@@ -66,9 +66,9 @@ def _form(value: Any) -> Any:
 
 
 def fuse(graph: GraphModule, saved: Saved) -> int:
-    """Make one node of each group of cheap operations in a graph, checkpointed bodies included.
+    """Fuse each group of cheap operations in a graph into one node, checkpointed bodies included.
 
-    saved: the account of the graph as it stands. Returns the number of groups.
+    saved: what autograd saves in the graph as it is now. Returns the number of groups.
     """
     found = 0
     for _, inner in saved.inner():

@@ -26,10 +26,10 @@ from surgery.kernels.bits import Form, Packed, fills, mask, quantise, unpack
 class Packer:
     """How one operation's saved tensors are packed; `body.meta["packer"]`.
 
-    bits: of an activation's entry. random: device -> uniform numbers in [0, 1) for its rows and
-    columns, see `quantise`; never called in a dry run. sign: backward reads only the sign of the
-    operation's result. mask: what the operation makes for itself is a mask. smallest: bytes of a
-    mask that is worth packing.
+    bits: the size of a packed entry of an activation. random: a function of the device that returns
+    uniform numbers in [0, 1) for the rows and columns, see `quantise`; never called in a dry run.
+    sign: whether backward reads only the sign of the operation's result. mask: whether the tensor
+    that the operation makes for itself is a mask. smallest: the bytes from which a mask is packed.
     """
 
     bits: int
@@ -39,7 +39,7 @@ class Packer:
     smallest: int = 256
 
     def shared(self, x: Tensor) -> Packed:
-        """Pack an activation that several operations may keep."""
+        """Pack an activation that several operations may save."""
         if is_fake(x):
             rows = columns = x.new_zeros(1, dtype=torch.float32)
         else:
@@ -47,7 +47,7 @@ class Packer:
         return quantise(x, self.bits, rows, columns)
 
     def inner(self, x: Tensor) -> Packed | None:
-        """Pack a tensor that the operation made for itself; None keeps it as it is."""
+        """Pack a tensor that the operation made for itself; None leaves it unpacked."""
         is_mask = x.dtype == torch.bool or self.mask
         return mask(x) if is_mask and x.numel() >= self.smallest else None
 

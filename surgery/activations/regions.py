@@ -48,7 +48,7 @@ class Region:
 
 
 class Finder:
-    """Finds the regions of one graph, given who saves what in it."""
+    """Finds the regions of one graph by what its nodes save."""
 
     def __init__(self, graph: GraphModule, saved: Saved, cheap: Cheap) -> None:
         self.saved = saved
@@ -67,7 +67,7 @@ class Finder:
         self.cheap = {n for n in self.order if cheap(n) and isinstance(saved.env.get(n), Tensor)}
 
     def find(self) -> list[Region]:
-        """Return the regions worth cutting out, none overlapping, the last one first."""
+        """Return the regions that are worth cutting out, the last one first; none overlap."""
         found = []
         for seed in reversed(self.order):
             if seed in self.cheap and seed not in self.taken and self._keeps(seed):
@@ -249,7 +249,7 @@ def replace(
 
 
 def cut_out(graph: GraphModule, region: Region, name: str, after: Node) -> None:
-    """Put one `recomputed` node in the place of a region."""
+    """Replace a region by one `recomputed` node."""
     members, readers = sorted(region.members), sorted(region.readers)
     read, outside = sources(region), escaping(region)
     results = list(dict.fromkeys([*outside, *(read_by(reader)[0] for reader in readers)]))

@@ -14,7 +14,7 @@ from surgery.kernels.bits import fills
 
 
 class Wrapper:
-    """Wraps operations of one graph; they share what stands for the chosen storages."""
+    """Wraps operations of one graph, which share the packed form of the chosen storages."""
 
     def __init__(self, graph: GraphModule, saved: Saved, chosen: set[int]) -> None:
         self.graph, self.saved, self.chosen = graph, saved, chosen
@@ -28,7 +28,7 @@ class Wrapper:
                 self.filling.setdefault(next(iter(saved.outputs[node])), node)
 
     def wrap(self, node: Node, packer: Packer) -> None:
-        """Put `held` in the place of an operation; in the order of the graph."""
+        """Replace an operation by `held`. Call it in the order of the graph."""
         kept = self.saved.saves[node] & self.chosen
         sources = {n: s for n in node.all_input_nodes for s in self.saved.outputs[n] & kept}
         shares = list(dict.fromkeys(self._share(n, s) for n, s in sources.items()))

@@ -94,12 +94,12 @@ def _plain(key: str, wrappers: dict[str, str]) -> str | None:
 def check_mergeable(model: Any) -> None:
     """Raise OptionError if there are no adapters that can be added to a base."""
     if not are_on(model):
-        raise OptionError("merge=True adds PEFT adapters to the base, and this model has none.")
+        raise OptionError("merge=True adds PEFT adapters to the base, but this model has none.")
     if hf.has_adapters(model):
         raise OptionError(
-            "transformers has no way to merge what add_adapter has put into a model. Leave "
-            "merge=True out; PeftModel.from_pretrained(base, folder / 'adapters') of what is "
-            "written then has merge_and_unload()."
+            "transformers cannot merge adapters that add_adapter has put into a model. Leave "
+            "merge=True out, and merge what is written: "
+            "PeftModel.from_pretrained(base, folder / 'adapters').merge_and_unload()."
         )
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = type(model.active_peft_config).__name__
@@ -113,17 +113,17 @@ def check_apart(model: Any) -> None:
     adapters one would be written."""
     if hf.has_adapters(model) and len(model.peft_config) > 1:
         raise CheckpointError(
-            f"of the adapters {listed(model.peft_config)} that add_adapter has put into this "
-            "model, transformers writes one. Put them around it, peft.get_peft_model(model, ...), "
-            "or export without the others: model.delete_adapter(name)."
+            f"add_adapter has put the adapters {listed(model.peft_config)} into this model, but "
+            "transformers writes only one. Put them around the model instead, "
+            "peft.get_peft_model(model, ...), or delete the others: model.delete_adapter(name)."
         )
     base = base_of(model)
     added = [n for n in _wrappers(base) if getattr(base.get_submodule(n), "merged", False)]
     if added:
         raise CheckpointError(
-            f"the adapters are merged into {listed(added)} (merge_adapter), so base and adapters "
-            "written apart would add them twice. Call model.unmerge_adapter() first, or export "
-            "with merge=True."
+            f"the adapters are merged into {listed(added)} (merge_adapter), so base and adapters, "
+            "written separately, would add them twice. Call model.unmerge_adapter() first, or "
+            "export with merge=True."
         )
 
 
@@ -143,7 +143,7 @@ def check_written(model: Any, folder: Path) -> None:
             continue
         if not any(torch.equal(t, weight.to(t)) for t in written.get(weight.shape, ())):
             raise CheckpointError(
-                f"{name} is trained, and PEFT has not written it with the adapters. The old export "
+                f"{name} is trained, but PEFT has not written it with the adapters. The old export "
                 "is untouched. surgery.save keeps it; merge=True adds it to the base."
             )
 
@@ -263,6 +263,7 @@ def _same_state(live: nn.Module, plain: nn.Module) -> bool:
 
 def _differs(name: str) -> CheckpointError:
     return CheckpointError(
-        f"the merged model would not be the live one: {name} differs in what was written. The old "
-        "export is untouched. Leave merge=True out: base and adapters are then written apart."
+        f"the merged model would not be the one in memory: what was written of {name} differs. The "
+        "old export is untouched. Leave merge=True out: base and adapters are then written "
+        "separately."
     )

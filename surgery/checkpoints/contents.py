@@ -64,9 +64,9 @@ def check_whole(model: nn.Module, inner: nn.Module, what: str) -> None:
     if outside:
         kind = type(inner).__name__
         raise CheckpointError(
-            f"surgery was applied to the {kind} inside of this {type(model).__name__}, and its own "
-            f"{listed(outside)} would not be written. Write these beside (model.state_dict()) and "
-            f"give surgery.{what} the {kind}; or apply surgery to the whole model."
+            f"surgery was applied to the {kind} inside of this {type(model).__name__}, so "
+            f"{listed(outside)} would not be written. Save these yourself (model.state_dict()) and "
+            f"give surgery.{what} the {kind}, or apply surgery to the whole model."
         )
 
 

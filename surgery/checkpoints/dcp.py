@@ -21,16 +21,16 @@ WHAT = "the distributed checkpoint"
 
 
 class Stateful:
-    """What surgery has to save beside the model and the optimizer, as torch's `Stateful`.
+    """What surgery has to save besides model and optimizer, as a `Stateful` of torch.
 
     Use it with torch.distributed.checkpoint, on any number of ranks, to save and to load:
 
         state = {"surgery": surgery.Stateful(model), "model": get_model_state_dict(model), ...}
         dcp.save(state, checkpoint_id=folder)
 
-    Coordinates are saved as they are held, sharded by FSDP2 or whole; all else is small. Loading
-    raises CheckpointError if it is of other passes, another partition, or another model. Raises
-    ModelError if nothing was applied.
+    Coordinates are saved as they are held, sharded by FSDP2 or whole; everything else is small.
+    Loading raises CheckpointError if the state is of other passes, another partition, or another
+    model. Raises ModelError if nothing was applied.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,7 +58,10 @@ class Stateful:
         """Take back what `state_dict` returned."""
         surgery = applied(self.model)
         if surgery.clock.stepped:
-            raise CheckpointError("load between steps: some optimizers have made theirs already.")
+            raise CheckpointError(
+                "some of the optimizers of this model have made their step, and others have not. "
+                "Load between steps."
+            )
         rest = state["rest"]
         size = int.from_bytes(rest[:8], "little")  # safetensors reads this header of files only
         values = json.loads(json.loads(rest[8 : 8 + size])["__metadata__"]["values"])

@@ -44,7 +44,7 @@ def encode(
         return {"counter" if isinstance(value, Counter) else "items": made}
     raise CheckpointError(
         f"{place.lstrip('/')} is a {type(value).__name__}, which a checkpoint cannot hold without "
-        "pickling. It holds tensors, numbers, strings, lists and dicts of these."
+        "pickling. Use tensors, numbers, strings, and lists and dicts of these."
     )
 
 

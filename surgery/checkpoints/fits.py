@@ -29,14 +29,14 @@ def check_ties(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     tied, apart = [n for n in own if n in saved and n not in here], set(here) - set(saved)
     if apart:
         raise CheckpointError(
-            f"{listed(sorted(apart))} was tied to another weight in the save, which has no value "
-            "of its own for it, and is not tied here. Tie it as it was: model.tie_weights() with "
-            "config.tie_word_embeddings=True."
+            f"{listed(sorted(apart))} was tied to another weight in the save, which therefore has "
+            "no value of its own for it, but is not tied here. Tie it as it was: "
+            "model.tie_weights() with config.tie_word_embeddings=True."
         )
     if tied:
         raise CheckpointError(
-            f"{listed(tied)} is tied to another weight here, and has a value of its own in the "
-            "save: one of both would be lost. Build the model as it was: "
+            f"{listed(tied)} is tied to another weight here, but has a value of its own in the "
+            "save: one of the two would be lost. Build the model as it was: "
             "config.tie_word_embeddings=False."
         )
 
@@ -45,7 +45,7 @@ def for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) ->
     """Return the saved state as this optimizer's load_state_dict takes it. Raises."""
     if saved["kind"] != kind_of(optimizer):
         raise CheckpointError(
-            f"the save was made with {saved['kind']}, and {kind_of(optimizer)} is given. Build the "
+            f"the save was made with {saved['kind']}, but {kind_of(optimizer)} is given. Build the "
             "optimizer as it was, or pass optimizer=False."
         )
     found, own = optimizer.state_dict(), names_in(surgery, optimizer)
@@ -59,7 +59,7 @@ def for_optimizer(surgery: Surgery, optimizer: Any, saved: Mapping[str, Any]) ->
             raise CheckpointError(
                 f"the parameter groups of {kind_of(optimizer)} are not those of the save"
                 + (f", which has no state for {first}" if first else "")
-                + ". Build them from the same parameters as before."
+                + ". Build the groups from the same parameters as before."
             )
         groups.append({**group, **same, "params": group["params"]})
     states = {
@@ -79,7 +79,7 @@ def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) ->
     present = scheduler_state(surgery, scheduler)
     if saved["kind"] != present["kind"]:
         raise CheckpointError(
-            f"the save was made with {saved['kind']}, and {present['kind']} is given. "
+            f"the save was made with {saved['kind']}, but {present['kind']} is given. "
             "Build the schedule as it was, or pass scheduler=False."
         )
     if _inside(saved["state"]) != _inside(present["state"]):
@@ -93,7 +93,7 @@ def for_scheduler(surgery: Surgery, scheduler: Any, saved: Mapping[str, Any]) ->
     known = {frozenset(names): index for index, names in enumerate(there)}
     if len(own) != len(there) or any(frozenset(names) not in known for names in own):
         raise CheckpointError(
-            f"the parameter groups that {saved['kind']} counts are not those of the save. Build "
+            f"the parameter groups of the {saved['kind']} are not those of the save. Build "
             "the optimizer from the same groups as before; their order does not matter."
         )
     return _turned(state, [known[frozenset(names)] for names in own])
@@ -138,7 +138,7 @@ def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Any) ->
     names, others = ([each["name"] for each in passes] for passes in (own, saved))
     if names != others:
         raise CheckpointError(
-            f"{folder} was saved with {listed(others)}, and {listed(names)} was applied here. "
+            f"{folder} was saved with {listed(others)}, but {listed(names)} was applied here. "
             "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
         )
     for options, mine, theirs in zip(surgery.decision.passes, own, saved, strict=True):
@@ -147,7 +147,7 @@ def _check_passes(surgery: Surgery, saved: list[dict[str, Any]], folder: Any) ->
             here, there = mine["options"].get(option), held.get(option)
             if here != there:
                 raise CheckpointError(
-                    f"{folder} was saved with {mine['name']}({option}={there!r}), and "
+                    f"{folder} was saved with {mine['name']}({option}={there!r}), but "
                     f"{option}={here!r} was applied here. "
                     "surgery.apply(model, surgery.saved_passes(folder)) applies what was saved."
                 )
@@ -159,17 +159,17 @@ def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -
         raise CheckpointError(
             f"the save is of another {'model' if what == 'weight' else 'partition'}: "
             + (
-                f"{len(missing)} of its {what}s are not here, {missing[0]} first; "
+                f"{len(missing)} of its {what}s are not in this model, such as {missing[0]}; "
                 if missing
                 else ""
             )
-            + (f"{len(extra)} {what}s are not in it, {extra[0]} first; " if extra else "")
+            + (f"{len(extra)} {what}s are not in the save, such as {extra[0]}; " if extra else "")
             + "load the model that it was made from, and apply the same passes."
         )
     for name, shape in saved.items():
         if shape != own[name]:
             raise CheckpointError(
-                f"{name} is {own[name][0]} {tuple(own[name][1:])} here, {shape[0]} "
+                f"{name} is {own[name][0]} {tuple(own[name][1:])} here, but {shape[0]} "
                 f"{tuple(shape[1:])} in the save. Load the model that it was made from."
             )
 
@@ -180,6 +180,6 @@ def check_sums(saved: Mapping[str, str], own: Mapping[str, Tensor]) -> None:
     ]
     if changed:
         raise CheckpointError(
-            "the save holds no weights (weights=False), and the model does not have those that it "
-            f"had then: {listed(changed)}. Load them first, from the checkpoint beside it."
+            "the save holds no weights (weights=False), and the model has others than it had then: "
+            f"{listed(changed)}. Load them first, from the checkpoint beside the save."
         )

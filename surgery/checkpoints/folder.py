@@ -102,11 +102,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_state(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     file = folder / about["file"]
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing, which {RECORD} names. Use another save.")
+        raise CheckpointError(f"{RECORD} names {file}, which is missing. Use another save.")
     size = file.stat().st_size
     if size != about["bytes"]:
         raise CheckpointError(
-            f"{file} has {size:,} bytes, {about['bytes']:,} were written: it is cut off or not "
+            f"{file} has {size:,} bytes, but {about['bytes']:,} were written: it is cut off or not "
             "the file that was saved. Use another save."
         )
     if _hash(file) != about["sha256"]:

@@ -43,7 +43,7 @@ def place(made: Path, folder: Path) -> None:
     foreign = (folder / SINGLE).exists() and SINGLE not in old
     if foreign and not (made / SINGLE).exists():
         raise CheckpointError(
-            f"{folder / SINGLE} is not of an export of surgery's, and would be loaded in place of "
+            f"{folder / SINGLE} was not written by surgery.export, and would be loaded in place of "
             "the shards that are written now. Move it away, export into another folder, or give "
             "max_shard_size= above the size of the model."
         )

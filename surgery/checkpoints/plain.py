@@ -33,15 +33,18 @@ ADAPTERS = "adapters"  # folder of PEFT's adapters inside of the checkpoint
 def export(
     model: nn.Module, folder: str | Path, merge: bool = False, max_shard_size: str = "50GB"
 ) -> None:
-    """Write a checkpoint that plain transformers loads, with a model card; at any step.
+    """Write a checkpoint that plain transformers loads, with a model card, after any step.
 
-    model: a Hugging Face model (config.json, model.safetensors), a plain module (model.safetensors)
-    or one with PEFT adapters: its base, with the base's own keys, and the adapters in
-    `folder/adapters`, for `PeftModel.from_pretrained(base, folder / "adapters")`. merge: the
-    adapters are added to the base instead (in a copy: this takes the memory of a second model). On
-    several ranks all call it.
-    Raises ModelError if nothing was applied, OptionError if there is nothing to merge,
-    CheckpointError if it cannot be written; what was in the folder is then as before.
+    With several ranks, all must call it.
+
+    model: a Hugging Face model (written as config.json and model.safetensors), a plain module
+    (model.safetensors), or a model with PEFT adapters. Of the latter, the base is written with its
+    own keys and the adapters into `folder/adapters`, for
+    `PeftModel.from_pretrained(base, folder / "adapters")`. merge: whether to add the adapters to
+    the base instead; this is done in a copy, which takes the memory of a second model.
+
+    Raises ModelError if nothing was applied; OptionError if there is nothing to merge;
+    CheckpointError if the checkpoint cannot be written, which leaves the folder as it was.
     """
     surgery, folder = applied(model), Path(folder)
     plain = _unwrapped(model, surgery)
@@ -54,8 +57,8 @@ def export(
     cut = shards.is_sharded(plain)
     if cut and adapters.are_on(plain):
         raise CheckpointError(
-            "PEFT adapters on a model that FSDP2 shards cannot be exported. surgery.save it, load "
-            "that in one process without fully_shard, and export there."
+            "PEFT adapters on a model that FSDP2 shards cannot be exported. Use surgery.save, load "
+            "the save in one process without fully_shard, and export there."
         )
     with on_first_rank() as first:
         state = shards.whole_state(plain, first) if cut else None  # on all ranks
@@ -110,8 +113,9 @@ def _check_extra(model: nn.Module) -> None:
     if kept:
         names = listed([name or type(model).__name__ for name in kept])
         raise CheckpointError(
-            f"the extra state of {names} (get_extra_state) is no tensor, and a plain checkpoint "
-            "holds tensors only. surgery.save keeps it; or let get_extra_state return a tensor."
+            f"the extra state of {names} (get_extra_state) is not a tensor, but a plain checkpoint "
+            "holds only tensors. Use surgery.save, which keeps it, or let get_extra_state return a "
+            "tensor."
         )
 
 

@@ -48,20 +48,22 @@ def save(
     scheduler: Any = None,
     weights: bool = True,
 ) -> None:
-    """Write all that `surgery.load` needs to go on from here, at any optimizer step.
+    """Write all that `surgery.load` needs to continue from here, after any optimizer step.
 
-    optimizer, scheduler: whatever has a state_dict. weights: False leaves them to whoever saves
-    them beside; `load` then checks that the model has them. Written in one piece: a save that was
-    there before stays intact until the new one is complete. On several ranks all call it, and rank
-    0 writes. Raises ModelError if nothing was applied, CheckpointError if it cannot be written, or
-    if there are gradients that no step has used: they are not saved.
+    An earlier save in the folder stays intact until the new one is complete. With several ranks,
+    all must call it, and rank 0 writes.
+
+    optimizer, scheduler: objects with a state_dict. weights: False leaves out the model's weights,
+    if something else saves them; `load` then checks that the model has them. Raises ModelError if
+    nothing was applied; CheckpointError if the save cannot be written, or if there are gradients
+    that no step has used, since they are not saved.
     """
     surgery = applied(model)
     _check_given(optimizer=optimizer, scheduler=scheduler)
     if surgery.clock.stepping:
         raise CheckpointError(
-            "an optimizer's step is under way, whose gradients are not used up yet: this is a hook "
-            "of its. Save after step() has returned."
+            "an optimizer's step is under way: surgery.save was called from one of its hooks. Save "
+            "after step() has returned."
         )
     if surgery.clock.stepped:
         raise CheckpointError(
@@ -71,9 +73,9 @@ def save(
     given = [c for c in surgery.decision.coordinates if c.parameter.grad is not None]
     if surgery.backward.pending and given:
         raise CheckpointError(
-            f"a backward has given gradients to {len(given)} coordinates, and no step has used "
-            "them: a save would lose them. Save after optimizer.step(), at the end of an "
-            "accumulation; or give them up first: optimizer.zero_grad()."
+            f"{len(given)} coordinates have gradients, and no step has used them: a save would "
+            "lose them. Save after optimizer.step(), at the end of an accumulation, or discard "
+            "them first: optimizer.zero_grad()."
         )
     surgery.bind()
     tensors, state = tensors_of(surgery.decision.model), state_of(surgery)
@@ -98,12 +100,14 @@ def save(
 def load(
     model: nn.Module, folder: str | Path, optimizer: Any = None, scheduler: Any = None
 ) -> nn.Module:
-    """Take a model, its passes, an optimizer and a schedule to where they were saved.
+    """Restore a model, its passes, an optimizer and a schedule from a save. Returns the same model.
 
-    model: of the same architecture, with the same passes applied (`surgery.saved_passes(folder)`).
-    optimizer: built from it as it was for the run; False leaves the saved state alone. Returns the
-    same model. All or nothing: raises ModelError if nothing was applied, CheckpointError if the
-    save is damaged or of another format, architecture, partition or passes, or was made with an
+    model: a model of the same architecture, with the same passes applied
+    (`surgery.saved_passes(folder)`). optimizer: an optimizer of this model, built as it was for the
+    run; False ignores its saved state. scheduler: likewise.
+
+    An error changes nothing. Raises ModelError if nothing was applied; CheckpointError if the save
+    is damaged, or of another format, architecture, partition or passes, or was made with an
     optimizer or a scheduler that is not given here.
     """
     surgery, folder = applied(model), Path(folder)
@@ -117,12 +121,12 @@ def load(
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None and what in state:
             raise CheckpointError(
-                f"{folder} holds the state of {_article(what)}, and none is given. Pass "
-                f"{what}={what}, or {what}=False to leave it."
+                f"{folder} holds the state of {_article(what)}, but none is given. Pass "
+                f"{what}={what}, or {what}=False to ignore that state."
             )
         if given not in (None, False) and what not in state:
             raise CheckpointError(
-                f"{folder} was saved without {_article(what)}. Pass {what}=None, and it starts "
+                f"{folder} was saved without {_article(what)}. Pass {what}=None: yours then starts "
                 "anew."
             )
     schedule: Any = None
@@ -156,10 +160,10 @@ def _check_given(**given: Any) -> None:
             continue
         kind = type(each).__name__
         if not isinstance(each, Sequence):
-            raise OptionError(f"{what}= takes an object with a state_dict, and {kind} has none.")
+            raise OptionError(f"{what}= takes an object with a state_dict, but {kind} has none.")
         raise OptionError(
-            f"{what}= takes one object with a state_dict, and this is a {kind}. Of several, keep "
-            "the state beside the save: torch.save([o.state_dict() for o in ...], "
+            f"{what}= takes one object with a state_dict, not a {kind}. Keep the state of several "
+            "beside the save: torch.save([o.state_dict() for o in ...], "
             'folder / "others.pt").'
         )
 

@@ -13,10 +13,11 @@ from surgery.zeroth_order.method import TwoPoint
 
 
 def journal(model: nn.Module) -> Tensor:
-    """Return all steps of a zeroth-order run: float64 (steps, K + 1), K scalars and learning rate.
+    """Return all steps of a zeroth-order run, float64 (steps, K + 1).
 
-    With the pass's options they are the whole run; see `replay`. Raises ModelError if the model is
-    not trained by such a pass.
+    A step consists of K scalars and the learning rate. Together with the options of the pass, the
+    steps describe the whole run; see `replay`. Raises ModelError if the model is not trained by
+    such a pass.
     """
     method = _method(applied(model))
     return torch.tensor(method.journal, dtype=torch.float64).view(-1, _scalars(method) + 1)
@@ -24,11 +25,12 @@ def journal(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def replay(model: nn.Module, steps: Tensor) -> nn.Module:
-    """Take the steps of a journal (steps, K + 1) again, with no forward; returns the same model.
+    """Repeat the steps of a journal (steps, K + 1) without any forward. Returns the same model.
 
-    model: with the weights that the run started from, the same pass applied with the same options.
-    On a CPU its weights are then those of the run, to the bit. Raises ModelError if the model has
-    made steps already, or the journal is of another number of directions.
+    On a CPU, the model's weights are then those of the run, bit for bit. model: a model with the
+    weights that the run started from, and the same pass applied with the same options. Raises
+    ModelError if the model has made steps already, or if the journal has another number of
+    directions.
     """
     surgery = applied(model)
     method = _method(surgery)
@@ -71,10 +73,10 @@ def _method(surgery: Surgery) -> TwoPoint:
                 return method
             raise ModelError(
                 f"{listed(sorted(others))} are trained by backward beside {method.name}, so its "
-                "scalars are not the whole run. Save it: surgery.save(model, folder, optimizer)."
+                "scalars are not the whole run. Use surgery.save(model, folder, optimizer)."
             )
     names = ", ".join(options.name for options in surgery.decision.passes)
     raise ModelError(
-        f"only the steps of zeroth-order passes are scalars, and {names} was applied (dense=True "
+        f"only the steps of zeroth-order passes are scalars, but {names} was applied (dense=True "
         "leaves the steps to the optimizer)."
     )

@@ -15,14 +15,14 @@ from surgery.errors import CheckpointError
 
 
 class TrainerCallback(Callback):
-    """Saves the surgery's state beside each `checkpoint-*` of a Trainer, and takes it back.
+    """Saves the surgery's state with each `checkpoint-*` of a Trainer, and restores it.
 
         Trainer(model=model, callbacks=[surgery.TrainerCallback()], ...)
 
-    Weights (but those of a PEFT base, which it does not save), optimizer, schedule and generators
-    are the Trainer's. folder: the checkpoint that is resumed from, if it does not lie in
-    `output_dir`. Raises CheckpointError when a run is resumed from a checkpoint without the
-    surgery's state, or with other weights.
+    The Trainer itself saves weights, optimizer, schedule and generators, but not the base of a PEFT
+    model, whose weights the callback saves if they are trained. folder: the checkpoint to resume
+    from, if it does not lie in `output_dir`. Raises CheckpointError when a run is resumed from a
+    checkpoint without the surgery's state, or with other weights.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

@@ -31,7 +31,7 @@ def compare(
     config = config_of(model)
     if layers:
         if not hasattr(config, "num_hidden_layers"):
-            raise OptionError(f"--layers {layers}: {model} has no num_hidden_layers. Use 0: all.")
+            raise OptionError(f"--layers {layers}: {model} has no num_hidden_layers. Use 0.")
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
     screen = out()
     for graph in foreseen(model_of(config), (batch, length), passes_of(method)):

@@ -26,7 +26,7 @@ def export_run(
     record = read_record(saved)
     source = model or (str(run / SHAPE) if (run / SHAPE).exists() else None)
     if source is None:
-        raise OptionError(f"{run} does not say which model it is of. Name it: --model=...")
+        raise OptionError(f"{run} does not say which model it was made from. Name it: --model=...")
     with err().status("loading"):
         made = loading.shape_of(source, record)
         surgery.apply(made, surgery.saved_passes(saved))

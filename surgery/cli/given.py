@@ -36,7 +36,7 @@ def passes_of(words: Sequence[str], options: Iterable[str] = ()) -> list[Any]:
     more = [pair for word in options for pair in _pairs(word)]
     if more and len(words) != 1:
         raise OptionError(
-            f"{more[0][0]}={more[0][1]!r} could be of any of {', '.join(words) or 'no pass'}. "
+            f"it is not clear which pass {more[0][0]}={more[0][1]!r} is for. "
             f"Write it beside its pass: --pass {(*words, 'name')[0]}:{more[0][0]}={more[0][1]}."
         )
     found = []

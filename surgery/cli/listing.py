@@ -64,7 +64,7 @@ def explained(kind: Any) -> dict[str, str]:
     They say it as "name: text. other: text."; a text ends where the next option's begins.
     """
     names = "|".join(field.name for field in fields(kind))
-    found = {"seed": "of what is drawn at random"}
+    found = {"seed": "the seed of all random draws"}
     for base in reversed(kind.__mro__):
         said = " ".join((inspect.cleandoc(vars(base).get("__doc__") or "")).split())
         _, *parts = re.split(rf"(?:^|(?<=\. ))({names}): ", said)

@@ -69,7 +69,7 @@ def check_length(model: Any, length: int, largest: int) -> None:
     known = model.get_input_embeddings().num_embeddings
     if largest >= known:
         raise OptionError(
-            f"the tokenizer has a token {largest}, and the model knows {known}. They do not belong "
+            f"the tokenizer has a token {largest}, but the model knows {known}. They do not belong "
             "together: name the model's own tokenizer, --tokenizer=..."
         )
 

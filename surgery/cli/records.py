@@ -46,10 +46,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise OptionError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise OptionError(f"{path}, line {number}, is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise OptionError(
-                f'{path}, line {number}, is no object. A line is {{"text": ...}}, '
+                f'{path}, line {number}, is not an object. A line is {{"text": ...}}, '
                 '{"prompt": ..., "completion": ...} or {"messages": [...]}.'
             )
         found.append(record)

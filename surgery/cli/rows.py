@@ -109,7 +109,7 @@ def class_rows(
     texts, labels = column(records, text, "--text-column"), column(records, label, "--label-column")
     strange = sorted(set(labels) - set(classes))
     if strange:
-        raise OptionError(f"labels that training does not have: {', '.join(strange)}.")
+        raise OptionError(f"labels that the training data do not have: {', '.join(strange)}.")
     found = [tokenizer(each).input_ids for each in texts]
     long = [i for i, ids in enumerate(found) if len(ids) > length]
     for i in long:  # not by slicing: a tokenizer keeps its marks at the ends
@@ -126,7 +126,7 @@ def _chat(messages: Any, tokenizer: Any, learn: str, number: int) -> list[tuple[
     """Return a chat as its template writes it, in parts: is it an answer?"""
     if not getattr(tokenizer, "chat_template", None):
         raise OptionError(
-            "the data are chats, and the tokenizer has no chat template. Give the tokenizer of an "
+            "the data are chats, but the tokenizer has no chat template. Give the tokenizer of an "
             "instruct model: --tokenizer=..."
         )
     try:
@@ -141,7 +141,7 @@ def _chat(messages: Any, tokenizer: Any, learn: str, number: int) -> list[tuple[
             after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise OptionError(
-                    f"record {number}: the chat template writes earlier turns another way when "
+                    f"record {number}: the chat template writes earlier turns differently when "
                     "later ones follow, so answers cannot be told from the rest. Learn all of it: "
                     "--learn all."
                 )
@@ -150,7 +150,7 @@ def _chat(messages: Any, tokenizer: Any, learn: str, number: int) -> list[tuple[
     except OptionError:
         raise
     except Exception as error:  # of a template, of any kind
-        raise OptionError(f"record {number}: the chat template refuses it: {error}") from error
+        raise OptionError(f"record {number}: the chat template rejects it: {error}") from error
     return [*parts, (whole[len(done) :], learn == "all")]
 
 
@@ -188,7 +188,7 @@ def _kept(found: Rows, length: int) -> Rows:
     kept = [row for row in found.rows if any(label != UNLEARNED for label in row.labels[1:])]
     if not kept:
         raise OptionError(
-            f"in {length} tokens no record reaches what is to be learned. Use a larger --length."
+            f"no record reaches what is to be learned in {length} tokens. Use a larger --length."
         )
     return replace(found, rows=kept, left_out=len(found.rows) - len(kept))
 

@@ -79,7 +79,9 @@ def keep(settings: Settings, folder: Path) -> None:
     except OSError as error:
         raise OptionError(f"--out {folder} cannot be used: {error.strerror}.") from error
     except json.JSONDecodeError as error:
-        raise OptionError(f"{path} is no settings of a run: {error}. Use another --out.") from error
+        raise OptionError(
+            f"{path} has no settings of a run: {error}. Use another --out."
+        ) from error
 
 
 def check(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

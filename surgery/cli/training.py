@@ -75,7 +75,7 @@ def train(
     _no_float16(dtype, autocast)
     _at_least(1, batch=batch, accumulate=accumulate, length=length, steps=steps)
     if clip is not None and not clip > 0:
-        raise OptionError(f"--clip {clip} is no positive norm.")
+        raise OptionError(f"--clip {clip} must be a positive norm.")
     _at_least(0, warmup=warmup, held_out=held_out)
     _at_least(0, evaluate_every=evaluate_every, save_every=save_every, epochs=epochs)
     own = Settings(
@@ -268,17 +268,17 @@ def _device(word: str | None) -> str:
 def _choice(option: str, word: str, known: Any) -> None:
     if word not in known:
         raise OptionError(
-            f"{option} {word!r} is none of {', '.join(known)}.{near_misses(word, known)}"
+            f"{option} {word!r} is not one of {', '.join(known)}.{near_misses(word, known)}"
         )
 
 
 def _no_float16(dtype: str, autocast: str | None) -> None:
     kinds = [dtype_of(word) for word in (None if dtype == "auto" else dtype, autocast)]
     if torch.float16 in kinds:
-        raise OptionError("float16 needs its loss scaled, which train does not do. Use bfloat16.")
+        raise OptionError("float16 needs loss scaling, which train does not do. Use bfloat16.")
 
 
 def _at_least(least: int, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
-            raise OptionError(f"--{name.replace('_', '-')} {value} is less than {least}.")
+            raise OptionError(f"--{name.replace('_', '-')} {value} must be at least {least}.")

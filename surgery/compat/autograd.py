@@ -37,11 +37,11 @@ def keeps_graph() -> bool:
 
 
 def first_order_only(by: str) -> None:
-    """Raise SurgeryError in a backward whose results shall be differentiated again."""
+    """Raise SurgeryError in a backward that is to be differentiated again (create_graph=True)."""
     if torch.is_grad_enabled():
         raise SurgeryError(
-            f"{by}: a gradient is to be differentiated a second time (create_graph=True), and what "
-            f"{by} keeps for backward does not suffice for that. Leave {by} out, or take gradients "
+            f"{by}: a gradient is to be differentiated a second time (create_graph=True), but what "
+            f"{by} keeps for backward is not enough for that. Leave {by} out, or take gradients "
             "with create_graph=False."
         )
 

@@ -219,7 +219,7 @@ def outer_backend() -> Backend | None:
     if found is made:
         raise CaptureError(
             "torch.compile is around a model that surgery captures itself, and its backend cannot "
-            'be found. Name it instead: surgery.apply(model, ..., backend="inductor").'
+            'be found. Name the backend: surgery.apply(model, ..., backend="inductor").'
         )
     return found
 

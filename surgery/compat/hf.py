@@ -123,7 +123,7 @@ def of_adapters(model: nn.Module) -> set[nn.Module]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
-    """Return PEFT's LoRA on Linears, by name: each with the kind of it that is more than LoRA."""
+    """Return PEFT's LoRA layers on Linears, by name, each with its variant (such as DoRA's)."""
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
     named = [(n, m) for n, m in model.named_modules() if lora and isinstance(m, lora.Linear)]
     kinds = [next(iter(getattr(m, "lora_variant", {}).values()), None) for _, m in named]
@@ -134,8 +134,8 @@ def lora_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
 
 
 def lora_factors(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
-    """Return A, B and s of each active adapter of a LoRA layer; None if they are switched off, or
-    merged into the weight."""
+    """Return A, B and s of each active adapter of a LoRA layer; None if the adapters are disabled
+    or merged into the weight."""
     if layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -179,7 +179,7 @@ def _only_makes_biases_require(module: nn.Module) -> bool:
 
 
 def chunks_its_head(model: nn.Module) -> str | None:
-    """Return who has given a model a forward that computes head and loss in chunks: "TRL", None."""
+    """Return "TRL" if TRL has given the model a forward that chunks head and loss, else None."""
     for module in model.modules():
         own = module.__dict__.get("forward")
         function: Any = getattr(own, "__func__", own)

@@ -154,9 +154,9 @@ def works(device: str) -> bool:
     except Exception as error:  # of any compiler: no Triton, no C++, a GPU that is too old
         warnings.warn(
             f"torch.compile does not work for {device} here ({reason(error)}). "
-            "Kernels of surgery run operation by operation instead: several times slower where "
-            "activations are computed again and 16-bit weights stepped. On an NVIDIA GPU, install "
-            "triton; surgery.apply(..., compile=False) asks for this, without a warning.",
+            "Kernels of surgery run operation by operation instead, which is several times slower "
+            "where activations are recomputed and 16-bit weights are stepped. On an NVIDIA GPU, "
+            "install triton. surgery.apply(..., compile=False) does the same without a warning.",
             stacklevel=3,
         )
         return False

@@ -216,8 +216,8 @@ class Path(nn.Module):
             super().__setattr__(name, value)
         elif getattr(self, name, None) is not value:
             raise ModelError(
-                f"functional_call would put another tensor in the place of {prefix}.{name} among "
-                "the coordinates, and forwards read weights. Give it these by their own names: "
+                f"functional_call would replace the coordinate {prefix}.{name}, but forwards read "
+                "weights. Give it the weights, by their own names: "
                 "{n: p for n, p in model.named_parameters() "
                 'if not n.startswith("surgery_coordinates.")}'
             )

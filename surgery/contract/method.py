@@ -33,12 +33,12 @@ EVERY = "*"  # in `after`, `before` and `conflicts`: all other passes
 
 
 class Run(Protocol):
-    """The run that a pass is part of, as its hooks see it.
+    """The run that a pass is part of, as the hooks of its `Method` see it.
 
-    model: that `surgery.apply` was given. step: optimizer steps made. optimizers: all that have
-    stepped the model; driving: those that made the step under way. loss_scale: of the GradScaler
-    that drives the step under way, 1 without one. rehearsal: whether the forward under way is one
-    of `surgery.report`, which leaves no trace.
+    model: the model that `surgery.apply` was given. step: the number of optimizer steps made.
+    optimizers: all optimizers that have stepped the model. driving: those that make the current
+    step. loss_scale: the scale of the GradScaler in the current step, 1 without one. rehearsal:
+    whether the current forward is one of `surgery.report`, which must leave no trace.
     """
 
     @property
@@ -67,7 +67,8 @@ class Run(Protocol):
 class Method:
     """The run-time state of one pass on one model, made by the pass's `start(model)`.
 
-    name: of the pass. coordinates: every one that may ever be trained; empty for exact rewrites.
+    name: the name of the pass. coordinates: all coordinates that may ever be trained; empty for
+    exact rewrites.
     """
 
     name: str
@@ -94,18 +95,19 @@ class Method:
     # -- graphs -----------------------------------------------------------------------------------
 
     def reread(self, graph: GraphModule) -> None:
-        """Change how a captured graph reads its weights, in place; before any `rewrite`."""
+        """Change in place how a captured graph reads its weights. Runs before any `rewrite`."""
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
-        """Rewrite a captured graph in place; its weights are read through gates already.
+        """Rewrite a captured graph in place. Its weights are already read through gates.
 
-        inputs: what it was captured with, fake tensors and the model's own parameters. saved:
-        autograd's account of the graph as it stands. Checkpointed regions are graphs inside, see
-        `saved.inner()`: rewrite them too, and recompile them; the graph itself is recompiled.
+        inputs: the inputs that the graph was captured with: fake tensors, and the model's own
+        parameters. saved: what autograd saves in the graph as it is now. Checkpointed regions are
+        graphs inside of it, see `saved.inner()`: rewrite and recompile them too. The graph itself
+        is recompiled for you.
         """
 
     def check_reached(self) -> None:
-        """After the first training forward: raise CaptureError if the rewrite did not happen."""
+        """Raise CaptureError if the rewrite did not happen. Runs after the first forward."""
 
     # -- forwards ---------------------------------------------------------------------------------
 
@@ -113,57 +115,67 @@ class Method:
         """Take the arguments of a training forward, by name."""
 
     def drive(self, forward: Callable[[], Any], run: Run) -> Any:
-        """Return the output of a training forward; `forward` runs the captured one, as often as it
-        is called, until the next step is carried.
+        """Return the output of a training forward, for a pass that replaces backward.
 
-        Of passes that replace backward. They conflict with EVERY other.
+        forward: runs the captured forward; it may be called several times, until the next step has
+        been made. A pass with this hook conflicts with EVERY other.
         """
         return forward()
 
     def adopt(self, coordinate: Coordinate) -> bool:
-        """Decide from now on when another pass's mapped coordinate is trained, in place of its
-        weight; False if this pass does not sample, or not this weight as a whole."""
+        """Sample another pass's mapped coordinate from now on, instead of its weight.
+
+        Return False if this pass does not sample, or does not sample this weight as a whole.
+        """
         return False
 
     # -- steps ------------------------------------------------------------------------------------
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise OptimizerError if this optimizer, about to step first, cannot serve the pass."""
+        """Raise OptimizerError if an optimizer does not suit the pass, before its first step."""
 
     def before_step(self, run: Run) -> None:
-        """Prepare for the optimizer step about to be made, whose gradients are there, or raise
-        OptimizerError if it would do nothing. It may still be refused, and come again."""
+        """Prepare for an optimizer step, whose gradients have been computed.
+
+        Raise OptimizerError if the step would do nothing. The step may still be skipped, for a
+        gradient that is not finite; the hook then runs again before the next one.
+        """
 
     def stepped(self, optimizer: Optimizer, run: Run) -> None:
-        """Change, in place, what an optimizer has made of mapped coordinates that it holds, before
-        that is carried into the weights."""
+        """Change mapped coordinates in place that an optimizer has just stepped.
+
+        Runs before their steps are added to the weights.
+        """
 
     def after_step(self, run: Run) -> None:
-        """Do what is due after an optimizer step; `run.step` steps have been made."""
+        """Do what is due after an optimizer step. `run.step` counts this step, too."""
 
     # -- saves and reports ------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return what resuming needs besides weights and coordinates: tensors, numbers, strings,
-        nested by name. What is drawn from seeds is left out."""
+        """Return what a resumed run needs besides weights and coordinates.
+
+        A dict of tensors, numbers and strings, which may be nested. Leave out what can be drawn
+        from seeds again.
+        """
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` returned, at any step of a run on a model of the same shapes.
+        """Restore what `state` returned, at any step of a run on a model of the same shapes.
 
-        Everything that a later step depends on is set: what `state` leaves out must be drawn anew.
+        Set everything that a later step depends on, and draw again what `state` has left out.
         """
 
     def lines(self) -> Iterable[tuple[str, str]]:
-        """Return what `report` says of the pass, as (label, value)."""
+        """Return what `report` says of the pass, as pairs (label, value)."""
         return ()
 
 
 @dataclass(eq=False, kw_only=True)
 class Counting(Method):
-    """A method whose nodes draw anew in each step.
+    """A method whose nodes draw new random numbers in each step.
 
-    step: optimizer steps that have been made, after a resume too.
+    step: the number of optimizer steps made, those before a resume included.
     """
 
     step: int = 0

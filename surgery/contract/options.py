@@ -39,10 +39,10 @@ def _plain(value: Any) -> Any:
 
 
 def renamed(**names: str) -> Callable[[type[C]], type[C]]:
-    """Let a pass take options by their earlier names, too: `@renamed(old="new")`.
+    """Let a pass take options by their earlier names too: `@renamed(old="new")`.
 
-    Giving one warns (FutureWarning); giving both raises OptionError. Saves that name the old ones
-    are read.
+    An old name warns (FutureWarning); both names at once raise OptionError. Saves with the old name
+    can still be loaded.
     """
 
     def change(cls: type[C]) -> type[C]:
@@ -54,7 +54,7 @@ def renamed(**names: str) -> Callable[[type[C]], type[C]]:
                 new = names[old]
                 if new in given:
                     raise OptionError(
-                        f"{cls.__name__} is given {old}= and {new}=, which are one option. "
+                        f"{cls.__name__} is given {old}= and {new}=, which are the same option. "
                         f"Leave {old}= out."
                     )
                 warnings.warn(

@@ -23,9 +23,9 @@ def comes_first(load: Callable[[], Any]) -> None:
 def register(name: str) -> Callable[[type[C]], type[C]]:
     """Make a pass known by name: `@surgery.register("name")` above its options dataclass.
 
-    Packages announce theirs through the entry point group "surgery.passes". The class is a frozen,
-    keyword-only dataclass with a method `start(model)` that changes nothing and returns a
-    `surgery.passkit.Method`. Raises OptionError if another class holds the name, or if it is none.
+    Packages announce their passes through the entry point group "surgery.passes". The class is a
+    frozen, keyword-only dataclass with a method `start(model)` that changes nothing and returns a
+    `surgery.passkit.Method`. Raises OptionError if the name is taken or is not a valid name.
     """
 
     if not isinstance(name, str) or name == "auto" or not re.fullmatch(r"\w[\w.-]*", name):

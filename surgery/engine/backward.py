@@ -132,8 +132,8 @@ class Backward:
             first = None
         if first and first.twin is None and first.parameter.grad is None and not self.fused:
             raise OptimizerError(
-                f"the gradient of {first.name} was taken away before backward had ended, without "
-                "an optimizer's step(), so nobody knows what became of it. If this is LOMO: "
+                f"the gradient of {first.name} was removed before backward had ended, without an "
+                "optimizer's step(), so it is not known whether it was used. If this is LOMO: "
                 "surgery.step(model, optimizer, lambda: optimizer.fused_backward(loss, lr))"
             )
         if self.replicated:
@@ -176,10 +176,10 @@ class Backward:
                 own = each.mapped.map.adjoint(matrix.reshape(-1, matrix.shape[-1]))
                 if own is None:
                     raise SurgeryError(
-                        f"{site.name} has got a gradient of its own, and what is trained of it is "
-                        "a slope along directions, which comes from what the model returns. Leave "
-                        "the penalty on the weight out of the loss; weight_decay= of the pass "
-                        "pulls weights towards zero."
+                        f"{site.name} has received a gradient of its own, but the pass trains it "
+                        "along directions only, by the slope of what the model returns. Leave the "
+                        "penalty on the weight out of the loss. To pull weights towards zero, use "
+                        "weight_decay= of the pass."
                     )
             else:
                 own = block_of(gradient, each.index)

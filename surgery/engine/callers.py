@@ -44,8 +44,8 @@ def rate_of(optimizer: Any, group: dict[str, Any]) -> float:
     """Return the learning rate of a group, by which decays are multiplied."""
     if "lr" not in group:
         raise OptimizerError(
-            f"{type(optimizer).__name__} has no learning rate lr in its groups, by which a decay of"
-            " the pass is multiplied: use weight_decay=0 and prox=0."
+            f"{type(optimizer).__name__} has no learning rate (lr) in its param_groups, which "
+            "decays of the pass are multiplied by. Use weight_decay=0 and prox=0."
         )
     return float(group["lr"])
 

@@ -143,9 +143,9 @@ class Clock:
             return
         if self.backward.first is not None and self._steps_us(held):
             raise OptimizerError(
-                f"{type(optimizer).__name__} steps inside of a backward, before the gradients of "
-                "all that is trained are there. Step after it; gradients are small under most "
-                "passes. (LOMO: see surgery.step.)"
+                f"{type(optimizer).__name__} steps inside of backward, before all gradients have "
+                "been computed. Step after backward: under most passes, gradients take little "
+                "memory. (For LOMO, see surgery.step.)"
             )
         self.refused = not self.forwards and not closure and only_makes_state(optimizer)
         if self.refused:

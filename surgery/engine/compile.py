@@ -20,9 +20,9 @@ def check_backend(methods: Iterable[Method], backend: Backend | None) -> None:
     moving = [method.name for method in methods if not method.compiles]
     if moving:
         raise OptionError(
-            f"{name_of_backend(backend)} would compile what {listed(moving)} decides anew in each "
-            "step, and so lose it. Leave backend= (or torch.compile) out: the rewritten graph then "
-            "runs eagerly. (Passes that can be compiled say so: `compiles`.)"
+            f"{name_of_backend(backend)} would freeze what {listed(moving)} decides anew in each "
+            "step. Leave backend= (or torch.compile) out: the rewritten graph then runs eagerly. "
+            "(Passes that can be compiled say so: `compiles = True`.)"
         )
     if isinstance(backend, str) and backend not in backends(hidden=True):
         known = backends()
@@ -36,7 +36,7 @@ def compiled(graph: GraphModule, inputs: Sequence[Any], backend: Backend) -> Cal
     """Return what a backend makes of a rewritten graph. Raises CaptureError for random regions."""
     if any(m.meta.get("draws") for m in graph.modules() if isinstance(m, GraphModule)):
         raise CaptureError(
-            f"a dropout is to be recomputed, and {backend!r} would draw another mask for it. Set "
+            f"a dropout would be recomputed, and {backend!r} would draw another mask for it. Set "
             "its probability to 0, leave out the pass that recomputes it, or leave backend= out."
         )
     lowered = Lowering(graph, inputs)

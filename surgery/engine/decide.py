@@ -105,13 +105,13 @@ def _check_model(model: nn.Module, data: bool) -> None:
         raise ModelError(f"surgery takes an nn.Module, not a {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
-            f"this model is a {type(model).__name__}, whose forward is no Python that could be "
-            "captured. Apply to the module that it was scripted or traced from."
+            f"this model is a {type(model).__name__}, whose forward is not Python code and cannot "
+            "be captured. Apply to the module that it was scripted or traced from."
         )
     if is_around(model):
         raise ModelError(
-            "torch.compile is around this model already, and runs what it has compiled of it: no "
-            "rewrite would take effect. Apply first: surgery.apply(model, ...), then "
+            "torch.compile is around this model already, and runs the code that it has compiled: "
+            "a rewrite would have no effect. Apply first: surgery.apply(model, ...), then "
             "torch.compile(model)."
         )
     present = surgery_of(model)
@@ -124,8 +124,8 @@ def _check_model(model: nn.Module, data: bool) -> None:
     check_alone(model)
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise ModelError(
-            f"this model is wrapped in {type(model).__name__} already, which has laid out its "
-            "gradients. Apply first, wrap afterwards: surgery.apply(model, ...), then "
+            f"this model is already wrapped in {type(model).__name__}, which has set itself up for "
+            "its parameters. Apply first, wrap afterwards: surgery.apply(model, ...), then "
             f"{type(model).__name__}(model)."
         )
     check_layout(model)
@@ -134,19 +134,19 @@ def _check_model(model: nn.Module, data: bool) -> None:
         raise ModelError(f"this {type(model).__name__} has no parameters: nothing to train.")
     if modules.child(model, TABLE) is not None:
         raise ModelError(
-            f"{type(model).__name__} has a child {TABLE!r}, which is the name under which surgery "
-            "lists coordinates. Give the child another name."
+            f"{type(model).__name__} has a child {TABLE!r}, and surgery needs this name for its "
+            "coordinates. Rename the child."
         )
     made = [name for name, parameter in parameters.items() if parameter.is_inference()]
     if made:
         raise ModelError(
-            f"{len(made)} parameters were made under torch.inference_mode(), {made[0]} first, and "
-            "torch never lets those be trained. Build or load the model outside of it."
+            f"{len(made)} parameters were made under torch.inference_mode(), such as {made[0]}, "
+            "and torch cannot train these. Build or load the model outside of inference_mode."
         )
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
     if meta and data:
         raise ModelError(
-            f"{len(meta)} parameters are on the meta device, {meta[0]} first: load the weights "
+            f"{len(meta)} parameters are on the meta device, such as {meta[0]}. Load the weights "
             "before surgery.apply. To see what a pass would do, use surgery.plan(model, ...)."
         )
 
@@ -165,7 +165,7 @@ def _started(options: Any, model: nn.Module) -> Method:
         what = method.__name__ if isinstance(method, type) else type(method).__name__
         what = f"the class {what}" if isinstance(method, type) else f"a {what}"
         raise OptionError(
-            f"{options.name}: {kind} returns {what}. It returns the state of the pass on this "
+            f"{options.name}: {kind} returns {what}. It must return the state of the pass on this "
             "model, an instance of a subclass of surgery.passkit.Method."
         )
     name = getattr(method, "name", None)
@@ -177,13 +177,13 @@ def _started(options: Any, model: nn.Module) -> Method:
     for what in ("after", "before"):
         if isinstance(getattr(method, what), str):
             raise OptionError(
-                f"{options.name}: {what} = {getattr(method, what)!r} is one string. It holds "
-                f"names: {what} = ({getattr(method, what)!r},)."
+                f"{options.name}: {what} = {getattr(method, what)!r} is a string. Give a tuple "
+                f"of names: {what} = ({getattr(method, what)!r},)."
             )
     if not isinstance(method.conflicts, Mapping):
         raise OptionError(
-            f"{options.name}: conflicts is a {type(method.conflicts).__name__}. It says why: "
-            'conflicts = {"name of the other": "why the two do not go together"}.'
+            f"{options.name}: conflicts is a {type(method.conflicts).__name__}. Give a reason for "
+            'each: conflicts = {"name of the other": "why the two do not go together"}.'
         )
     return method
 
@@ -194,8 +194,8 @@ def _check_conflicts(methods: Sequence[Method]) -> None:
             why = method.conflicts.get(other.name, method.conflicts.get(EVERY))
             if other is not method and why is not None:
                 raise ConflictError(
-                    f"{method.name} and {other.name} cannot be applied together. Of {method.name}: "
-                    f"{why.replace('{other}', other.name)}. Leave one of them out."
+                    f"{method.name} and {other.name} cannot be applied together. About "
+                    f"{method.name}: {why.replace('{other}', other.name)}. Leave one of them out."
                 )
 
 
@@ -255,7 +255,7 @@ def _sites(model: nn.Module, methods: Sequence[Method]) -> tuple[Site, ...]:
                 continue
             if holder is not method:
                 parts = any(c.index is not None for c in [each, *own])
-                way = ", a larger budget draws it as a whole" if parts else ""
+                way = "; or raise budget=, so that it is drawn as a whole" if parts else ""
                 raise ConflictError(
                     f"{holder.name} and {method.name} both train {each.name}. Give each its own "
                     f"weights with targets=..., or leave one of them out{way}."

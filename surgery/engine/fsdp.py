@@ -29,13 +29,14 @@ def take_cut(
     parts = [each for each in coordinates if each.index is not None]
     if parts and isinstance(parts[0].index, Rows):
         raise ModelError(
-            f"some rows of {parts[0].weight} are trained, and FSDP2 cuts its rows in its own way. "
-            "Train all of it; or use DistributedDataParallel."
+            f"only some rows of {parts[0].weight} are trained, but FSDP2 shards its rows in its "
+            "own way. Train the whole weight, or use DistributedDataParallel."
         )
     if parts:
         raise ModelError(
-            f"{parts[0].weight} is trained in parts, {parts[0].name} first, and FSDP2 cuts it in "
-            "its own way. A larger budget draws it as a whole; or leave it out with targets=."
+            f"{parts[0].weight} is trained in parts, such as {parts[0].name}, but FSDP2 shards it "
+            "in its own way. Raise budget=, so that the weight is drawn as a whole, or leave it "
+            "out with targets=."
         )
     keys = {id(each.parameter): each.key for each in first}
     for each in coordinates:
@@ -58,8 +59,9 @@ def check_cut(sites: Iterable[Site], twins: Twins) -> None:
             )
         if site.mapped and any(p.is_shard() and not p.is_shard(0) for p in sharded.placements):
             raise ModelError(
-                f"{site.name} is sharded as {sharded.placements}, and steps can only be carried "
-                "into what is cut along its first dimension. Leave shard_placement_fn= out."
+                f"{site.name} is sharded as {sharded.placements}, but the steps of its coordinates "
+                "can only be added to weights that are sharded along their first dimension. Leave "
+                "shard_placement_fn= out."
             )
 
 
@@ -73,14 +75,15 @@ def replicated(coordinates: Sequence[Coordinate]) -> Sequence[Coordinate]:
     alone = [each for each in plain if not each.mapped]
     if alone:
         raise ModelError(
-            f"{alone[0].weight} is not sharded, and others are: its gradient would not be averaged "
-            "over ranks. Shard the whole model too, after its blocks: fully_shard(model)."
+            f"{alone[0].weight} is not sharded, but other weights are, so its gradient would not "
+            "be averaged over ranks. Shard the whole model too, after its blocks: "
+            "fully_shard(model)."
         )
     if plain and len(plain) < len(coordinates):
         raise ModelError(
             f"the coordinates of {plain[0].weight} are whole on each rank, and other weights that "
-            "are trained are sharded: no torch optimizer steps both. Call surgery.apply first, and "
-            "fully_shard afterwards."
+            "are trained are sharded: no torch optimizer can step both. Call surgery.apply first, "
+            "and fully_shard afterwards."
         )
     return plain
 

@@ -23,14 +23,14 @@ def around(what: str) -> SurgeryError:
     """Return the error for a forward that was not ours."""
     return SurgeryError(
         f"{what}: the forward went around surgery. Call the model itself, model(...), and not one "
-        "of its parts. If something has put its own forward in place of the model's (SFTTrainer of "
-        "TRL does), apply surgery after it: surgery.apply(trainer.model, ...)."
+        "of its parts. If something has put its own forward in place of the model's (TRL's "
+        "SFTTrainer does), apply surgery after it: surgery.apply(trainer.model, ...)."
     )
 
 
 _UNCAPTURED = (
-    "TORCH_LOGS=graph_breaks names the line where Dynamo gave up; what torch.compiler.disable is "
-    "around is never captured"
+    "TORCH_LOGS=graph_breaks names the line where Dynamo gave up; code under "
+    "torch.compiler.disable is never captured"
 )
 
 
@@ -51,7 +51,7 @@ def uncaptured(model: nn.Module, passes: Sequence[Method]) -> CaptureError:
     names = ", ".join(method.name for method in passes)
     return CaptureError(
         f"no part of the forward of {type(model).__name__} could be captured, so {names} had no "
-        f"effect ({_UNCAPTURED}). Take torch.compiler.disable or the graph break away; or "
+        f"effect ({_UNCAPTURED}). Remove torch.compiler.disable or the graph break, or call "
         "surgery.remove(model)."
     )
 
@@ -59,18 +59,18 @@ def uncaptured(model: nn.Module, passes: Sequence[Method]) -> CaptureError:
 def joined() -> ModelError:
     """Return the error for ranks that make other numbers of steps."""
     return ModelError(
-        "join() of DistributedDataParallel lets ranks that have run out of batches make no more "
-        "steps: their rounds and draws would not be those of the others. Give all ranks the same "
-        "number of batches: DistributedSampler(..., drop_last=True)."
+        "under join() of DistributedDataParallel, ranks that have run out of batches make no more "
+        "steps, so their rounds and draws would differ from those of the others. Give all ranks "
+        "the same number of batches: DistributedSampler(..., drop_last=True)."
     )
 
 
 def hooked(name: str) -> ModelError:
     """Return the error for a hook on a weight that would not hear of its gradient."""
     return ModelError(
-        f"{name} has a hook on its gradient, which it does not get: another parameter is trained "
-        "in its place. Put the hook on that, surgery.coordinates(model) lists them; or leave the "
-        "weight out of targets=."
+        f"{name} has a hook on its gradient, but gets no gradient: another parameter is trained "
+        "in its place. Put the hook on that parameter, which surgery.coordinates(model) lists, or "
+        "leave the weight out of targets=."
     )
 
 
@@ -79,9 +79,9 @@ def unfrozen(names: Sequence[str], passes: Sequence[str]) -> ModelError:
     return ModelError(
         f"requires_grad of {listed(names)} was switched on after surgery.apply (or a tied weight "
         "was untied: load_state_dict(assign=True) does that, tie it again), and "
-        f"{' and '.join(passes)} does not train it. Switch on what is trained only, "
+        f"{' and '.join(passes)} does not train it. Switch on only what is trained, "
         "for c in surgery.coordinates(model): model.get_parameter(c.weight).requires_grad_(True), "
-        "and the rest off. To train more: surgery.remove(model), requires_grad_(True), then "
+        "and switch off the rest. To train more: surgery.remove(model), requires_grad_(True), then "
         "surgery.apply(model, ...) with targets= or always= that name it."
     )
 
@@ -90,7 +90,7 @@ def replaced(names: Sequence[str]) -> ModelError:
     """Return the error for modules that are others than those that surgery was applied to."""
     return ModelError(
         f"{listed(names)} was replaced after surgery.apply, by resize_token_embeddings, a new head "
-        "or the like, and what is trained is the module that is gone. Change the model first: "
+        "or the like, and the passes would go on training the old module. Change the model first: "
         "surgery.remove(model), replace it, surgery.apply(model, ...), and build another optimizer."
     )
 
@@ -98,9 +98,9 @@ def replaced(names: Sequence[str]) -> ModelError:
 def warn_by_hand(times: int) -> None:
     """Warn of parameters that were written so often after a backward, before any step."""
     warnings.warn(
-        f"what is trained was written after {times} backwards, and no optimizer has made a step: "
-        "rounds do not go on, and what is written through .data is not heard of. Step with an "
-        "optimizer of torch.optim, or a subclass of torch.optim.Optimizer; any other: "
+        f"trained parameters were changed after {times} backwards, but no optimizer has made a "
+        "step: rounds never end, and changes through .data go unnoticed. Step with an optimizer of "
+        "torch.optim, or a subclass of torch.optim.Optimizer; with any other, call "
         "surgery.step(model, optimizer).",
         stacklevel=2,
     )
@@ -134,7 +134,7 @@ def check_layout(model: nn.Module) -> None:
         if fsdp.is_zero(parameter):
             raise ModelError(
                 f"{name} belongs to DeepSpeed ZeRO, whose optimizer steps flat copies of many "
-                "parameters at once, past any coordinates. Use FSDP2, "
+                "parameters at once, not coordinates. Use FSDP2, "
                 "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2), or DDP."
             )
 
@@ -149,11 +149,11 @@ def check_membership(
     missing = _held_by_none(missing)
     if missing:
         raise OptimizerError(
-            f"{type(optimizer).__name__} steps this model but holds none of "
-            f"{len(missing)} coordinates, which no other optimizer holds either: "
+            f"{type(optimizer).__name__} steps this model, but neither it nor another optimizer "
+            f"holds {len(missing)} of the coordinates: "
             f"{listed(missing.values())}. It was probably built before surgery.apply, or from "
             "a part of the parameters (get_peft_model after surgery.apply switches "
-            "requires_grad off). Build it afterwards, from all: "
+            "requires_grad off). Build it afterwards, from all parameters: "
             "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
         )
 
@@ -164,10 +164,10 @@ def check_handed(handed: Iterable[Site], optimizer: Optimizer, held: Mapping[int
     for site in handed:
         if id(site.weight()) in held and not any(id(c.parameter) in held for c in site.coordinates):
             raise OptimizerError(
-                f"{type(optimizer).__name__} holds {site.name} and none of its coordinates, and "
-                "its gradient has gone to these: another model shares the weight, without surgery. "
-                "Apply it to a model that both are part of, or freeze the weight in the other's "
-                "loss. Nothing was stepped; call zero_grad() of both optimizers."
+                f"{type(optimizer).__name__} holds {site.name} but none of its coordinates, which "
+                "have received its gradient: another model shares the weight, without surgery. "
+                "Apply surgery to a model that both are part of, or freeze the weight in the loss "
+                "of the other. Nothing was stepped; call zero_grad() of both optimizers."
             )
 
 
@@ -195,8 +195,9 @@ def check_held(
         raise OptimizerError(
             f"{type(optimizer).__name__} holds parameters that are not the model's any more, and "
             f"would leave {len(lost)} untrained: {listed(lost)}. They were replaced, by "
-            "load_state_dict(assign=True) or by .to() with new objects. Load without assign=True, "
-            "or build the optimizer anew: optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
+            "load_state_dict(assign=True) or by a .to() that makes new parameters. Load without "
+            "assign=True, or build the optimizer again: "
+            "optimizer = torch.optim.AdamW(model.parameters(), lr=...)"
         )
 
 
@@ -205,9 +206,9 @@ def check_resumed(optimizer: Optimizer) -> None:
     made = hf.steps_of_trainer(calls())
     if made:
         raise OptimizerError(
-            f"the Trainer that calls {type(optimizer).__name__} has made {made} steps, and the "
-            "surgery none: the run is resumed without the surgery's state. Give both runs the "
-            "callback that saves it and takes it back: "
+            f"the Trainer that calls {type(optimizer).__name__} has made {made} steps, but the "
+            "surgery has made none: the run was resumed without the surgery's state. Give both "
+            "runs the callback that saves and restores it: "
             "Trainer(..., callbacks=[surgery.TrainerCallback()])."
         )
 
@@ -221,10 +222,10 @@ def check_fresh(coordinates: Sequence[Coordinate], optimizer: Optimizer) -> None
     made = optimizer.state[stepped[0].parameter].get("step")
     count = "steps" if made is None else f"{int(made)} steps"
     raise OptimizerError(
-        f"{type(optimizer).__name__} has made {count} already, with state for "
-        f"{stepped[0].name}, and the surgery none. If a run is resumed, give the surgery its "
-        "state too: surgery.load(model, folder, optimizer), or surgery.TrainerCallback() in a "
-        "Trainer. If not, build the optimizer after surgery.apply."
+        f"{type(optimizer).__name__} has already made {count}, with state for "
+        f"{stepped[0].name}, but the surgery has made none. If this run is resumed, restore the "
+        "surgery's state too: surgery.load(model, folder, optimizer), or surgery.TrainerCallback() "
+        "in a Trainer. If not, build the optimizer after surgery.apply."
     )
 
 

@@ -60,8 +60,9 @@ class Nested:
             kind = type(optimizer).__name__
             names = listed([each.name for _, each in late])
             raise OptimizerError(
-                f"{kind} writes values of its own (slow weights, say) into {names}, which began to "
-                "be trained after it had taken them: they are of something else. Their weights are "
-                f"as before this step. Let {kind} keep them in optimizer.state[parameter], made "
-                "when first needed, which is freed with each round; or leave it out."
+                f"{kind} writes values of its own (such as slow weights) into {names}. These "
+                f"began to be trained after {kind} had taken the values, which belong to others. "
+                f"The weights are as before this step. Let {kind} keep such values in "
+                "optimizer.state[parameter], made when first needed: that state is freed with each "
+                f"round. Or leave {kind} out."
             )

@@ -33,8 +33,8 @@ def logged(what: str = "") -> bool:
     unknown = sorted(asked - {"passes"})
     if unknown:
         raise OptionError(
-            f"{LOG} asks for {', '.join(map(repr, unknown))}, which is no log. There is one: "
-            f"{LOG}=passes prints what each pass does to each captured graph."
+            f"{LOG} asks for {', '.join(map(repr, unknown))}, which is not a known log. There is "
+            f"only {LOG}=passes, which prints what each pass does to each captured graph."
         )
     return what in asked
 

@@ -31,12 +31,12 @@ def node(run: F) -> F: ...
 @overload
 def node(*, cheap: bool = False, fake: Callable[..., Any] | None = None) -> Callable[[F], F]: ...
 def node(run: Any = None, *, cheap: bool = False, fake: Callable[..., Any] | None = None) -> Any:
-    """Make a function of a module a node for `insert`: it gets the pass's state first.
+    """Make a module's function a node for `insert`. Its first argument is the state of the pass.
 
-    cheap: that `recompute` may run it again in backward; it must then give the same. fake: what a
-    dry run on tensors without memory takes for its result, a function of the same arguments but
-    the state (default: a tensor like its first one, of which nothing more is kept for backward).
-    The function itself never runs in a dry run.
+    cheap: whether `recompute` may run the node again in backward; it must then return the same.
+    fake: a function of the same arguments, without the state, that returns the result in a dry run
+    on tensors without memory (default: a tensor like its first one, for which nothing more is kept
+    for backward). The function itself never runs in a dry run.
     """
     if run is None:
         return functools.partial(_node, cheap, fake)
@@ -55,17 +55,17 @@ def _node(cheap: bool, fake: Callable[..., Any] | None, run: Any) -> Any:
 
 
 def is_cheap(call: Node) -> bool:
-    """Whether a node is one of a pass that says that it may run again in backward."""
+    """Whether a node was made by a pass as `cheap`, so that it may run again in backward."""
     return bool(getattr(call.target, "cheap", False))
 
 
 def insert(
     graph: GraphModule, run: Callable[..., Any], method: Any, *args: Any, before: Node
 ) -> Node:
-    """Put a call of `run(method, *args)` into a graph, and return its node.
+    """Insert a call of `run(method, *args)` into a graph before a node, and return the new node.
 
-    run: made by `node`. args: nodes of this graph, numbers and strings. The node counts as one of
-    the module that `before` comes from, and as of the shape of the first node that it is given.
+    run: a function made by `node`. args: nodes of this graph, numbers and strings. The new node
+    belongs to the module that `before` comes from, and has the shape of the first node in `args`.
     """
     known = (each for each in _owners(graph) if _owner(graph, each).method() is method)
     owner = next(known, None) or _add_owner(graph, method)
@@ -85,7 +85,7 @@ def put(graph: GraphModule, old: Node, run: Callable[..., Any], *args: Any) -> N
 
 
 def take_place(new: Node, old: Node) -> Node:
-    """Let a node be what another one was; erase that."""
+    """Replace an old node by a new one, and erase the old one."""
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)

@@ -13,7 +13,7 @@ from surgery.compat.tensors import is_wrapper
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Return x W^T + b, or b + x W for a weight that is stored as (in, out)."""
+    """Return x W^T + b; for a weight that is stored as (in, out), b + x W."""
     if not transposed:
         return functional.linear(x, weight, bias)
     assert bias is not None  # GPT-2's Conv1D always has one

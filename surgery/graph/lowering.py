@@ -68,7 +68,7 @@ class Lowering:
         coordinates = _found_by_nodes(sites)
         if coordinates.keys() != self.coordinates.keys():
             raise CaptureError(
-                "one captured graph runs layers that are trained and layers that are not, and was "
+                "one captured graph runs layers that are trained and layers that are not, but was "
                 "compiled for one kind. Name all of them in targets=, or leave backend= out."
             )
         for prepare in self.prepare:

@@ -35,7 +35,7 @@ def by_identity(run: F) -> F:
 
 
 def is_by_identity(node: Node) -> bool:
-    """Whether a node finds something by the identity of a tensor that it is given."""
+    """Whether a node recognises a tensor that it is given by identity."""
     return bool(getattr(node.target, "by_identity", False))
 
 
@@ -67,10 +67,10 @@ def written(weight: Tensor) -> Tensor:
     site = site_of(weight)
     if site is not None and site.copied:
         raise ModelError(
-            f"{site.name} is written in each forward (nn.Embedding(max_norm=...), a constraint), "
-            "and copies of it are trained, in float32 or of parts, that would not hear of it. "
-            "Leave it out of targets= or always=; or write it after each step, under "
-            "torch.no_grad()."
+            f"{site.name} is changed in each forward (by nn.Embedding(max_norm=...), or a "
+            "constraint), but the pass trains copies of it, in float32 or of parts, which would "
+            "miss the change. Leave it out of targets= or always=, or change it after each step "
+            "instead, under torch.no_grad()."
         )
     return weight
 

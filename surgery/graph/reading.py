@@ -38,7 +38,7 @@ def name_of(node: Node) -> str:
 
 
 def value_of(node: Node) -> Any:
-    """Return a node's result when the graph was captured: a tensor has its shape, not its data."""
+    """Return a node's result at capture time, where tensors have a shape but no data."""
     return node.meta.get("example_value")
 
 
@@ -115,7 +115,7 @@ def placeholders(graph: GraphModule) -> list[Node]:
 
 
 def bodies(graph: GraphModule) -> Iterable[tuple[Node, GraphModule]]:
-    """Return the checkpointed regions of a graph: the node that runs one, and what it runs."""
+    """Return the checkpointed regions of a graph: the node that runs each, and its graph."""
     for node in graph.graph.find_nodes(op="call_function", target=checkpointed):
         where = node.args[0]
         assert isinstance(where, Node)

@@ -42,12 +42,13 @@ class _Storages:
 
 
 class Saved(Interpreter):
-    """The account of one graph.
+    """What autograd saves for backward in one graph, node by node.
 
-    now: leave out what is kept for weights that are not being trained at the moment. saves: node ->
-    storages that autograd keeps for it. outputs: node -> storages of its result.
-    size: storage -> bytes. free: storages that live anyway, of weights and of the graph's inputs.
-    bodies: checkpointed node -> the inputs of its body, which has an account of its own.
+    now: whether to leave out what is saved for weights that are not being trained at the moment.
+    saves: the storages that autograd saves for each node. outputs: the storages of each node's
+    result. size: the bytes of each storage. free: the storages that live anyway, those of weights
+    and of the graph's inputs. bodies: for each checkpointed node, the inputs of its body, which has
+    a `Saved` of its own.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Saved(Interpreter):
 
     @property
     def keepers(self) -> dict[int, list[Node]]:
-        """Storage -> the nodes that autograd keeps it for, in the order of the graph."""
+        """For each storage, the nodes that autograd saves it for, in the order of the graph."""
         found: dict[int, list[Node]] = {}
         for node, storages in self.saves.items():
             for storage in storages:
@@ -115,7 +116,7 @@ class Saved(Interpreter):
 
     @property
     def written(self) -> set[int]:
-        """Storages that some node may write into: what was kept of them is not what was read."""
+        """Storages that some node may write into, so that what was saved of them may be stale."""
         return {
             storage
             for node in self.outputs
@@ -125,17 +126,17 @@ class Saved(Interpreter):
         }
 
     def inner(self) -> Iterable[tuple[Node, Saved]]:
-        """Return the node of each checkpointed region, with the account of what it runs."""
+        """Return the node of each checkpointed region, with the `Saved` of its graph."""
         for node, body in bodies(self.module):
             yield node, Saved(body, self.bodies[node], self.mode)
 
     def bytes(self, storages: Iterable[int]) -> int:
-        """Return the bytes of storages, those that live anyway left out."""
+        """Return the bytes of storages, without those that live anyway."""
         return sum(self.size[storage] for storage in set(storages) - self.free)
 
     @property
     def total(self) -> int:
-        """Bytes that are alive after forward for the sake of backward, outside of checkpoints."""
+        """The bytes that forward keeps for backward, outside of checkpoints."""
         return self.bytes(storage for saved in self.saves.values() for storage in saved)
 
 

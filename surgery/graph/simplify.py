@@ -93,7 +93,7 @@ def _same_value(node: Node) -> Node | None:
 
 
 def copied(node: Node) -> Node | None:
-    """Return the node that this one copies by joining it with an empty tensor, if it does that."""
+    """Return the node that this one copies by concatenating it with an empty tensor, if it does."""
     parts = node.args[0] if node.target is torch.cat else None
     if not isinstance(parts, list | tuple):
         return None

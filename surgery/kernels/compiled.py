@@ -68,8 +68,8 @@ class Compiled:
             return inductor.compiled(self.function, args, dynamic, self.count)
         except Exception as error:  # of a compiler, of any kind
             warnings.warn(
-                f"a kernel of surgery was not compiled ({inductor.reason(error)}), and "
-                "runs operation by operation: right, but slower.",
+                f"a kernel of surgery was not compiled ({inductor.reason(error)}). It "
+                "runs operation by operation instead, which is correct but slower.",
                 stacklevel=2,
             )
             return None

@@ -16,9 +16,10 @@ def noisy(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield W + scale z of a matrix, as bands of rows, each with its place.
 
-    z: normal numbers of variance 1, a function of (key, place) only. scale: (rows, 1) or
-    (1, columns). Added in at least float32, and rounded once to the dtype. On a CPU a band stays in
-    the cache; on an accelerator there is one of all rows, in one launch.
+    z: normal numbers of variance 1 that depend only on the key and on the place of an entry. scale:
+    (rows, 1) or (1, columns). The sum is computed in at least float32 and rounded once to the
+    dtype. On a CPU, a band stays in the cache; on an accelerator, one band has all rows, in one
+    launch.
     """
     (height, width), device = weight.shape, weight.device
     sizes = plan.plan_of(device)

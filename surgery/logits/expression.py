@@ -183,9 +183,9 @@ def check_unchanged(root: Expression) -> None:
         for name, t, version in zip(names, _watched(leaf), leaf.versions, strict=True):
             if t is not None and version_of(t) != version:
                 raise SurgeryError(
-                    f"chunked_loss has not computed these logits yet, and their {name} of shape "
-                    f"{tuple(t.shape)} was changed in place meanwhile, for example by "
-                    "optimizer.step(). Compute what is needed of them before: "
+                    f"chunked_loss had not computed these logits yet when their {name} of shape "
+                    f"{tuple(t.shape)} was changed in place, for example by optimizer.step(). "
+                    "Compute what you need of them before that: "
                     "old = logits.log_softmax(-1).gather(-1, labels[..., None]).detach(), or run "
                     "the model for them under torch.no_grad()."
                 )

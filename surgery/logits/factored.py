@@ -208,7 +208,7 @@ def _check_views(t: Factored) -> None:
     if t.seen != t.family[0]:
         raise SurgeryError(
             "these logits were changed in place through a view of theirs (logits[:, :-1] /= t), "
-            "which chunked_loss cannot tell from here. Write logits = logits[:, :-1] / t, or leave "
+            "which chunked_loss cannot follow. Write logits = logits[:, :-1] / t, or leave "
             "logits to the loop: passes.ChunkedLoss(outside=False)."
         )
 
@@ -265,7 +265,7 @@ def _say(name: str, t: Factored) -> None:
         return
     _SAID.add(name)
     warnings.warn(
-        f"chunked_loss: {name} makes logits of shape {shape} whole, {size / 1e6:,.1f} MB. The "
+        f"chunked_loss: {name} needs all logits of shape {shape}, {size / 1e6:,.1f} MB. The "
         "losses of torch.nn.functional, log_softmax with gather, logsumexp, argmax, topk and the "
         "like are computed in chunks. passes.ChunkedLoss(outside=False) leaves logits alone.",
         stacklevel=3,

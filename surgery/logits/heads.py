@@ -49,9 +49,9 @@ class Logits:
 
 
 def find_heads(graph: GraphModule, outside: bool) -> tuple[list[Logits], list[str]]:
-    """Return the heads of a graph, and why Linears that losses come from are none.
+    """Return the heads of a graph, and the reasons why other Linears before a loss are not heads.
 
-    outside: logits that leave the graph are enough, if they are wider than what they come from.
+    outside: whether logits that leave the graph count, if they are wider than their inputs.
     """
     found: list[Logits] = []
     reasons: list[str] = []
@@ -119,11 +119,11 @@ def _is_wide(node: Node, classes: int) -> bool:
 
 
 def cut_head(graph: GraphModule, logits: Logits, name: str, leave: str, tokens: int | None) -> str:
-    """Put one node in the place of a head and of all that is done with its logits; return why that
-    cannot be, or an empty string.
+    """Replace a head, and all that is done with its logits, by one node.
 
-    name: of the submodule that the graph gets. leave: what becomes of logits that leave the graph,
-    see `on_logits`. tokens: rows that are computed at a time, None: by the device.
+    Returns an empty string, or the reason why this is not possible. name: the name of the submodule
+    that the graph gets. leave: what happens to logits that leave the graph, see `on_logits`.
+    tokens: the number of rows that are computed at a time; None lets the device decide.
     """
     order = list(graph.graph.nodes)
     members = _closed(order, logits.wide | logits.ends)

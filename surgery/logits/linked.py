@@ -32,8 +32,8 @@ class Linked(torch.autograd.Function):
         _, (expression,), _, _, moved = ctx.how
         if expression is None:
             raise SurgeryError(
-                "a gradient has come for logits that were changed in place after chunked_loss had "
-                "handed them out. Write logits = logits / t, not logits /= t."
+                "backward has reached logits that were changed in place after chunked_loss had "
+                "returned them. Write logits = logits / t, not logits /= t."
             )
         check_unchanged(expression)
         (slope,) = grads

@@ -74,8 +74,8 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
         return _by_probabilities(t, target, weight, reduction, how)
     if tuple(target.shape) != rows:
         raise SurgeryError(
-            f"{loss.__name__}: the targets have the shape {tuple(target.shape)}, and the logits "
-            f"{rows} rows of {classes_of(t)} classes. Flatten both, logits.view(-1, "
+            f"{loss.__name__}: the targets have the shape {tuple(target.shape)}, but the logits "
+            f"are {rows} rows of {classes_of(t)} classes. Flatten both, logits.view(-1, "
             "logits.shape[-1]) and labels.view(-1), and shift both or neither."
         )
     check_classes(target, classes_of(t), ignored)

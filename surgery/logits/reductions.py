@@ -161,7 +161,7 @@ def check_classes(target: Tensor, classes: int, ignored: int | None) -> None:
         wrong &= target != ignored
     if bool(wrong.any()):
         raise SurgeryError(
-            f"a target is {int(target[wrong][0])}, and the logits have {classes} classes, 0 to "
-            f"{classes - 1}. Mask rows that have none with the loss's ignore_index (-100), or look "
-            "at the tokenizer: it may have tokens that the model's head has not."
+            f"a target is {int(target[wrong][0])}, but the logits have {classes} classes, 0 to "
+            f"{classes - 1}. Mask rows without a target with the loss's ignore_index (-100), or "
+            "check the tokenizer: it may have tokens that the model's head lacks."
         )

@@ -141,7 +141,7 @@ def device_named(name: str | None) -> Device | None:
     if name is None:
         return None
     if not isinstance(name, str):
-        raise OptionError(f"device={name!r} is no name, such as {next(iter(KNOWN))!r} or {HERE!r}.")
+        raise OptionError(f"device={name!r} is not a name like {next(iter(KNOWN))!r} or {HERE!r}.")
     if name.lower() == HERE:
         return here()
     found = KNOWN.get(name.lower())
@@ -149,7 +149,7 @@ def device_named(name: str | None) -> Device | None:
         raise OptionError(
             f"device={name!r} is not known.{near_misses(name, [*KNOWN, HERE])} Known are "
             f"{', '.join(KNOWN)}; {HERE!r} measures this machine for a second; None counts bytes "
-            "as on a CPU, and no time."
+            "as on a CPU, and predicts no time."
         )
     return found
 
@@ -170,6 +170,6 @@ def memory_of(memory: int | str | None, device: Device | None) -> int:
     found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(memory))
     if found is None or found[2].lower() not in _UNITS or found[1].count(".") > 1:
         raise OptionError(
-            f'memory={memory!r} is no number of bytes: write 24e9, "24GB" or "24GiB".'
+            f'memory={memory!r} is not a number of bytes: write 24e9, "24GB" or "24GiB".'
         )
     return int(float(found[1]) * _UNITS[found[2].lower()])

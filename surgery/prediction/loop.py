@@ -58,9 +58,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:
-            raise OptionError(f"clip={self.clip!r} must be a positive norm, or None for none.")
+            raise OptionError(f"clip={self.clip!r} must be a positive norm, or None.")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
-            raise OptionError(f"autocast={self.autocast!r} is no dtype, such as torch.bfloat16.")
+            raise OptionError(f"autocast={self.autocast!r} is not a dtype such as torch.bfloat16.")
         check_making(self.optimizer)
 
 

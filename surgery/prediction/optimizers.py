@@ -18,7 +18,7 @@ def check_making(make: object) -> None:
     if isinstance(make, Optimizer) or not callable(make):
         given = type(make).__name__
         raise OptionError(
-            f"optimizer= is a {given}, and should be what makes one of parameters: "
+            f"optimizer= is a {given}, but must be a callable that makes one of parameters: "
             "optimizer=torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9)."
         )
 

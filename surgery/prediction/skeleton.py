@@ -43,7 +43,7 @@ def _copied(
             is_wrapper(parameter) or is_packed(parameter)
         ):
             raise ModelError(
-                f"{name} is a {type(parameter).__name__}, whose memory is not that of its shape"
+                f"{name} is a {type(parameter).__name__}, whose memory is not given by its shape."
             )
         required = flags.get(id(parameter), parameter.requires_grad)
         memo[id(parameter)] = nn.Parameter(_hollow(parameter, device), required)

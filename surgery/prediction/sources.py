@@ -35,8 +35,8 @@ def model_of(source: Source) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     except ValueError as error:
         raise ModelError(
-            f"a {type(config).__name__} is of no causal language model, which is what a config "
-            'alone is taken for. Make the model: with torch.device("meta"): model = '
+            f"a {type(config).__name__} is not the config of a causal language model, which is "
+            'what a config alone stands for. Make the model: with torch.device("meta"): model = '
             "AutoModelForImageClassification.from_config(config), or its like, and give that and "
             f"a batch. transformers says: {in_a_line(error, 120)} ..."
         ) from error
@@ -61,8 +61,8 @@ def config_of(source: str | os.PathLike[str] | Any) -> Any:
         if "connect" in str(error):
             reason = "the hub was not reached, and the cache of this machine does not have it"
         raise ModelError(
-            f"{str(source)!r} is neither a model, nor a folder with a config.json, nor an id "
-            f"that the hub answers to: {reason}"
+            f"{str(source)!r} is neither a model, nor a folder with a config.json, nor the id of "
+            f"a model on the hub: {reason}"
         ) from error
 
 
@@ -77,8 +77,8 @@ def batch_for(
     if isinstance(batch, Mapping):
         if loss is None and batch.get("labels") is None and _takes_labels(model):
             raise OptionError(
-                f"the batch has no labels, so {type(model).__name__} computes no loss. Put them "
-                'in, batch["labels"], or give the loss of your loop: loss=lambda model, batch: ...'
+                f"the batch has no labels, so {type(model).__name__} computes no loss. Add them "
+                'as batch["labels"], or give the loss of your loop: loss=lambda model, batch: ...'
             )
         return batch
     try:
@@ -116,12 +116,12 @@ def adapted(model: nn.Module, there: bool) -> tuple[nn.Module, tuple[str, ...]]:
     if there:
         raise OptionError(
             f"nothing of this {type(model).__name__} is frozen, so there are no adapters to plan "
-            f"for. Put them on first, with peft: {line}"
+            f"for. Add them first, with peft: {line}"
         )
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("adapters are put on by peft: pip install peft") from error
+        raise ModuleNotFoundError("adapters need peft: pip install peft") from error
     made: Any = model
     with torch.device("meta"):
         made = get_peft_model(made, LoraConfig(r=16, target_modules="all-linear"))

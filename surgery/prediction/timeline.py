@@ -20,8 +20,11 @@ Kind = Literal["weights", "optimizer", "batch", "gradients", "activations", "tem
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Storages of one kind that are alive at the peak. where: module, with * for the number of a
-    block. made_by: operation. count: of storages. bytes: of all of them."""
+    """Storages of one kind that are alive at the peak.
+
+    where: the module that made them, with * for the number of a block. made_by: the operation.
+    count: the number of storages. bytes: the size of all of them.
+    """
 
     kind: Kind
     where: str

@@ -19,8 +19,11 @@ from surgery.prediction.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One captured graph. before, after: its code; each line that a pass has put in ends with
-    "# <- name of the pass". inserted: pass -> nodes that it has put in. Print it to see `after`."""
+    """One captured graph; print it to see `after`.
+
+    before, after: its code before and after the passes. Each line that a pass has inserted ends
+    with "# <- name of the pass". inserted: the number of nodes that each pass has inserted.
+    """
 
     before: str
     after: str

@@ -23,10 +23,14 @@ class Composition:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One composition. spec: names of passes, to be applied. peak: bytes, None if it cannot be
-    played (`note` says why). activations: bytes that forward leaves for backward. rows, length: the
-    most that fit of a batch of this length, of these rows, by how the peak grows with the batch.
-    before: lines that come before its own."""
+    """One combination of passes.
+
+    spec: the names of the passes, as `surgery.apply` takes them. peak: the peak of a step in bytes;
+    None if the step cannot be simulated (`note` says why). activations: the bytes that forward
+    keeps for backward. rows, length: the most rows of this length, and the longest rows of this
+    number, that fit, judged by how the peak grows with the batch. before: code that comes before
+    `apply`.
+    """
 
     spec: tuple[str, ...]
     checkpointing: bool

@@ -67,14 +67,14 @@ def explain(call: Call, phase: str) -> str:
 
 @contextmanager
 def explain_oom(model: nn.Module) -> Iterator[None]:
-    """Explain an error of the allocator inside: what held the memory, what would have saved it.
+    """Explain an out-of-memory error inside: what held the memory, and what would have saved it.
 
-    For a plain training loop around a model without surgery, which explains itself. A
-    torch.OutOfMemoryError, or the RuntimeError of the CPU's allocator, goes on its way with a note
-    (`error.__notes__`): the largest holders of the peak of a step of the last batch, by module and
-    operation, and which passes, or half of the batch, would have made it how much smaller. The step
-    is played on tensors without memory, which takes seconds to a minute. Raises ModelError for what
-    is no module.
+    Use it around a plain training loop of a model without surgery; a model with surgery explains
+    such errors by itself. A torch.OutOfMemoryError, or the RuntimeError of the CPU's allocator, is
+    raised further with a note (`error.__notes__`). The note names what holds the most at the peak
+    of a step of the last batch, by module and operation, and how much lower the peak would be with
+    certain passes, or with half of the batch. The step is simulated on tensors without memory,
+    which takes from seconds to a minute. Raises ModelError if `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"explain_oom(model) takes an nn.Module, not a {type(model).__name__}.")

@@ -50,8 +50,11 @@ class Played:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What `surgery.fit` has found; print it. best: the recommended row, None if none fits.
-    nearest: that with the lowest peak. memory: bytes. played: what the rows were read from."""
+    """What `surgery.fit` has found; print it.
+
+    best: the recommended row, None if none fits. nearest: the row with the lowest peak. memory: the
+    memory in bytes. played: the simulated steps that the rows were read from.
+    """
 
     title: str
     rows: tuple[Row, ...]
@@ -61,21 +64,21 @@ class Fit:
     played: Played = field(repr=False)
 
     def within(self, memory: int | str) -> Fit:
-        """Return what fits into so much memory instead; nothing is played again."""
+        """Return what fits into another amount of memory; no step is simulated again."""
         return _judged(self.played, memory_of(memory, None))
 
     def apply(
         self, model: nn.Module, *, backend: Backend | None = None, compile: Compile = "auto"
     ) -> nn.Module:
-        """Apply the recommended composition to a model. Raises ModelError if none fits.
+        """Apply the recommended combination to a model. Raises ModelError if none fits.
 
         backend, compile: as `surgery.apply` takes them.
         """
         if self.best is None:
             raise ModelError(
                 f"nothing fits into {binary(self.memory)} with {SPARE:.0%} to spare. The nearest "
-                f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}: a shorter batch, "
-                'goal="forwards", or more memory.'
+                f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}. Try a smaller "
+                'batch, goal="forwards", or more memory.'
             )
         if self.best.checkpointing:
             checkpoint_blocks(model)
@@ -86,7 +89,7 @@ class Fit:
             surgery.install()
         elif backend is not None:
             raise OptionError(
-                "the recommended composition has no pass, so there is no graph for "
+                "the recommended combination has no pass, so there is no graph for "
                 f"backend={backend!r} to compile. Leave it out, or call torch.compile(model)."
             )
         return model
@@ -134,18 +137,21 @@ def fit(
     wrap: Wrap = "fsdp2",
     told: Callable[[Row], Any] | None = None,
 ) -> Fit:
-    """Play all sensible compositions of a goal, and recommend one that fits.
+    """Simulate a step of every sensible combination of passes, and recommend one that fits.
 
-    model, batch, loss, clip, autocast, device, world, wrap: as `surgery.plan` takes them.
-    optimizer: too; default: AdamW, SGD for "forwards". memory: bytes of one process, or such as
-    "24GiB"; default: the device's.
-    goal: "full" trains all weights, "adapter" those that require gradients already (the model of a
-    config gets LoRA of rank 16 on every Linear), "forwards" needs no backward. told: is given each
-    row as it is found. A step is one in training mode.
+    Exact passes are tried first, and other methods only if none of those fits. Of the combinations
+    that fit with a tenth of the memory to spare, the fastest is recommended; without a device, the
+    first. Steps are simulated in training mode. Changes nothing.
 
-    Exact passes come first, methods only where none of these fits; of those that fit with a tenth
-    to spare, the fastest is recommended, without a device the first. Changes nothing. Raises
-    OptionError for an unknown goal, device or unit, or less memory than the weights take.
+    model, batch, loss, clip, autocast, device, world, wrap: as in `surgery.plan`. optimizer: as
+    there; by default AdamW, and SGD for "forwards". memory: the bytes of one process, or a text
+    such as "24GiB"; by default the device's memory. goal: "full" trains all weights, "adapter"
+    those that require gradients already (a model made of a config gets LoRA of rank 16 on every
+    Linear), and "forwards" uses no backward. told: a function that is called with each row as it is
+    found.
+
+    Raises OptionError for an unknown goal, device or unit, or for less memory than the weights
+    take.
     """
     known = device_named(device)
     size = memory_of(memory, known)
@@ -159,7 +165,7 @@ def fit(
     weights = storage_bytes(model.parameters()) // (world if wrap == "fsdp2" else 1)
     if weights > size:
         raise OptionError(
-            f"the weights of this {type(model).__name__} alone are {binary(weights)}, and memory= "
+            f"the weights of this {type(model).__name__} alone are {binary(weights)}, but memory= "
             f"is {binary(size)}. Load them in fewer bits, or shard them over several devices."
         )
     given = batch_for(model, batch, loss)
@@ -227,7 +233,7 @@ def _judged(played: Played, memory: int) -> Fit:
     rows = [row for group in groups for row in group]
     known = [row for row in rows if row.peak is not None]
     if not known:
-        raise ModelError(f"no composition could be played for this {played.what}: {rows[0].note}")
+        raise ModelError(f"no combination could be simulated: {played.what}: {rows[0].note}")
     fitting = next((fits for group in groups if (fits := [r for r in group if r.fits])), [])
     return Fit(
         title=f"{played.what} in {binary(memory)}{played.where}",

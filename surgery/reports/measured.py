@@ -81,7 +81,7 @@ def _beside(predicted: int, measured: int, how: str) -> str:
     said = f"{megabytes(predicted)} predicted, {megabytes(measured)} {how}"
     if abs(off) <= 0.05:
         return said
-    return f"{said}: off by {off:+.0%}, so this batch, or this loop, is not the one that was played"
+    return f"{said}: off by {off:+.0%}, so this batch, or this loop, is not the simulated one"
 
 
 def _taken(count: int) -> str:

@@ -40,7 +40,7 @@ class Plotted(Protocol):
 def memory(
     steps: Mapping[str, Step], target: Target, measured: Mapping[str, int] | None = None
 ) -> None:
-    """Draw the bytes of one step by what holds them, as it goes on; the steps side by side.
+    """Draw what holds the memory in the course of a step; several steps stand side by side.
 
     steps: title -> what `surgery.prediction.loop.foresee` has found. measured: title -> the peak of
     a real step. Raises ModuleNotFoundError without matplotlib, OptionError for no steps.
@@ -76,10 +76,10 @@ def memory(
 
 
 def bytes_against_time(rows: Iterable[Plotted], target: Target) -> None:
-    """Draw the peak of each composition against the time of a step, numbered from the fastest; in
-    bold what nothing else is both faster and smaller than.
+    """Draw the peak of each combination against the time of a step, numbered from the fastest.
 
-    rows: of `surgery.fit`; those without a peak or a time are left out. Raises ModuleNotFoundError
+    Combinations that no other one beats in both are bold. rows: those of `surgery.fit`; rows
+    without a peak or a time are left out. Raises ModuleNotFoundError
     without matplotlib, OptionError if none is left.
     """
     points = [
@@ -110,11 +110,11 @@ def bytes_against_time(rows: Iterable[Plotted], target: Target) -> None:
 
 
 def modules_over_rounds(rounds: Sequence[Collection[str]], target: Target) -> None:
-    """Draw which modules were trained in which round, as `misa` has drawn them.
+    """Draw which modules were trained in which round of `misa`.
 
-    rounds: the names of the active ones, `{c.weight for c in surgery.coordinates(model) if
-    c.active}` at the start of each. Raises ModuleNotFoundError without matplotlib, OptionError if
-    no module was ever trained.
+    rounds: for each round, the names of the trained weights, `{c.weight for c in
+    surgery.coordinates(model) if c.active}` at its start. Raises ModuleNotFoundError without
+    matplotlib, OptionError if no module was ever trained.
     """
     names = list(dict.fromkeys(name for each in rounds for name in sorted(each)))
     _some(names, "rounds in which something was trained")
@@ -132,7 +132,7 @@ def modules_over_rounds(rounds: Sequence[Collection[str]], target: Target) -> No
 
 
 def loss(losses: Mapping[str, Sequence[float]], target: Target, every: int = 1) -> None:
-    """Draw the loss of runs over their steps. losses: name of a run -> one each `every` steps.
+    """Draw the loss of runs over their steps. losses: for each run, one loss every `every` steps.
 
     Raises ModuleNotFoundError without matplotlib, OptionError for no losses.
     """
@@ -142,8 +142,8 @@ def loss(losses: Mapping[str, Sequence[float]], target: Target, every: int = 1) 
 def loss_at(
     losses: Mapping[str, Sequence[tuple[int, float]]], target: Target, marked: Collection[str] = ()
 ) -> None:
-    """Draw losses at the steps that they are of. losses: name -> (step, loss). marked: names of
-    those with a mark at each. Raises as `loss` does."""
+    """Draw losses at given steps. losses: for each name, pairs (step, loss). marked: the names
+    whose losses are marked with points. Raises what `loss` raises."""
     _some([value for run in losses.values() for value in run], "losses")
     figure = _figure(7.0, 4.0)
     axes = figure.subplots()

@@ -43,22 +43,24 @@ def plan(
 ) -> Report:
     """Predict the table of `report` for passes that are not applied, and a step's peak and time.
 
-    Changes nothing, runs no arithmetic. model: may be on the meta device; or a config of
-    transformers, a folder with one, or the id of one on the hub. batch: keyword arguments of its
-    forward, with labels, on any device; (rows, length) of tokens; None leaves out all but what is
-    held between steps. optimizer: makes one of an iterable of parameters; with options, a
-    `functools.partial`. loss: of (model, batch), where the model computes none. clip: norm that
-    gradients are clipped to. autocast: a dtype, for the forward. device: a name such as "h100",
-    or "here", for its allocator and its time; None counts bytes as on a CPU, and no time. world:
-    processes, of which the first is counted; they share by FSDP2, which cuts each block and the
-    rest, or by DDP (`wrap`). Then parameters, gradients and state are those of the step, and what
-    is sent takes no time. The rest: as `apply` takes it; what a `backend` compiles is counted as it
-    is before.
+    Changes nothing and runs no arithmetic: one step is simulated on tensors without memory, and
+    every storage is counted as it comes and goes. Parameters, gradients and Adam's state are exact.
 
-    Parameters, gradients and Adam's state are exact. The rest comes of one step, played on tensors
-    without memory: every storage is counted as it comes and goes. Raises what `apply` raises, and
-    OptionError for an unknown device or a world that cannot be, OptimizerError if the optimizer
-    does not take what is trained.
+    model: a model, which may be on the meta device; or a config of transformers, a folder with one,
+    or the id of one on the hub. batch: keyword arguments of the model's forward, with labels, on
+    any device; or (rows, length) of tokens. With None, only what is held between steps is
+    predicted. optimizer: a callable that makes an optimizer of an iterable of parameters; use
+    `functools.partial` for options. loss: a function of (model, batch), for a model that computes
+    no loss. clip: the norm that gradients are clipped to. autocast: a dtype for the forward.
+    device: a name such as "h100", or "here", whose allocator and time are predicted; None counts
+    bytes as on a CPU and predicts no time. world: the number of processes, of which the first is
+    counted. wrap: how they share the model: "fsdp2" shards each block and then the whole model,
+    "ddp" copies it. With several processes, parameters, gradients and state are those held during
+    the step, and communication takes no time. The other arguments are those of `apply`; what a
+    `backend` compiles is counted as it is before compilation.
+
+    Raises what `apply` raises; OptionError for an unknown device or an impossible world;
+    OptimizerError if the optimizer does not accept the trained parameters.
     """
     check_world(world, wrap, batch)
     model = model_of(model)
@@ -124,10 +126,10 @@ def check_world(world: int, wrap: Wrap, batch: object) -> None:
     if wrap not in get_args(Wrap):
         raise OptionError(f"wrap={wrap!r} must be one of {', '.join(map(repr, get_args(Wrap)))}.")
     if world > 1 and batch is None:
-        raise OptionError("what a process of several holds comes of a step: world= needs a batch.")
+        raise OptionError("world= needs a batch: what each process holds depends on the step.")
     if world > 1 and wrap == "fsdp2" and is_joined():
         raise OptionError(
-            "this process has joined a group already, and a process is in one world only: plan "
+            "this process has joined a process group already, and can be in one only: plan "
             "before torch.distributed.init_process_group."
         )
 

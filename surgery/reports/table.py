@@ -21,12 +21,12 @@ LARGEST_KINDS = 12  # rows of a printed report; all are in `Report.kept`
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was done to a model, as text lines, and the bytes before and after; print it.
+    """What was done to a model, as lines of text, and its memory before and after. Print it.
 
-    before: training all that could be trained before `apply`, with Adam. after: as it is now. kept:
-    what forward keeps for backward, by operation, if a batch was given (checkpointed blocks count
-    by their inputs). holders: what is alive at the peak that was predicted, the largest first.
-    passes: their names.
+    before: the memory of training all that could be trained before `apply`, with Adam. after: the
+    memory of training now. kept: what forward keeps for backward, by operation, if a batch was
+    given (a checkpointed block counts by its inputs). holders: what is alive at the predicted peak,
+    the largest first. passes: the names of the passes.
     """
 
     title: str

@@ -25,11 +25,12 @@ BACKLOG = (
 class BudgetSampler:
     """Draws sets of units whose sizes add up to at most `limit`.
 
-    sizes: parameters of each unit, none above limit. places: the number of the transformer block
-    that each unit belongs to. span: draw each round from this many neighbouring blocks only.
+    sizes: the number of parameters of each unit, none larger than limit. places: the number of the
+    transformer block that each unit belongs to. span: draw each round from this many neighbouring
+    blocks only.
 
-    Coverage: a unit that was not visited for `patience` rounds joins those that wait. No unit is
-    left out for more than `coverage` rounds running.
+    A unit that was not drawn for `patience` rounds joins the units that wait. No unit is left out
+    for more than `coverage` consecutive rounds.
     """
 
     sizes: Mapping[str, int]
@@ -48,12 +49,12 @@ class BudgetSampler:
 
     @property
     def coverage(self) -> int:
-        """Rounds within which every unit is visited, from any moment on."""
+        """The number of rounds within which every unit is drawn, counted from any round."""
         turns = self.patience if self.span is None else len(self.sizes)
         return self.patience + 1 + turns
 
     def draw(self, round: int, log_p: Mapping[str, float]) -> list[str]:
-        """Return the units of this round, never none, drawn in proportion to exp(log_p)."""
+        """Return the units of a round, at least one, drawn in proportion to exp(log_p)."""
         self._join_overdue(round)
         keys = {name: log_p[name] + noise.gumbel(self.seed, name, round) for name in self.sizes}
         order = sorted(keys, key=lambda name: (-keys[name], name))
@@ -80,7 +81,7 @@ class BudgetSampler:
         return list(chosen)
 
     def state(self) -> dict[str, Any]:
-        """Return who waits and who was visited when."""
+        """Return which units wait, and when each was last drawn."""
         return {"waiting": self.waiting, "visited": self.visited}
 
     def restore(self, state: Mapping[str, Any]) -> None:

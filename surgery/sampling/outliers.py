@@ -22,9 +22,10 @@ def outliers(
 ) -> dict[str, float]:
     """Return the share of outliers of each repeated block, over all of its matrices.
 
-    An outlier is above `threshold` times the mean of the block, in magnitude; given batches, in
-    magnitude times the norm of the input that it multiplies, of the block's Linears. At least one
-    counts, so that no share is zero. Adapters are left out. On tensors without data, shares are 1.
+    An entry is an outlier if its magnitude is above `threshold` times the mean of the block. With
+    batches, each magnitude is first multiplied by the norm of the input of the Linear that it
+    multiplies. At least one entry counts as an outlier, so that no share is zero. Adapters are left
+    out. On tensors without data, all shares are 1.
     Raises TargetError if a block has no floating-point matrix, or none that has run.
     """
     norms = None if batches is None else _input_norms(model, batches)
@@ -46,8 +47,8 @@ def outliers(
             empty.append(block)
     if empty:
         raise TargetError(
-            f"outliers: {listed(empty)} has no matrix in floating point whose module has run. Give "
-            "some batches, of what the model takes; or numbers of your own, one for each block."
+            f"outliers: {listed(empty)} has no floating-point matrix whose module has run. Give "
+            "some batches that the model takes, or numbers of your own, one for each block."
         )
     return found
 

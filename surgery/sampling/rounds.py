@@ -18,26 +18,26 @@ from surgery.weights.targets import Targets, blocks, select
 
 
 class Scores(Protocol):
-    """What a method learns from the gradients of the active units."""
+    """What a sampling pass learns from the gradients of the active units."""
 
     def observe(self, squared: dict[str, float]) -> None:
-        """Take the mean squared gradient entry of each active unit, one optimizer step."""
+        """Take the mean squared gradient entry of each active unit, for one optimizer step."""
 
     def close(self) -> None:
-        """Fold what was observed in the round that ends now."""
+        """Update the scores with what was observed in the round that ends now."""
 
 
 class Ending(Protocol):
-    """What a method does to weights that leave, at the end of a round, by their optimizer's state.
+    """What a sampling pass does to the weights of a round when it ends, by their optimizer state.
 
-    It writes past other passes' coordinates, which therefore cannot train the same weights.
+    It changes the weights themselves, so no other pass may train them through coordinates.
     """
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise OptimizerError if an optimizer has not the state that it takes."""
+        """Raise OptimizerError if an optimizer lacks the state that this needs."""
 
     def conflict(self, weight: str) -> str:
-        """Return why no other pass can train a weight, as a sentence with the way out."""
+        """Return why no other pass can train a weight, as sentences that end with the fix."""
         ...
 
     def __call__(self, optimizer: Optimizer, leaving: Sequence[Coordinate]) -> None:
@@ -45,7 +45,7 @@ class Ending(Protocol):
 
 
 class Learned(Protocol):
-    """What a method has learned or drawn so far, and cannot draw again."""
+    """What a sampling pass has learned or drawn so far and cannot draw again."""
 
     def state(self) -> dict[str, Any]:
         """Return it: numbers and strings, nested by name."""
@@ -59,12 +59,12 @@ class Learned(Protocol):
 class Rounds(Method):
     """The state of a sampling pass: which units are trained, and when that changes.
 
-    units: what is drawn, by name, each a set of coordinates. draw: round -> names of the units to
-    train in it; draw(0) runs at once, in `start`, of `plan` on tensors without data too; a resumed
-    run does not draw the round that it is in again. always: coordinates trained in every round.
-    scores: of units, from their gradients. learned: name -> what a resumed run needs. ending: see
-    there.
-    total: parameters of the model.
+    units: the sets of coordinates that are drawn, by name. period: the number of optimizer steps in
+    a round. draw: a function that takes the number of a round and returns the names of the units to
+    train in it. draw(0) is called at once, in `start` (by `plan` on tensors without data); a
+    resumed run does not draw its current round again. always: coordinates that are trained in every
+    round. scores: the scores of the units, from their gradients. learned: what a resumed run needs,
+    by name. ending: see `Ending`. total: the number of the model's parameters.
     """
 
     name: str
@@ -83,9 +83,9 @@ class Rounds(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.learned, Mapping) or {"round", "steps", "active"} & {*self.learned}:
             raise OptionError(
-                f"{self.name}: learned={self.learned!r} maps names to what has state() and "
-                'restore(state), such as {"scores": scores}; "round", "steps" and "active" are '
-                "taken."
+                f"{self.name}: learned={self.learned!r} must map names to objects with state() and "
+                'restore(state), such as {"scores": scores}. The names "round", "steps" and '
+                '"active" are taken.'
             )
         for each in self.always:
             each.active = True
@@ -168,7 +168,7 @@ class Rounds(Method):
         names = self.draw(round)
         strange = [name for name in names if name not in self.units]
         if strange or not names:
-            what = f"{listed(strange)}, which are no units of it" if strange else "nothing"
+            what = f"{listed(strange)}, which are not its units" if strange else "nothing"
             raise OptionError(
                 f"{self.name}: draw({round}) named {what}. Its units are {listed(self.units)}."
             )
@@ -199,9 +199,10 @@ class Rounds(Method):
 def whole_blocks(
     model: nn.Module, targets: Targets, name: str, precision: Precision = "auto"
 ) -> tuple[dict[str, tuple[Coordinate, ...]], list[str]]:
-    """Return the model's blocks as units of all their trainable parameters, and what lies outside.
+    """Return the model's blocks as units, and the names of the parameters outside of the blocks.
 
-    precision: see `coordinate_of`. Raises TargetError if nothing is left inside the blocks.
+    A unit has all trainable parameters of a block that `targets` names. precision: see
+    `coordinate_of`. Raises TargetError if the blocks have no such parameter.
     """
     allowed = {n for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     if targets is not None:
@@ -221,8 +222,10 @@ def whole_blocks(
 
 
 def weight_norms(coordinates: Iterable[Coordinate]) -> list[float]:
-    """Return the norm of what each coordinate stands for: of the weight, or of the block of it, or
-    of a mapped coordinate; 1.0 on tensors without data."""
+    """Return the norm of what each coordinate stands for: a weight, or a block of one.
+
+    For a mapped coordinate, it is the norm of the coordinate itself. On tensors without data: 1.0.
+    """
     parameters = [
         c.parameter.detach() if c.mapped else c.part(c.owner.get_parameter(c.held_as))
         for c in coordinates

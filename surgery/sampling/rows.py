@@ -26,7 +26,7 @@ _LOOKUP = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_gra
 
 
 def rows_coordinate(model: nn.Module, name: str, numbers: Sequence[int]) -> Coordinate:
-    """Return a coordinate for some rows of a weight, a copy of them in at least float32."""
+    """Return a coordinate for some rows of a weight: a copy of these rows in at least float32."""
     weight = model.get_parameter(name)
     index = Rows(torch.tensor(sorted({*numbers}), device="cpu"))
     return Coordinate(
@@ -39,8 +39,11 @@ def rows_coordinate(model: nn.Module, name: str, numbers: Sequence[int]) -> Coor
 
 
 def look_up_rows(graph: GraphModule, inputs: Sequence[Any]) -> set[str]:
-    """Let lookups and Linears that read such weights make gradients of their rows only, in one
-    captured graph, in place. Returns the names of the weights that are looked up."""
+    """Make lookups and Linears in a captured graph compute gradients of the trained rows only.
+
+    Changes the graph in place, for weights with a coordinate of `rows_coordinate`. Returns the
+    names of the weights that are looked up.
+    """
     found: set[str] = set()
     for place, value in zip(placeholders(graph), inputs, strict=True):
         site = site_of(value) if isinstance(value, Tensor) else None

@@ -60,8 +60,8 @@ def lower_projected(body: Body, node: Node) -> None:
 def lower_projected_experts(body: Body, node: Node) -> None:
     """Raise CaptureError: not served."""
     raise CaptureError(
-        "the rows of each expert are known only while the graph runs, which a compiler does not "
-        "see. Leave stacked experts out of targets=, or leave backend= out."
+        "the rows of each expert are known only while the graph runs, and a compiler cannot see "
+        "them. Leave stacked experts out of targets=, or leave backend= out."
     )
 
 

@@ -38,9 +38,10 @@ def choose(
 ) -> tuple[list[str], list[str]]:
     """Return the weights to project, and those to train densely, in the model's order.
 
-    Linears among the default targets with no more than `size` inputs are trained densely. Raises
-    TargetError, naming the pass `what` and its `option` of that size. stacked: also of experts.
-    width: what is held against the size in place of the inputs, and `channels` its name.
+    Linears among the default targets with no more than `size` inputs are trained densely. what,
+    option: the names of the pass and of its option for the size, for errors. stacked: whether to
+    include stacked experts. width: what is compared with the size instead of the inputs; channels:
+    its name. Raises TargetError if there is nothing to project.
     """
     dense = set(select(model, always, "always")) if always else set()
     names = [name for name in linears(model, targets, what, stacked) if name not in dense]
@@ -68,7 +69,7 @@ def mapped(
     prox: float = 0.0,
     weight_decay: float = 0.0,
 ) -> Coordinate:
-    """Return a coordinate (out, k) of a weight, zero, with a projection of its x as map."""
+    """Return a coordinate (out, k) of a weight, from zero, whose map is a projection of its x."""
     out = model.get_parameter(name).numel() // inputs_of(model, name)
     return mapped_as(model, name, projection, (out, projection.width), prox, weight_decay)
 
@@ -81,9 +82,9 @@ def mapped_as(
     prox: float = 0.0,
     weight_decay: float = 0.0,
 ) -> Coordinate:
-    """Return a coordinate of a weight, zero, of this shape, with what stands beside it as map.
+    """Return a coordinate of a weight, from zero and of this shape, whose map is `beside`.
 
-    prox, weight_decay: of its rule, `Mapped`.
+    prox, weight_decay: as in `Mapped`.
     """
     weight = model.get_parameter(name)
     start = torch.zeros(shape, dtype=wide(weight), device=weight.device)
@@ -100,8 +101,7 @@ def mapped_as(
 
 @torch.no_grad()
 def from_zero(coordinate: Coordinate, run: Run) -> None:
-    """Let a coordinate begin from zero, and with it the iterate that schedule-free optimizers keep
-    beside it."""
+    """Set a coordinate to zero, and shift the iterate that schedule-free optimizers keep for it."""
     own = coordinate.parameter.detach()
     for optimizer in run.optimizers:
         iterate = optimizer.state.get(coordinate.parameter, {}).get("z")
@@ -144,10 +144,10 @@ class Subspace(Method):
 
 @dataclass(eq=False, kw_only=True)
 class Projecting(Subspace, ABC):
-    """The run-time state: which weights are projected, and since when.
+    """The run-time state of passes that project inputs: which weights, and since when.
 
-    named: whether the user named the targets. period: optimizer steps after which `redraw` is
-    called. shared: one projection for all readers of an input.
+    named: whether the user named the targets. period: the number of optimizer steps after which
+    `redraw` is called. shared: whether all weights that read the same input share a projection.
     """
 
     named: bool
@@ -166,9 +166,9 @@ class Projecting(Subspace, ABC):
         super().check_reached()
         if self.found.kept and self.named:
             warnings.warn(
-                f"{self.name} saves no activations at {self._kept()}. Its gradient and optimizer "
-                "state are small all the same. Add the other readers of the same input to "
-                "targets=, or leave it out.",
+                f"{self.name} does not reduce the activations at {self._kept()}. Gradient and "
+                "optimizer state are smaller all the same. Add the other readers of the same input "
+                "to targets=, or leave these weights out.",
                 stacklevel=2,
             )
 

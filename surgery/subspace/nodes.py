@@ -25,8 +25,9 @@ from surgery.weights.sites import site_of, trained_by
 class Projection(Beside, ABC):
     """C and its adjoint beside one weight; also the `Map` of its coordinate.
 
-    transposed: whether the weight is stored as (in, out). dense: the gradient is expanded at once
-    and goes to the weight itself. scale: of the gradient. by: name of the pass, for its errors.
+    transposed: whether the weight is stored as (in, out). dense: whether the gradient is expanded
+    at once and goes to the weight itself. scale: a factor of the gradient. by: the name of the
+    pass, for errors.
     """
 
     transposed: bool
@@ -78,7 +79,7 @@ class Projection(Beside, ABC):
         return self.expand(delta[part])
 
     def adjoint(self, gradient: Tensor) -> Tensor | None:
-        """Return dS = dW C of a whole gradient (out, in): of a penalty on the weight, say."""
+        """Return dS = dW C of a whole gradient (out, in), such as that of a penalty."""
         return self.compress(gradient) * self.scale
 
     def pure(self) -> tuple[Any, ...] | None:

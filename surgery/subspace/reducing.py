@@ -16,8 +16,9 @@ from surgery.graph.reduced import Reduction
 class OneSided(Reduction, ABC):
     """P beside one weight; also the `Map` of its coordinate R.
 
-    left: P (out, r) is of the outputs, R is (r, in); else P (in, r), R (out, r). channels: out or
-    in, P's. scale: of steps. matrix: P; None: no gradient has been reduced yet.
+    left: whether P is on the side of the outputs: P (out, r) and R (r, in); else P (in, r) and
+    R (out, r). channels: the rows of P, out or in. scale: a factor of the steps. matrix: P; None
+    until the first gradient has been reduced.
     """
 
     name: str
@@ -60,8 +61,8 @@ class OneSided(Reduction, ABC):
             return self.matrix
         if not delta.is_meta and bool(delta.any()):
             raise SurgeryError(
-                f"{self.by}: P of {self.name} is taken from its first gradient, which has not been "
-                "seen yet: run a backward before."
+                f"{self.by}: P of {self.name} is computed from its first gradient, which has not "
+                "been seen yet. Run a backward first."
             )
         return delta.new_zeros(self.channels, delta.shape[0 if self.left else 1])
 

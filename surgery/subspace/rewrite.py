@@ -45,8 +45,10 @@ def project_linears(
 
 
 def reduce_linears(graph: GraphModule, inputs: Sequence[Any], wanted: Container[str]) -> None:
-    """Let the Linears of the wanted weights reduce their gradients, in one captured graph, in place
-    (see graph/reduced.py)."""
+    """Let the Linears of the wanted weights reduce their gradients as they compute them.
+
+    Changes one captured graph in place; see graph/reduced.py.
+    """
     names = _named(graph, inputs, wanted)
     if names:
         _reduce(graph, {node: node for node in names})

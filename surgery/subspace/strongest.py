@@ -24,10 +24,10 @@ def strongest(a: Tensor, b: Tensor, rank: int, normal: Tensor | None) -> Tensor 
     """Return the top left singular vectors (channels of a, rank) of G = a^T b, in float32 at least;
     None if G is zero or not finite.
 
-    a, b: rows of one dtype. normal: random numbers (channels of b, rank + MORE or fewer) to begin
-    with; None: an exact SVD, for which G is formed. Where LAPACK's does not converge, and that
-    happens, it is taken of unit vectors. The same to the bit on all ranks; signs are such that the
-    largest entry of each is positive.
+    a, b: rows of one dtype. normal: random numbers (channels of b, rank + MORE or fewer) to start
+    from; None means an exact SVD, for which G is formed. If LAPACK's SVD does not converge, which
+    happens, a randomised one starts from unit vectors instead. The result is the same to the bit on
+    all ranks, and the largest entry of each vector is positive.
     """
     good: list[Tensor] = []
 

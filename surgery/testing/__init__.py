@@ -2,7 +2,7 @@
 
     surgery.testing.check(MyPass())
 
-runs all of them on a small model, and raises `LawError` with what is broken. As tests of pytest:
+runs all of them on a small model, and raises `LawError` with what is broken. As pytest tests:
 
     CASE = surgery.testing.Case(spec=MyPass())  # one: laws share a run of it
 
@@ -29,12 +29,12 @@ from surgery.testing.ranks import two_ranks as two_ranks
 
 
 def check(spec: Any, *, laws: Sequence[str] | None = None, ranks: bool = True, **case: Any) -> None:
-    """Run the laws on a pass; raise LawError with every one that it breaks.
+    """Run the laws on a pass; raise LawError with every law that it breaks.
 
-    spec: an instance, a registered name, or a list of these. laws: some of `LAWS` (default: all).
-    ranks: run it on two processes, too, under DDP and FSDP2; a script that does so calls this under
-    `if __name__ == "__main__":`, or they would run it again. case: fields of `Case`. About half a
-    minute on one core.
+    Takes about half a minute on one core. spec: an instance, a registered name, or a list of these.
+    laws: some of `LAWS` (default: all). ranks: whether to run the pass on two processes as well,
+    under DDP and FSDP2; a script must then call this under `if __name__ == "__main__":`, since the
+    processes import the script. case: fields of `Case`.
     """
     made = Case(spec=spec, **case)
     broken = []

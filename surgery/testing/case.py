@@ -22,20 +22,21 @@ Inputs = dict[str, Tensor]
 
 
 class LawError(AssertionError):
-    """A pass that breaks a law of the library; says which, and how."""
+    """A pass breaks a law of the library; the text says which law, and how."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A pass on a model.
+    """A pass on a model, with what the laws may expect of it.
 
-    spec: an instance of the pass, its registered name, or a list of these. model: makes the same
-    model in each call, in training mode. inputs: makes a batch of keyword arguments from a seed and
-    a number of rows. forward: how far the first forward may be from the plain one, relatively (0:
-    to the bit). gradient: how far gradients of coordinates may be from what the dense gradient of
-    the plain model says, relatively. average: gradients are right on average only, or change with
-    how a batch is cut. rate: learning rate of plain SGD that is small for it. notes: of the run
-    that laws share; keep the case to keep them.
+    spec: an instance of the pass, its registered name, or a list of these. model: a function that
+    returns the same model in each call, in training mode. inputs: a function that returns a batch
+    of keyword arguments from a seed and a number of rows. forward: the relative tolerance of the
+    first forward against the plain one (0: bit for bit). gradient: the relative tolerance of the
+    coordinates' gradients against those that follow from the plain model's dense gradient. average:
+    whether gradients are right only on average, or depend on how a batch is divided. rate: a
+    learning rate of plain SGD that is small for this pass. notes: what the run that several laws
+    share has found; keep the case to keep it.
     """
 
     spec: Any
@@ -149,7 +150,7 @@ class Moved:
 
 
 def equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise LawError unless two tensors are equal to the bit."""
+    """Raise LawError unless two tensors are equal bit for bit."""
     if not torch.equal(found, expected):
         raise LawError(f"{what}: not the same to the bit, off by up to {_off(found, expected)}")
 

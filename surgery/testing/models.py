@@ -44,7 +44,7 @@ def tiny() -> nn.Module:
 
 
 def tokens(seed: int = 1, rows: int = 2) -> dict[str, Tensor]:
-    """Return a batch for `Tiny`, a function of the seed."""
+    """Return a batch for `Tiny`, drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     found = torch.randint(0, 32, (rows, 6), generator=generator)
     return {"tokens": found, "targets": found}

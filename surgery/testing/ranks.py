@@ -26,10 +26,10 @@ STEPS = 5
 
 
 def two_ranks(case: Case | Sequence[Case], wraps: Sequence[str] = WRAPS) -> None:
-    """Run a case on two processes (gloo), each on half of the batch; raise LawError.
+    """Run a case on two processes (gloo), each on half of the batch; raise LawError if it fails.
 
-    case: its pass, model and inputs must pickle: functions and classes of modules. Several cases
-    share the processes.
+    The pass, the model and the inputs of a case must pickle, so they are functions and classes of
+    modules. Several cases share the processes.
     """
     cases = (case,) if isinstance(case, Case) else tuple(case)
     context = get_context("spawn")

@@ -25,9 +25,10 @@ RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 
 
 class Addition(nn.Module, ABC):
-    """A child that a pass puts on a model. key: the name under which the model holds it.
+    """A child module that a pass adds to a model.
 
-    resting: its hooks let everything pass, as if it were not there.
+    key: the name under which the model holds it. resting: whether its hooks do nothing, as if it
+    were not there.
     """
 
     key: ClassVar[str]
@@ -39,14 +40,14 @@ class Addition(nn.Module, ABC):
 
     @abstractmethod
     def recipe(self) -> Mapping[str, Any]:
-        """Return what makes it again, on a model of the same class, as JSON."""
+        """Return, as JSON, what is needed to make it again for a model of the same class."""
 
     @abstractmethod
     def hook(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """Put its hooks on the modules of a model, one after another."""
+        """Register its hooks on the modules of a model, and yield their handles."""
 
     def put_on(self, model: nn.Module) -> None:
-        """Make it a child of a model, and put its hooks on. Raises ModelError for a taken name."""
+        """Make it a child of a model and register its hooks. Raises ModelError for a taken name."""
         if hasattr(model, self.key):
             raise ModelError(
                 f"{type(model).__name__} has a {self.key!r} already. Take it off first: "
@@ -57,7 +58,7 @@ class Addition(nn.Module, ABC):
             self.handles.append(handle)
 
     def take_off(self, model: nn.Module) -> None:
-        """Leave the model without a trace; off it already is no error."""
+        """Remove it and its hooks from a model. Nothing happens if it is not on the model."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -66,8 +67,10 @@ class Addition(nn.Module, ABC):
 
 
 def trained_in(addition: Addition, names: Iterable[str]) -> list[Coordinate]:
-    """Return coordinates for parameters of an addition, by its own names, that are trained all the
-    time; see `densely`."""
+    """Return coordinates for parameters of an addition, trained in every step; see `densely`.
+
+    names: the names of the parameters within the addition.
+    """
     found = densely(addition, names)
     for each in found:
         each.weight = f"{addition.key}.{each.weight}"
@@ -136,6 +139,6 @@ def write(
 
 
 def read_addition(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the recipe and the weights that `write` has written."""
+    """Return the recipe and the weights of an addition from its folder in an export."""
     folder = Path(folder)
     return json.loads((folder / RECIPE).read_text()), load_file(folder / WEIGHTS)

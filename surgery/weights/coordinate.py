@@ -106,11 +106,12 @@ Rule: TypeAlias = Whole | Copied | Mapped
 
 @dataclass(eq=False, kw_only=True)
 class Coordinate:
-    """A parameter that stands for a weight or a part of it, and what is known of it at run time.
+    """A parameter that stands for a weight or a part of it, and its state at run time.
 
-    weight: qualified name of the weight. rule: how the parameter stands for it. owner: the module
-    that holds the weight. beside: what the nodes of its pass find. twin: what a forward reads where
-    FSDP2 has left only a part of the parameter on this rank.
+    weight: the qualified name of the weight. parameter: what the optimizer steps. rule: how the
+    parameter stands for the weight. owner: the module that holds the weight. beside: what the nodes
+    of the pass find by the weight, such as a projection. twin: what a forward reads if FSDP2 has
+    left only a part of the parameter on this rank.
     """
 
     weight: str
@@ -190,8 +191,8 @@ def coordinate_of(
 ) -> Coordinate:
     """Return a coordinate for a weight of a model, or for weight[index].
 
-    It is the weight itself, or a copy: of a block, and of what is narrower than float32 unless
-    precision is "weights".
+    The coordinate is the weight itself, or a copy: a block is copied, and so is a weight of less
+    than 32 bits, unless precision is "weights".
     """
     owner = model.get_submodule(name.rpartition(".")[0])
     weight = model.get_parameter(name)
@@ -205,7 +206,7 @@ def coordinate_of(
 def densely(
     model: nn.Module, names: Iterable[str], precision: Precision = "auto"
 ) -> list[Coordinate]:
-    """Return coordinates for weights that are trained whole, all the time; see `coordinate_of`."""
+    """Return coordinates for weights that are trained whole in every step; see `coordinate_of`."""
     found = [coordinate_of(model, name, precision=precision) for name in names]
     for each in found:
         each.active = True
@@ -237,9 +238,9 @@ def unique(coordinates: Iterable[Coordinate]) -> list[Coordinate]:
 class Coordinates:
     """One trainable tensor and its map into one weight: what `surgery.coordinates` returns.
 
-    weight: qualified name of the weight. parameter: what the optimizer steps. expand: maps a tensor
-    of the parameter's shape to the change of the whole weight that it stands for. active: whether
-    it is being trained now.
+    weight: the qualified name of the weight. parameter: what the optimizer steps. expand: maps a
+    change of the parameter to the change of the whole weight that it stands for. active: whether
+    the coordinate is being trained now.
     """
 
     weight: str

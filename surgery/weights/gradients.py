@@ -18,7 +18,7 @@ _LARGE = 1 << 16  # entries of a gradient above which a call of its own costs no
 
 
 def has_gradient(coordinate: Coordinate, model: nn.Module) -> bool:
-    """Whether a backward since the last step has left a gradient, which FSDP2 may not have sent."""
+    """Whether a backward since the last step has left a gradient, reduced by FSDP2 or not yet."""
     if coordinate.parameter.grad is not None:
         return True
     return coordinate.twin is not None and waits(model, coordinate.twin)

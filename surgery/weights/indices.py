@@ -15,9 +15,10 @@ Index: TypeAlias = tuple[int | slice, ...]
 
 @dataclass(eq=False)
 class Rows:
-    """Some rows of a weight, by their numbers (n,), ascending.
+    """Some rows of a weight.
 
-    labels: of the forward under way, which its first lookup looks at too.
+    numbers: the numbers of the rows (n,), ascending. labels: the labels of the current forward,
+    which its first lookup checks too.
     """
 
     numbers: Tensor
@@ -28,7 +29,7 @@ class Rows:
         return self.__dict__ | {"known": {}, "labels": []}
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the numbers beside a weight."""
+        """Return the numbers on a device."""
         if device.type == "meta" or is_playing():
             return self.numbers.to(device)
         if device not in self.known:

@@ -15,8 +15,8 @@ from surgery.weights.targets import Targets, blocks, select
 def linears(model: nn.Module, targets: Targets, what: str, stacked: bool = False) -> list[str]:
     """Return the trainable weights of Linears among the targets (default: of all blocks).
 
-    stacked: whether those of stacked experts are among them. Raises TargetError, naming the weight
-    and the pass `what`, if a target is tied, quantised, or does not belong to a Linear.
+    stacked: whether to include the weights of stacked experts. what: the name of the pass, for
+    errors. Raises TargetError if a target is tied, quantised, or does not belong to a Linear.
     """
     if targets is None:
         inside = {name for own in blocks(model).values() for name in own}
@@ -37,7 +37,7 @@ def _is_weight(model: nn.Module, name: str, stacked: bool) -> bool:
 
 
 def inputs_of(model: nn.Module, name: str) -> int:
-    """Return the width of the input that a weight, by its name, multiplies."""
+    """Return the width of the input that the weight of this name multiplies."""
     return in_features(model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name))
 
 
@@ -66,12 +66,12 @@ def check_steps(name: str, weight: nn.Parameter, what: str) -> None:
     foreign = is_wrapper(weight) and not shards.is_cut(weight)
     if not weight.is_floating_point() or foreign:
         raise TargetError(
-            f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}) and cannot "
-            "take steps. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
-            "these."
+            f"{what}: {name} is quantised ({type(weight).__name__}, {weight.dtype}), so it cannot "
+            "be trained. Add adapters, peft.get_peft_model(model, LoraConfig(...)), and target "
+            "those."
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TargetError(
-            f"{what}: {name} is {weight.dtype}, which takes no steps. Convert it to bfloat16, "
-            "or train adapters on top of it."
+            f"{what}: {name} is {weight.dtype}, which cannot be trained. Convert it to "
+            "bfloat16, or train adapters on top of it."
         )

@@ -12,7 +12,7 @@ def wide(weight: Tensor) -> torch.dtype:
 
 
 def matrix_of(weight: Tensor) -> Tensor:
-    """Return a weight as a matrix, sharing its storage: those of experts under one another.
+    """Return a weight as a matrix that shares its storage; stacked experts are put in rows.
 
     A view, not einops' reshape, which would copy where it must: the matrix is written.
     """
@@ -20,6 +20,6 @@ def matrix_of(weight: Tensor) -> Tensor:
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return the shape of `matrix_of`, of all of a weight that is cut too."""
+    """Return the shape of `matrix_of`; for a sharded weight, that of the whole weight."""
     width = weight.shape[-1] if weight.ndim else 1
     return (weight.numel() // width if width else 0), width

@@ -51,15 +51,14 @@ def local(t: Tensor) -> Tensor:
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state of one parameter, of what this rank holds; itself if not cut."""
+    """Return this rank's part of an optimizer's state of one parameter; all if not sharded."""
     if not any(is_cut(value) for value in state.values()):
         return state
     return {key: local(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
 def moment(value: Tensor) -> Tensor:
-    """Return all of an optimizer's tensor as a plain one in float64, of what it keeps in few bits
-    too."""
+    """Return a tensor of an optimizer's state, whole and in float64, even if it is quantised."""
     found = whole(value)
     return torch.empty(found.shape, dtype=torch.float64, device=found.device).copy_(found)
 
@@ -80,7 +79,7 @@ def part_of(weight: Tensor) -> tuple[Tensor, int, int]:
 
 
 def rows_of(weight: Tensor, part: slice) -> Tensor:
-    """Return rows of a weight as a matrix, which this rank must hold."""
+    """Return rows of a weight as a matrix. This rank must hold these rows."""
     matrix, top, _ = part_of(weight)
     start, stop, _ = part.indices(top + matrix.shape[0])
     return matrix[start - top : stop - top]
@@ -149,7 +148,7 @@ def cut_as(own: Tensor, weight: Tensor) -> Tensor:
 
 
 def take(t: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a tensor, into what this rank holds of it."""
+    """Copy a whole value into a tensor; if that is sharded, into the part that this rank holds."""
     local(t.detach()).copy_(local(like(value, t)))
 
 

@@ -61,10 +61,10 @@ class Site:
         if weight is None:
             if modules.is_computed(self.owner, self.key):
                 raise ModelError(
-                    f"{self.name} is computed from other parameters since surgery.apply: pruning, "
-                    "weight_norm, spectral_norm or a parametrization was put on its module. Do "
-                    "that first: surgery.remove(model), put it on, surgery.apply(model, ...), and "
-                    "build another optimizer."
+                    f"{self.name} is computed from other parameters since surgery.apply, because "
+                    "pruning, weight_norm, spectral_norm or a parametrization was put on its "
+                    "module. Do that first: surgery.remove(model), put it on, "
+                    "surgery.apply(model, ...), and build another optimizer."
                 )
             raise shards.flattened(self.name)
         return weight

@@ -14,10 +14,11 @@ from surgery.weights.targets import blocks
 
 
 class Taps(Addition):
-    """An addition whose forward is given what k blocks put out, h_1 .. h_k (..., hidden), detached,
-    and returns what the block behind the last of them reads instead of h_k.
+    """An addition that reads the outputs of k blocks and replaces the last of them.
 
-    made_by: the pass, for errors. reads: names of the blocks, in order. hidden: width of h.
+    Its forward gets the detached outputs h_1 .. h_k (..., hidden), and returns what the next block
+    reads instead of h_k. made_by: the name of the pass, for errors. reads: the names of the blocks,
+    in order. hidden: the width of h.
     """
 
     made_by: ClassVar[str]
@@ -34,16 +35,16 @@ class Taps(Addition):
         yield model.get_submodule(self.reads[-1]).register_forward_hook(self.close)
 
     def open(self, block: nn.Module, inputs: Any) -> None:
-        """Before the first block that is read: forget a forward that has ended in an error."""
+        """Forget a forward that has ended in an error. Runs before the first block that is read."""
         self.seen = []
 
     def hear(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        """Behind a block that is read: keep its output for this forward."""
+        """Keep the output of a block for this forward. Runs after each block that is read."""
         if not self.resting:
             self.seen = [*self.seen, _first(output).detach()]
 
     def close(self, block: nn.Module, inputs: Any, output: Any) -> Any:
-        """Behind the last block that is read: return what the next one reads."""
+        """Return what the next block reads. Runs after the last block that is read."""
         if self.resting:
             return None
         last = _first(output).detach()
@@ -51,14 +52,14 @@ class Taps(Addition):
         if len(seen) != len(self.reads):
             raise ModelError(
                 f"{self.made_by}: {len(seen)} of the {len(self.reads)} blocks that the side path "
-                "reads have run in this forward. A checkpoint around a block and its hooks runs it "
-                "by itself: switch gradient checkpointing off, since nothing is kept of a frozen "
-                "trunk; and let no block be dropped."
+                "reads have run in this forward. A checkpoint around a block runs it and its hooks "
+                "again by themselves: switch gradient checkpointing off, since a frozen trunk "
+                "keeps nothing for backward. And do not drop blocks."
             )
         if last.shape[-1] != self.hidden:
             raise ModelError(
-                f"{self.made_by}: {self.reads[-1]} puts out {tuple(last.shape)}, and the side path "
-                f"was made for a width of {self.hidden}. Give it: hidden={last.shape[-1]}."
+                f"{self.made_by}: {self.reads[-1]} returns the shape {tuple(last.shape)}, but the "
+                f"side path was made for a width of {self.hidden}. Give hidden={last.shape[-1]}."
             )
         found = self(seen)
         return found if isinstance(output, Tensor) else (found, *output[1:])
@@ -69,7 +70,7 @@ def _first(output: Any) -> Tensor:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Return so many names, evenly spaced, the last one among them; all if they are fewer."""
+    """Return `count` of the names, evenly spaced and with the last one; all if there are fewer."""
     count = min(count, len(names))
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
 
@@ -77,13 +78,14 @@ def evenly(names: Sequence[str], count: int) -> list[str]:
 def one_stack(model: nn.Module, within: str | None, of: str) -> list[str]:
     """Return the names of the blocks of one list, in order.
 
-    within: its name; None: there is only one. of: the pass. Raises TargetError.
+    within: the name of the list; None if there is only one. of: the name of the pass, for errors.
+    Raises TargetError if the list does not exist, or if None leaves it open which one is meant.
     """
     lists: dict[str, list[str]] = {}
     for name in blocks(model):
         lists.setdefault(name.rpartition(".")[0], []).append(name)
     if within is not None and within not in lists:
-        raise TargetError(f"{of}: within={within!r} is no list of blocks here: {[*lists]}.")
+        raise TargetError(f"{of}: within={within!r} is not one of the lists of blocks: {[*lists]}.")
     if within is None and len(lists) != 1:
         raise TargetError(
             f"{of}: the blocks of this model are in {len(lists)} lists, {[*lists][:4]}. Say which "
@@ -93,9 +95,9 @@ def one_stack(model: nn.Module, within: str | None, of: str) -> list[str]:
 
 
 def width_of(block: nn.Module, of: str) -> int:
-    """Return the width of what a block reads: that of the norm which is least deep in it.
+    """Return the width of a block's input, which is that of the outermost norm in the block.
 
-    Raises OptionError, naming the pass, if it has no norm.
+    of: the name of the pass, for errors. Raises OptionError if the block has no norm.
     """
     found = sorted(block.named_modules(), key=lambda each: each[0].count("."))
     sizes = [
@@ -106,7 +108,7 @@ def width_of(block: nn.Module, of: str) -> int:
     ]
     if not sizes:
         raise OptionError(
-            f"{of}: {type(block).__name__} has no norm that tells the width of the model. Give it: "
-            "hidden=..."
+            f"{of}: {type(block).__name__} has no norm that shows the width of the model. Give the "
+            "width: hidden=..."
         )
     return sizes[0]

@@ -17,9 +17,10 @@ Targets: TypeAlias = str | Sequence[str] | None
 def blocks(model: nn.Module) -> dict[str, list[str]]:
     """Return the repeated blocks of a model, in order, each with the names of its parameters.
 
-    Found from the module tree alone: the children of every outermost `nn.ModuleList` (or
-    `nn.Sequential`, or fx container, of like composite children). A model that has none counts each
-    module that owns a matrix as a block, embeddings and the output head left out.
+    Blocks are found by the module tree alone: they are the children of every outermost
+    `nn.ModuleList` (or of an `nn.Sequential` or fx container whose children are composite and of
+    one class). In a model without any, each module that owns a matrix counts as a block, except
+    embeddings and the output head.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     taken: set[int] = set()
@@ -68,11 +69,11 @@ def _leaves(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
 
 
 def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[str]:
-    """Return the names of the parameters that `targets` names, in the model's order.
+    """Return the names of the parameters that `targets` matches, in the model's order.
 
-    PEFT's rules for `target_modules`, applied to modules and to bare parameters: a list matches a
-    name exactly or as its last dotted part(s); a string is a regular expression for the whole name;
-    "all-linear" is every Linear but the output head. A module stands for its own parameters.
+    The rules are PEFT's for `target_modules`, applied to modules and to parameters: a list matches
+    a name exactly or as its last dotted part(s); a string is a regular expression for the whole
+    name; "all-linear" is every Linear but the output head. A module stands for its own parameters.
 
     Raises TargetError if some entry matches nothing, with the nearest names.
     """
@@ -87,8 +88,8 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
         held = [p for name in hit & {*modules} for p in modules[name].parameters(recurse=False)]
         if held:
             raise TargetError(
-                f"{what}={targets!r} matches only weights that are tied to others. Name them as "
-                f"those: {listed([own[id(p)] for p in held], 3)}."
+                f"{what}={targets!r} matches only weights that are tied to others. Use the names "
+                f"of those: {listed([own[id(p)] for p in held], 3)}."
             )
         raise TargetError(
             f"{what}={targets!r} matches only modules that own no parameters, such as "
@@ -98,7 +99,7 @@ def select(model: nn.Module, targets: str | Sequence[str], what: str) -> list[st
 
 
 def matched(model: nn.Module, targets: str | Sequence[str], what: str) -> set[str]:
-    """Return the names of the modules and parameters that `targets` names; see `select`."""
+    """Return the names of the modules and parameters that `targets` matches; see `select`."""
     modules = {name: module for name, module in model.named_modules() if name}
     names = [*modules, *(name for name, _ in model.named_parameters())]
     if targets == "all-linear":
@@ -121,8 +122,8 @@ def _check_pattern(pattern: str, what: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise TargetError(
-            f"{what}={pattern!r} is no regular expression: {error}. A string stands for the whole "
-            f'name (".*q_proj"); ends of names go into a list, {what}=["q_proj"].'
+            f"{what}={pattern!r} is not a regular expression: {error}. A string stands for the "
+            f'whole name (".*q_proj"); ends of names go into a list, {what}=["q_proj"].'
         ) from error
 
 

@@ -46,7 +46,7 @@ class Attach(torch.autograd.Function):
             raise SurgeryError(
                 f"{method.name}: backward was called "
                 + ("twice on one output" if ctx.used else "on an output of an earlier step")
-                + ": its slope was taken along directions of one step. Run the model again."
+                + ": its slope belongs to the directions of one step. Run the model again."
             )
         ctx.used = True
         if method.judged is not None and ctx.again.counts:

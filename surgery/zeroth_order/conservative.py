@@ -63,16 +63,16 @@ class Conservative:
         """Return a forward that has been evaluated, to be kept once its backward begins."""
         if not output.is_loss:
             raise ModelError(
-                f'{self.method.name}: update="conservative" compares losses at other weights, and '
-                "what the model returned is no loss; one computed in the loop cannot be computed "
-                "again. Give it labels, so that it returns output.loss, or apply to a module "
-                "around it whose forward returns the loss."
+                f'{self.method.name}: update="conservative" computes the loss again at other '
+                "weights, but the model has not returned a loss, and one from the loop cannot be "
+                "computed again. Give the model labels, so that it returns output.loss, or apply "
+                "surgery to a module around it whose forward returns the loss."
             )
         if self.method.mixed:
             raise ModelError(
-                f'{self.method.name}: update="conservative" beside weights that are trained by '
-                "backward: their step is made already where that of the others is judged. Give "
-                "another update=."
+                f'{self.method.name}: update="conservative" cannot be used beside weights that are '
+                "trained by backward: they have made their step before that of the others is "
+                "judged. Use another update=."
             )
         device = self.method.weights[0].parameter.device.type
         return Again(same=same, cast=cast_now(device), counts=counts)
@@ -90,8 +90,8 @@ class Conservative:
         if any(shards.is_cut(weight) for weight in weights):
             raise OptimizerError(
                 f'{self.method.name}: update="conservative" runs the model again inside of the '
-                "step, where FSDP2 has cut its weights. Use DistributedDataParallel, or another "
-                "update=."
+                "step, where FSDP2 keeps its weights sharded. Use DistributedDataParallel, or "
+                "another update=."
             )
 
     def check_kept(self) -> None:
@@ -99,7 +99,7 @@ class Conservative:
         if not self.kept and self.method.weights[0].parameter.grad is not None:
             raise OptimizerError(
                 f'{self.method.name}: update="conservative" compares the losses that have had a '
-                "backward since the last step, and there is none: the gradient was set by hand. "
+                "backward since the last step, but there is none: the gradient was set by hand. "
                 "Call loss.backward() on what model(...) returns."
             )
 

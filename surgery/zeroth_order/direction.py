@@ -55,7 +55,7 @@ class Probe(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Perturbation(Beside):
-    """z beside one weight, entries of variance 1: the map of the (K,) scalars."""
+    """The direction z of one weight, with entries of variance 1: the map of the K scalars."""
 
     name: str
     owner: nn.Module
@@ -70,17 +70,17 @@ class Perturbation(Beside):
 
     @property
     def is_probed(self) -> bool:
-        """Whether the direction under way goes through the weight."""
+        """Whether the current direction perturbs the weight."""
         return self.probe.probes(self.group, self.probe.slot)
 
     def current(self) -> Tensor:
-        """Return the weight, which no evaluation writes."""
+        """Return the weight, which no evaluation changes."""
         weight = held(self.owner, self.name.rpartition(".")[2])
         assert weight is not None
         return weight.detach()
 
     def key(self, slot: int, *labels: str | int) -> int:
-        """Return what z depends on, besides the place of an entry."""
+        """Return the key of a direction: an entry of z depends on the key and its place only."""
         bits = noise.bits(self.probe.seed, "z", self.name, self.probe.step, slot, *labels)
         return directions.signed(bits)
 
@@ -101,7 +101,7 @@ class Perturbation(Beside):
         return directions.direction_at(self.probe.kind, places, self.key(slot))
 
     def mask(self) -> tuple[directions.Mask | None, tuple[Any, ...]]:
-        """Return what puts zeros into z, and what it takes besides z, weight and places."""
+        """Return a function that puts zeros into z, with its arguments after the first three."""
         return None, ()
 
     def drawn(self, slot: int) -> tuple[Any, ...] | None:
@@ -133,9 +133,9 @@ class Perturbation(Beside):
         return result
 
     def perturbed_rows(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Return rows (n, width), which were read by their numbers (n,), with s z of those rows.
+        """Return rows (n, width) of the weight plus s z of these rows. ids: their numbers (n,).
 
-        They may be overwritten.
+        `rows` may be overwritten.
         """
         shift, slot = self.probe.shift, self.probe.slot
         assert isinstance(shift, float)
@@ -148,7 +148,7 @@ class Perturbation(Beside):
         return rows
 
     def forget(self) -> None:
-        """Let go of what was kept for the step that has been made."""
+        """Free what was kept for the step that has been made."""
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs and cannot draw again."""
@@ -237,7 +237,7 @@ def parts(matrix: Tensor) -> Iterable[slice]:
 
 
 def number(value: float, like: Tensor) -> Tensor:
-    """Return a number as a tensor () beside another, in the dtype of its steps."""
+    """Return a number as a scalar tensor on another one's device, in the dtype of its steps."""
     return _number(value, wide(like), like.device)
 
 

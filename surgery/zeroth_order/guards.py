@@ -22,16 +22,16 @@ def check_given(name: str, arguments: Mapping[str, Any]) -> None:
     ]
     if given:
         raise ModelError(
-            f"{name}: {listed(given)} requires a gradient, and none comes to what the "
-            "model is given: slopes of coordinates come from two forwards. Give it detached; "
-            f"or leave {name} out, to train what is in front of the model."
+            f"{name}: {listed(given)} requires a gradient, but would get none: {name} trains by "
+            f"forwards alone. Give it detached; or leave {name} out, to train what is in front of "
+            "the model."
         )
 
 
 def other_world(name: str, applied: int, now: int) -> ModelError:
     """Return the error for a number of ranks that has changed since `surgery.apply`."""
     return ModelError(
-        f"{name}: per_rank=True was applied for {applied} ranks, and there are {now} now. Call "
+        f"{name}: per_rank=True was applied for {applied} ranks, but there are {now} now. Call "
         "torch.distributed.init_process_group before surgery.apply."
     )
 
@@ -56,15 +56,15 @@ def warn_of_state(name: str, optimizer: Optimizer, scalars: Tensor, decays: bool
         way = f"Give it to the pass, {example}, and" if decays else none
         warnings.warn(
             f"{name}: the weight_decay of {kind} acts on scalars that start from zero in each "
-            f"step: it does nothing. {way} weight_decay=0 to the optimizer.",
+            f"step, so it has no effect. {way} weight_decay=0 to the optimizer.",
             stacklevel=2,
         )
     if any(group.get("momentum") or (group.get("betas") or (0.0,))[0] for group in groups):
         warnings.warn(
-            f"{name}: {kind} has momentum, and the scalars that it steps stand for other "
-            "directions after each step. Their state is dropped, so momentum does nothing and Adam "
-            "takes the sign of each slope. Use torch.optim.SGD, or dense=True for momentum over "
-            "weights.",
+            f"{name}: {kind} has momentum, but the scalars that it steps stand for other "
+            "directions after each step. Their state is dropped, so momentum has no effect and "
+            "Adam takes the sign of each slope. Use torch.optim.SGD, or dense=True for momentum "
+            "over weights.",
             stacklevel=2,
         )
 
@@ -72,7 +72,7 @@ def warn_of_state(name: str, optimizer: Optimizer, scalars: Tensor, decays: bool
 def warn_of_silence(name: str, eps: float, steps: int) -> None:
     """Warn of slopes that have been zero for some steps."""
     warnings.warn(
-        f"{name}: the two evaluations have given exactly the same in {steps} steps running. "
+        f"{name}: the two evaluations have returned exactly the same in {steps} steps running. "
         f"eps={eps} may be too small for the dtype of the model or of the loss (keep the loss in "
         "float32), or the loss is constant.",
         stacklevel=2,

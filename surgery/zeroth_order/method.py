@@ -49,7 +49,7 @@ SILENT = 20  # steps running with a gradient of exactly zero before a warning
 class TwoPoint(Method):
     """The run-time state of a zeroth-order pass; also the `Probe` of its perturbations.
 
-    weights: one coordinate for each weight; they share their (K,) scalars unless dense.
+    weights: one coordinate for each weight; unless dense, all share one parameter of K scalars.
     """
 
     fuses = staticmethod(fuse)
@@ -105,7 +105,7 @@ class TwoPoint(Method):
         return 1.0 / math.sqrt(max(1.0, self.slots / self.groups))
 
     def probes(self, group: int, slot: int) -> bool:
-        """Whether a direction of this step goes through a group: each takes the next in turn."""
+        """Whether a direction of this step perturbs a group; directions take the groups in turn."""
         return (self.step * self.slots + slot) % self.groups == group
 
     def reread(self, graph: GraphModule) -> None:
@@ -150,7 +150,7 @@ class TwoPoint(Method):
 
     @contextmanager
     def at(self, shift: float | Tensor | None) -> Iterator[None]:
-        """Let weights be read at W + shift z inside."""
+        """Let the model read its weights at W + shift z inside."""
         self.shift = shift
         try:
             yield
@@ -209,7 +209,7 @@ class TwoPoint(Method):
         self.choose()
 
     def choose(self) -> None:
-        """Let those weights be trained that a direction of this step goes through."""
+        """Train the weights that a direction of this step perturbs."""
         for each in self.weights:
             each.active = bool(perturbation_of(each).slots)
 

@@ -31,18 +31,20 @@ EPS = {"lora_": 1e-2, "prompt_encoder": 1e-1, "prefix": 1e-1}
 class ZerothOrder:
     """Options of all passes that train by forwards.
 
-    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are of LoRA, 1e-1 if they are
-    prefixes). directions: q, each of two forwards; the variance of the gradient falls by q. noise:
-    of z. estimate: "central", "one_sided" ((L(W + eps z) - L(W)) / eps: q + 1 forwards), or
-    "forward": the exact derivative along z, by forward-mode differentiation, eps unused. dense:
-    let the optimizer see g z, of the weights' own size, and not g: for momentum and Adam over
-    weights. blocks: repeated blocks that a direction goes through, neighbours, and the next ones
-    each time; what lies before and behind them counts as a block (default: all). update: "sign"
-    makes each step lr sign(g z), whatever the size of g; "conservative" keeps of W, W - lr g z and
-    W + lr g z the one where the model's own loss is smallest: three forwards more. per_rank: other
-    directions on each rank of a data-parallel run. targets: weights, biases and norms among them
-    (default: all that require gradients). backward: weights that are trained by backward instead,
-    as without surgery: a forward more, at W, which is what is returned.
+    eps: size of the perturbation (default: 1e-3; 1e-2 if all targets are LoRA's, 1e-1 if they are
+    prefixes). directions: q, the number of directions in a step; each takes two forwards, and the
+    variance of the gradient falls by q. noise: the distribution of z. estimate: "central",
+    "one_sided" ((L(W + eps z) - L(W)) / eps, which takes q + 1 forwards), or "forward", the exact
+    derivative along z by forward-mode differentiation, without eps. dense: whether the optimizer
+    sees g z, as large as the weights, instead of g: for momentum and Adam over weights. blocks: the
+    number of neighbouring blocks that a direction perturbs (default: all); the next direction takes
+    the next ones, and what lies before and behind the blocks counts as a block. update: "sign"
+    makes each step lr sign(g z), whatever the size of g; "conservative" keeps the one of W, W - lr
+    g z and W + lr g z where the model's own loss is smallest, for three forwards more. per_rank:
+    whether each rank of a data-parallel run has directions of its own. targets: the weights to
+    train, biases and norms included (default: all that require gradients). backward: weights that
+    are trained by backward instead, as without surgery. This takes one more forward, at W, whose
+    output is returned.
     """
 
     thin: ClassVar[bool] = False  # whether directions of matrices are products of thin factors
@@ -77,15 +79,15 @@ class ZerothOrder:
         reading = hf.wants_gradients(model)
         if reading is not None:
             raise ModelError(
-                f"{name} trains by forwards alone, and AdaLoRA ({reading}) gives ranks away by the "
-                "gradients of its weights, of which there are none. Use LoraConfig in the place of "
+                f"{name} trains by forwards alone, but AdaLoRA ({reading}) allocates its ranks by "
+                "the gradients of its weights, which would be missing. Use LoraConfig instead of "
                 "AdaLoraConfig, or a pass that trains by backward."
             )
         above = [] if self.backward is None else backward_of(model, self.backward, name)
         names = weights_of(model, self.targets, name, above)
         runs = neighbours(model, names)
         count = len(runs) if self.blocks is None else self.blocks
-        most = f"blocks={count}, but what is trained of the model lies in {len(runs)} blocks."
+        most = f"blocks={count}, but the weights that are trained lie in {len(runs)} blocks."
         demand(count <= len(runs), self, most)
         starts = range(0, len(runs), count)
         groups = [set(itertools.chain(*runs[at : at + count])) for at in starts]
@@ -129,31 +131,32 @@ class ZerothOrder:
         demand(
             self.update != "conservative" or (method.slots == 1 and not self.dense),
             self,
-            'update="conservative" looks along one direction for the better end of a step: '
+            'update="conservative" looks along one direction for the best end of a step. Use '
             "directions=1, per_rank=False, dense=False.",
         )
         demand(
             self.update != "conservative" or self.backward is None,
             self,
-            'update="conservative" with backward=: the step of those weights is made already where '
-            "that of the others is judged. Leave one of them out.",
+            'update="conservative" does not go with backward=: those weights have made their step '
+            "before that of the others is judged. Leave one of the two out.",
         )
         demand(
             self.update != "sign" or (signs and alone),
             self,
-            'update="sign" is carried by one scalar for a weight, along signs: directions=1 (one '
-            'for each group of blocks), per_rank=False, noise="rademacher", mezo or sparse_mezo. '
-            "For signs of other sums of g z, let the optimizer see these, dense=True without "
-            "update=, and take p.grad.sign_() of each p in model.parameters() before its step.",
+            'update="sign" needs one scalar for each weight, and directions of signs: directions=1 '
+            '(one for each group of blocks), per_rank=False, noise="rademacher", and mezo or '
+            "sparse_mezo. For the signs of other sums of g z, let the optimizer see these sums, "
+            "dense=True without update=, and call p.grad.sign_() for each p in model.parameters() "
+            "before its step.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decaying(ZerothOrder):
-    """Options of those that decay weights; see `ZerothOrder`.
+    """Options of passes that decay weights; see `ZerothOrder`.
 
-    weight_decay: of matrices, decoupled, times the learning rate (the optimizer's own would act on
-    scalars that start from zero in each step).
+    weight_decay: decoupled decay of matrices, multiplied by the learning rate (the optimizer's own
+    decay would act on scalars that start from zero in each step).
     """
 
     weight_decay: float = 0.0
@@ -165,8 +168,8 @@ class Decaying(ZerothOrder):
         demand(
             not self.weight_decay or self.update != "conservative",
             self,
-            f'update="conservative" with weight_decay={self.weight_decay}: what a step is judged '
-            "by would not be what is kept. Leave one of them out.",
+            f'update="conservative" does not go with weight_decay={self.weight_decay}: the weights '
+            "that are judged would not be those that are kept. Leave one of the two out.",
         )
 
     def start(self, model: nn.Module) -> TwoPoint:
@@ -206,16 +209,16 @@ def weights_of(
     both = [name for name in wanted if name in set(above)]
     if both:
         raise TargetError(
-            f"{what}: {listed(both)} in targets= and in backward=. A weight is trained by forwards "
-            "or by backward: leave it out of one."
+            f"{what}: {listed(both)} is named in both targets= and backward=. A weight is trained "
+            "either by forwards or by backward: leave it out of one of the two."
         )
     for name in wanted:
         weight = model.get_parameter(name)
         check_steps(name, weight, what)
         if not weight.is_contiguous():
             raise TargetError(
-                f"{what}: {name} has gaps, strides {weight.stride()}. Make it contiguous, "
-                f"p.data = p.data.contiguous(), or leave it out of targets=."
+                f"{what}: {name} is not contiguous, its strides are {weight.stride()}. Write "
+                "p.data = p.data.contiguous(), or leave it out of targets=."
             )
     chosen = [name for name in wanted if name in set(trained)]
     if not chosen:

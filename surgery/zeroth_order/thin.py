@@ -20,7 +20,7 @@ from surgery.zeroth_order.direction import Perturbation
 
 @dataclass(eq=False, kw_only=True)
 class LowRank(Perturbation):
-    """z = left right of thin factors: x z^T is taken beside x W^T, z itself never formed there."""
+    """A direction z = left right of thin factors; forward computes x z^T without forming z."""
 
     rank: int
     period: int  # steps that what `draw_round` draws is kept for
@@ -36,10 +36,10 @@ class LowRank(Perturbation):
 
     @abstractmethod
     def draw_round(self, slot: int, round: int) -> tuple[Tensor, ...]:
-        """Return the factors that stay the same for a round."""
+        """Return the factors that stay the same within a round."""
 
     def of_round(self, slot: int) -> tuple[Tensor, ...]:
-        """Return them for the round under way, where the weight is and in the dtype of steps."""
+        """Return them for the current round, on the weight's device and in the dtype of steps."""
         weight, round = self.current(), self.probe.step // self.period
         if slot not in self.rounds or self.rounds[slot][0] != round:
             self.rounds[slot] = (round, self.draw_round(slot, round))
