@@ -50,7 +50,6 @@ FOREIGN = ("torch", "transformers", "peft", "accelerate")
 LONG = {
     "surgery/testing/laws.py": "one law after another, each by itself",
     "benchmarks/activation_memory.py": "one table: its rows are peers of one another",
-    "benchmarks/tables.py": "one kind of table after another",
     "tests/test_fsdp.py": "what is sharded and what is not, one case after another",
     "tests/test_compat.py": "one canary after another",
     "tests/test_other_code.py": "one kind of other code after another",

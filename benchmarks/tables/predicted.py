@@ -1,0 +1,90 @@
+"""What `plan` and `fit` predict, alone or beside what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.tables.cells import markdown
+
+
+def predictions(part: dict[str, Any]) -> str:
+    """Predicted peaks of whole steps beside measured ones."""
+    rows = [
+        [
+            name,
+            f"{row['predicted_megabytes']:,.2f} MB",
+            f"{row['measured_megabytes']:,.2f} MB",
+            f"{100 * row['off']:+.2f} %",
+            row["phase"],
+            f"{row['seconds']:.0f} s",
+        ]
+        for name, row in part.items()
+    ]
+    return markdown(["", "predicted", "measured", "off", "the peak is in", "prediction took"], rows)
+
+
+def predictions_gpu(part: dict[str, Any]) -> str:
+    """Predicted peaks and times of whole steps on a GPU beside measured ones."""
+    rows = [
+        [
+            name.replace(" | ", ", ").replace("h100", "H100").replace("h200", "H200"),
+            f"{row['peak_gib']:.2f} GiB",
+            f"{row['measured_gib']:.2f} GiB",
+            f"{row['ms']:.0f} ms",
+            f"{row['measured_ms']:.0f} ms",
+        ]
+        for name, row in part.items()
+    ]
+    return markdown(["", "peak, predicted", "measured", "a step, predicted", "measured"], rows)
+
+
+def spread(part: dict[str, Any]) -> str:
+    """How far predictions of peaks are off, over all runs."""
+    off = sorted(100 * abs(row["off"]) for rows in part.values() for row in _runs(rows))
+    near = sum(each < 0.1 for each in off)
+    row = [f"{len(off)}", f"{off[len(off) // 2]:.3f} %", f"{near}", f"{off[-1]:.2f} %"]
+    return markdown(
+        ["runs", "half are off by less than", "off by less than 0.1 %", "largest"], [row]
+    )
+
+
+def _runs(rows: Any) -> list[dict[str, Any]]:
+    found = rows.values() if isinstance(rows, dict) else []
+    return [row for row in found if isinstance(row, dict) and "off" in row]
+
+
+def fitting(part: dict[str, Any]) -> str:
+    """Peaks of compositions, and the longest row that fits into each memory."""
+    memories = [*part["best"]]
+    head = [
+        "",
+        "peak",
+        "time",
+        *(f"row in {m.replace('GiB', ' GiB')}" for m in memories),
+        "training",
+    ]
+    rows = []
+    for name, row in part["rows"].items():
+        longest = [f"{n:,}" if (n := row["longest"][m]) else "no" for m in memories]
+        chosen = [m for m in memories if name in part["best"][m]]
+        for memory in chosen:
+            longest[memories.index(memory)] = f"**{longest[memories.index(memory)]}**"
+        cells = [f"{row['peak_gib']:.1f} GiB", f"{row['time_over_eager']:.2f}x"]
+        what = (
+            row["quality"].removeprefix("another method: ").replace("the same gradients", "exact")
+        )
+        rows.append([name, *cells, *longest, what])
+    return markdown(head, rows)
+
+
+def best(part: dict[str, Any]) -> str:
+    """What `fit` recommends in each memory, and the longest row that fits there."""
+    ways = ["by backward", "by forward passes alone"][: len(next(iter(part["best"].values())))]
+    rows = []
+    for memory, names in part["best"].items():
+        found = [
+            "nothing fits" if name is None else f"{name}: {part['rows'][name]['longest'][memory]:,}"
+            for name in names
+        ]
+        rows.append([memory.replace("GiB", " GiB"), *found])
+    return markdown(["your GPU", *(f"{way}: longest row, in tokens" for way in ways)], rows)

@@ -1,0 +1,110 @@
+"""Losses and accuracies of methods."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from benchmarks.common import interval
+from benchmarks.tables.cells import markdown
+
+
+def quality(part: dict[str, Any]) -> str:
+    """Peak, time and held-out loss of methods, for the README."""
+    rows = [
+        [
+            name,
+            f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['time_over_adamw']:.2f}x",
+            ", ".join(f"{loss:.2f}" for loss in row["held_out_losses"]),
+        ]
+        for name, row in part.items()
+        if "held_out_losses" in row
+    ]
+    return markdown(["", "peak", "time of a step", "held-out loss, three seeds"], rows)
+
+
+def sampling(part: dict[str, Any]) -> str:
+    """Peak, time, learning rate and held-out loss of methods; some were not trained."""
+    rows = []
+    for name, row in part.items():
+        trained = "held_out_losses" in row
+        rows.append(
+            [
+                name,
+                f"{row['peak_megabytes']:,.0f} MB",
+                f"{row['time_over_adamw']:.2f}x",
+                f"{row['lr']:g}" if trained else "",
+                ", ".join(f"{loss:.2f}" for loss in row["held_out_losses"])
+                if trained
+                else "not run",
+                f"{row['held_out_mean']:.2f}" if trained else "",
+            ]
+        )
+    head = ["", "peak", "time of a step", "learning rate", "held-out loss, three seeds", "mean"]
+    return markdown(head, rows)
+
+
+def losses(part: dict[str, Any]) -> str:
+    """Held-out losses of methods, or of the variants of one."""
+    shown = part.get("methods") or part["rows"]
+    head = ["", "learning rate", "held-out loss, each seed", "mean"]
+    rows = [
+        [
+            name,
+            f"{row.get('lr', part.get('lr', 0)):g}",
+            ", ".join(f"{value:.3f}" for value in row["held_out_losses"]),
+            f"{row['held_out_mean']:.3f}",
+        ]
+        for name, row in shown.items()
+    ]
+    return markdown(head, rows)
+
+
+def intervals(part: dict[str, Any]) -> str:
+    """Means of three seeds, and the interval that holds each mean with 95 %."""
+    rows = []
+    for name, row in (part.get("methods") or part.get("rows") or part).items():
+        values = row.get("held_out_losses") or row.get("accuracies")
+        if values is None:  # not trained
+            continue
+        low, high = interval(values)
+        peak = f"{row['peak_megabytes']:,.0f} MB" if "peak_megabytes" in row else ""
+        rows.append(
+            [name, f"{fmean(values):.3f}", f"{low:.3f} to {high:.3f}", *([peak] * bool(peak))]
+        )
+    head = ["", "mean of three seeds", "95 % interval"]
+    return markdown(head + ["peak"] * (len(rows[0]) - 3), rows)
+
+
+def few_shot(part: dict[str, Any]) -> str:
+    """Accuracies of few-shot training."""
+    head = ["", "learning rate", "accuracy, each seed", "mean", "at the start"]
+    rows = [
+        [
+            name,
+            f"{row['lr']:g}",
+            ", ".join(f"{100 * value:.1f}" for value in row["accuracies"]),
+            f"{100 * row['accuracy_mean']:.1f} %",
+            f"{100 * row['curve'][0]:.1f} %",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    return markdown(head, rows)
+
+
+def packed(part: dict[str, Any]) -> str:
+    """Held-out losses with exact and with packed activations."""
+    losses_, means = part["held_out_losses"], part["held_out_mean"]
+    rows = [
+        [name, ", ".join(f"{loss:.3f}" for loss in each), f"{means[name]:.3f}"]
+        for name, each in losses_.items()
+    ]
+    return markdown(["", "held-out loss, each seed", "mean"], rows)
+
+
+def folding(part: dict[str, Any]) -> str:
+    """What becomes of steps in weights of few bits."""
+    rates = list(next(iter(part.values())))
+    rows = [[name, *(f"{row[rate]:.2f}" for rate in rates)] for name, row in part.items()]
+    return markdown(["", *(f"lr {float(rate):g}" for rate in rates)], rows)
