@@ -58,11 +58,13 @@ def scatter(case: str, rows: dict[str, dict[str, Any]]) -> None:
 def accuracy(task: str, result: dict[str, Any]) -> None:
     """Draw the accuracy of few-shot training against forwards, a line for each method."""
     with picture(f"few_shot_{task.replace(' ', '_')}", (7, 4.5)) as axes:
-        for name, row in result["rows"].items():
+        for place, (name, row) in enumerate(result["rows"].items()):
             count = len(row["curve"]) - 1
             forwards = [result["forwards"] * i / count for i in range(count + 1)]
             first_order = row["forwards_of_a_step"] == 3
-            axes.plot(forwards, row["curve"], "--" if first_order else "-", marker=".", label=name)
+            line = "--" if first_order else "-"
+            marker = ".sv"[place // 10]  # there are ten colours
+            axes.plot(forwards, row["curve"], line, marker=marker, markersize=5, label=name)
         axes.set_xlabel("forwards (a backward counts as two)")
         axes.set_ylabel(f"accuracy, mean of {len(result['seeds'])} seeds")
         axes.set_title(f"MiniLM on Reuters R8, {task}, {result['shots']} examples of each")

@@ -108,3 +108,37 @@ def folding(part: dict[str, Any]) -> str:
     rates = list(next(iter(part.values())))
     rows = [[name, *(f"{row[rate]:.2f}" for rate in rates)] for name, row in part.items()]
     return markdown(["", *(f"lr {float(rate):g}" for rate in rates)], rows)
+
+
+def pretrained(part: dict[str, Any]) -> str:
+    """Losses from scratch with their intervals, peaks and times."""
+    rows = [
+        [
+            name,
+            f"{row['lr']:g}",
+            f"{row['held_out_mean']:.3f}",
+            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
+            f"{row['peak_megabytes']:,.0f} MB",
+            f"{row['milliseconds_a_step']:,.0f} ms",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    head = ["", "learning rate", "mean of three seeds", "95 % interval", "peak", "a step"]
+    return markdown(head, rows)
+
+
+def finetuned(part: dict[str, Any]) -> str:
+    """Losses with their intervals, what other text has lost, and the least memory of each."""
+    rows = [
+        [
+            name,
+            f"{row['lr']:g}",
+            f"{row['held_out_mean']:.3f}",
+            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
+            f"{row['forgotten']:+.3f}",
+            f"{100 * row['smallest_share']:.0f} %",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    head = ["", "learning rate", "mean of three seeds", "95 % interval", "loss on other text"]
+    return markdown([*head, "least peak, of AdamW's"], rows)
