@@ -220,8 +220,8 @@ def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     trunk = stack[: len(stack) - options.late]
     if len(trunk) < 2:
         raise TargetError(
-            f"sherl: this model has {len(stack)} blocks, and late={options.late} leaves a trunk of "
-            f"{len(trunk)}. The side path needs two blocks or more there: use a smaller "
+            f"sherl: the model's list of blocks has {len(stack)}, and late={options.late} leaves a "
+            f"trunk of {len(trunk)}. The side path needs two blocks or more there: use a smaller "
             "late=, or another pass, such as misa."
         )
     hidden = options.hidden or width_of(model.get_submodule(trunk[0]), "sherl")

@@ -163,16 +163,33 @@ def test_adapters_are_put_on_the_model_of_a_config(monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     few = fitting.GROUPS["adapter"]
-    monkeypatch.setattr(fitting, "GROUPS", {"adapter": (few[0], few[1], few[-1])})
+    monkeypatch.setattr(fitting, "GROUPS", {"adapter": (few[0][:2], few[1])})
     config = make("llama").config
     found = surgery.fit(config, (2, 24), "1GiB", goal="adapter")
     model = get_peft_model(make("llama"), LoraConfig(r=16, target_modules="all-linear"))
     own = surgery.fit(model, (2, 24), "1GiB", goal="adapter")
-    assert [row.peak for row in found.rows] == [row.peak for row in own.rows]
+    *rows, beside = found.rows  # the last one is of a model without adapters
+    assert [row.peak for row in rows] == [row.peak for row in own.rows]
+    assert "two blocks or more" in beside.note and beside.before == ()
     assert found.best is not None and "get_peft_model(model, LoraConfig(" in found.best.lines
     assert own.best is not None and own.best.lines == "# nothing: it fits as it is"
     with pytest.raises(surgery.OptionError, match="no adapters to plan for"):
         surgery.fit(make("llama"), (2, 24), "1GiB", goal="adapter")
+
+
+def test_a_side_path_is_tried_beside_the_model_of_a_config(monkeypatch):
+    few = Composition(names=("sherl", "chunked_loss"), bare=True), Composition(names=())
+    monkeypatch.setattr(fitting, "GROUPS", {"adapter": (few,)})
+    config = make("llama", **layers("llama", 6)).config
+    found = surgery.fit(config, (2, 24), "1GiB", goal="adapter")
+    model = surgery.apply(make("llama", **layers("llama", 6)), found.rows[0].spec)
+    assert found.best is found.rows[0]
+    assert found.best.lines == "surgery.apply(model, ['sherl', 'chunked_loss'])"
+    wanted = surgery.plan(config, (2, 24), ["sherl", "chunked_loss"]).after
+    assert found.best.peak == wanted.peak and found.best.activations == wanted.activations
+    assert surgery.report(model, batch("llama", rows=2, length=24)).after.activations == (
+        pytest.approx(wanted.activations, rel=0.02)
+    )
 
 
 def test_a_model_in_evaluation_mode_is_played_as_it_will_be_trained(monkeypatch):

@@ -105,7 +105,7 @@ def add(error: BaseException, phase: str) -> None:
         text = _EXPLAIN[0](call, phase)
     except Exception as other:  # of the model's own code: the user's error must not be lost
         said = in_a_line(other, 200)
-        text = f"what held it cannot be told, since the step cannot be played: {said}"
+        text = f"what held it cannot be told, since the step cannot be simulated: {said}"
     error.add_note(TITLE + text)
 
 

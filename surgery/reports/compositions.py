@@ -9,16 +9,22 @@ EXACT = "the same gradients"
 SAMPLED = "another method: some weights at a time"
 MAPPED = "another method: low-rank steps"
 ROUNDED = "gradients of rounded activations"
+BESIDE = "another method: a side path beside the frozen model"
 FORWARDS = "another method: slopes of forwards, many more steps"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """Passes by name. quality: what they change of the training."""
+    """Passes by name. quality: what they change of the training.
+
+    bare: whether they want a model without adapters, and are left out where the user has put some
+    on.
+    """
 
     names: tuple[str, ...]
     quality: str = EXACT
     checkpointing: bool = False
+    bare: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,12 @@ _FORWARDS = tuple(
 )
 GROUPS: Mapping[str, tuple[tuple[Composition, ...], ...]] = {
     "full": (_EXACT, _METHODS),
-    "adapter": (_EXACT, (Composition(names=("velora", *_BOTH), quality=MAPPED),)),
+    "adapter": (
+        _EXACT,
+        (
+            Composition(names=("velora", *_BOTH), quality=MAPPED),
+            Composition(names=("sherl", "chunked_loss"), quality=BESIDE, bare=True),
+        ),
+    ),
     "forwards": (_FORWARDS,),
 }

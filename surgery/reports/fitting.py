@@ -35,7 +35,7 @@ SPARE = 0.1  # of the memory: what fragments, other libraries and the next longe
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """Steps of compositions, group by group; of one that cannot be played, why.
+    """Steps of compositions, group by group; of one that cannot be simulated, why.
 
     what, where: the model, the device and the goal in words. before: the lines that come before
     those of a row. shape: of the batch's tokens.
@@ -147,8 +147,8 @@ def fit(
     there; by default AdamW, and SGD for "forwards". memory: the bytes of one process, or a text
     such as "24GiB"; by default the device's memory. goal: "full" trains all weights, "adapter"
     those that require gradients already (a model made of a config gets LoRA of rank 16 on every
-    Linear), and "forwards" uses no backward. told: a function that is called with each row as it is
-    found.
+    Linear, and "sherl" is tried on it without adapters), and "forwards" uses no backward. told: a
+    function that is called with each row as it is found.
 
     Raises OptionError for an unknown goal, device or unit, or for less memory than the weights
     take.
@@ -159,8 +159,10 @@ def fit(
         raise OptionError(f"goal={goal!r} must be one of {', '.join(map(repr, GROUPS))}.")
     source, model = model, model_of(model)
     before: tuple[str, ...] = ()
+    bare = None
     if goal == "adapter" and not is_adapted(model):
         model, before = adapted(model, there=source is model)
+        bare = model_of(source)
     check_world(world, wrap, batch)
     weights = storage_bytes(model.parameters()) // (world if wrap == "fsdp2" else 1)
     if weights > size:
@@ -185,7 +187,7 @@ def fit(
             told(_row(one, step, shape, size, before))
 
     with captures.kept():
-        groups = [tuple(_played(model, given, group, loop, said)) for group in GROUPS[goal]]
+        groups = [tuple(_played(model, bare, given, group, loop, said)) for group in GROUPS[goal]]
     played = Played(
         what=type(model).__name__,
         where="".join(
@@ -204,6 +206,7 @@ def fit(
 
 def _played(
     model: nn.Module,
+    bare: nn.Module | None,
     batch: Mapping[str, Any],
     group: Sequence[Composition],
     loop: Loop,
@@ -212,14 +215,16 @@ def _played(
     for each in group:
         if each.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
             continue
+        if (subject := bare if each.bare else model) is None:
+            continue
         try:
             prepare = _checkpointed if each.checkpointing else _trained
             passes = resolve(list(each.names), {}) if each.names else ()
-            step: Step | str = foresee(model, batch, passes, replace(loop, prepare=prepare))
+            step: Step | str = foresee(subject, batch, passes, replace(loop, prepare=prepare))
         except SurgeryError as error:  # of a pass that this model is not for
             step = in_a_line(error, 160)
         except Exception as error:  # of a model's own code, of any kind
-            step = f"cannot be played: {type(error).__name__}: {in_a_line(error, 120)}"
+            step = f"cannot be simulated: {type(error).__name__}: {in_a_line(error, 120)}"
         said(each, step)
         yield each, step
 
@@ -254,7 +259,7 @@ def _row(
 ) -> Row:
     row = Row(
         spec=one.names,
-        before=before,
+        before=() if one.bare else before,
         checkpointing=one.checkpointing,
         peak=None,
         milliseconds=None,

@@ -114,13 +114,13 @@ def _played(
     except Exception as error:  # of a model's own code, of any kind
         what = "with the passes" if passes else "without the passes"
         said = in_a_line(error, 300)
-        reason = f"a step {what} cannot be played: {type(error).__name__}: {said}"
+        reason = f"a step {what} cannot be simulated: {type(error).__name__}: {said}"
         lines.append(("peak not predicted", reason))
         return None
 
 
 def check_world(world: int, wrap: Wrap, batch: object) -> None:
-    """Raise OptionError for a world that cannot be played."""
+    """Raise OptionError for a world that cannot be simulated."""
     if type(world) is not int or world < 1:
         raise OptionError(f"world={world!r} must be a number of processes, 1 or more.")
     if wrap not in get_args(Wrap):
