@@ -74,6 +74,8 @@ class Sherl:
         for name in ("late", "width", "hidden"):
             value = getattr(self, name)
             demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
+        one = "width=1 must be at least 2: the norm of one channel is 0."
+        demand(self.width != 1, self, one)
 
     def start(self, model: nn.Module) -> Routing:
         """Make a side path for a model, or take the one on it; changes nothing. Raises TargetError,
@@ -191,6 +193,12 @@ def load_side_path(model: nn.Module, folder: str | Path) -> nn.Module:
     `surgery.apply(model, "sherl")` goes on training the side path. Returns the same model.
     """
     recipe, state = read_addition(folder)
+    names = {name for name, _ in model.named_modules()}
+    if missing := [name for name in recipe["reads"] if name not in names]:
+        raise ModelError(
+            f"this side path reads {missing[0]}, which {type(model).__name__} does not have. Load "
+            "it on the model that it was trained beside, or on another with the same blocks."
+        )
     first = next(model.get_submodule(recipe["reads"][0]).parameters())
     side = SidePath(**recipe, like=first)
     side.load_state_dict(state)
@@ -217,7 +225,7 @@ def _made(model: nn.Module, options: Sherl) -> SidePath:
 def _recipe(model: nn.Module, options: Sherl) -> dict[str, Any]:
     """Return what a side path for a model is made of."""
     stack = one_stack(model, options.within, "sherl")
-    trunk = stack[: len(stack) - options.late]
+    trunk = stack[: max(0, len(stack) - options.late)]
     if len(trunk) < 2:
         raise TargetError(
             f"sherl: the model's list of blocks has {len(stack)}, and late={options.late} leaves a "

@@ -95,9 +95,9 @@ class Trim:
         others = [n for n, p in model.named_parameters() if p.requires_grad]
         others = [n for n in others if n not in {each.weight for each in own}] if self.rest else []
         rest = densely(model, others, precision="weights")
-        if not own and not rest:
+        if not own:
             raise TargetError(
-                f"trim: {names[id(weight)]} is frozen, and nothing else is trained. Unfreeze it "
+                f"trim: {names[id(weight)]} is frozen, so there are no rows to train. Unfreeze it "
                 "(requires_grad=True) before surgery.apply, or leave trim out."
             )
         return Trimming(

@@ -172,6 +172,10 @@ def test_adapters_are_put_on_the_model_of_a_config(monkeypatch):
     assert [row.peak for row in rows] == [row.peak for row in own.rows]
     assert "two blocks or more" in beside.note and beside.before == ()
     assert found.best is not None and "get_peft_model(model, LoraConfig(" in found.best.lines
+    plain = make("llama")
+    with pytest.raises(surgery.ModelError, match=r"with adapters.*get_peft_model\(model, LoraC"):
+        found.apply(plain)
+    assert all(p.requires_grad for p in plain.parameters())
     assert own.best is not None and own.best.lines == "# nothing: it fits as it is"
     with pytest.raises(surgery.OptionError, match="no adapters to plan for"):
         surgery.fit(make("llama"), (2, 24), "1GiB", goal="adapter")

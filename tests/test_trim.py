@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from laws import case, own
-from models import batch, loss_of, make
+from models import adapt, batch, loss_of, make
 from test_export import loaded, same_outputs
 from torch import nn
 
@@ -215,8 +215,9 @@ def test_used_takes_numbers_tensors_and_data_sets():
         (lambda: make("llama"), [95, 96], surgery.OptionError, "96.*96 rows"),
         (lambda: nn.Linear(2, 2), [1], surgery.TargetError, "get_input_embeddings"),
         (lambda: make("llama").requires_grad_(False), [1], surgery.TargetError, "requires_grad"),
+        (lambda: adapt(make("llama"), "lora"), [1], surgery.TargetError, "no rows to train"),
     ],
-    ids=["nothing", "beyond", "no words", "frozen"],
+    ids=["nothing", "beyond", "no words", "frozen", "adapters"],
 )
 def test_what_cannot_be_trimmed_is_refused(model, used, error, message):
     with pytest.raises(error, match=message):

@@ -201,3 +201,23 @@ def test_lora_weights_are_targets():
     surgery.remove(model)
     surgery.apply(model, "mezo", targets=LORA)
     assert all("lora_" in c.weight for c in surgery.coordinates(model))
+
+
+@pytest.mark.parametrize("first", ["lower", "upper"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_changes_nothing_under_two_optimizers(first, factor):
+    model = surgery.apply(make("plain"), passes.Mezo(backward=r"blocks\.[12]\..*|final.*|norm.*"))
+    found = {id(c.parameter): c.parameter for c in surgery.coordinates(model)}.values()
+    lower = torch.optim.SGD([p for p in found if p.numel() == 1], lr=1e-4)
+    upper = torch.optim.AdamW([p for p in found if p.numel() > 1], lr=1e-3)
+    both = (lower, upper) if first == "lower" else (upper, lower)
+    for n, scale in enumerate((1.0, factor, 1.0)):
+        before = weights(model)
+        (loss_of(model, inputs_of("plain", seed=n)) * scale).backward()
+        for optimizer in both:
+            optimizer.step()
+        for optimizer in both:
+            optimizer.zero_grad()
+        same = [torch.equal(before[name], p) for name, p in own(model).items()]
+        assert all(same) if n == 1 else not any(same)
+    assert dict(surgery.report(model).lines)["optimizer steps"] == "2"

@@ -36,6 +36,7 @@ class Run(Protocol):
     """The run that a pass is part of, as the hooks of its `Method` see it.
 
     model: the model that `surgery.apply` was given. step: the number of optimizer steps made.
+    skipped: the number of optimizers' steps that were skipped, for gradients that were not finite.
     optimizers: all optimizers that have stepped the model. driving: those that make the current
     step. loss_scale: the scale of the GradScaler in the current step, 1 without one. rehearsal:
     whether the current forward is one of `surgery.report`, which must leave no trace.
@@ -46,6 +47,9 @@ class Run(Protocol):
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def skipped(self) -> int: ...
 
     @property
     def loss_scale(self) -> float: ...

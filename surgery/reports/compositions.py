@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
+from surgery.errors import ModelError
+from surgery.prediction.sources import is_adapted
+
 EXACT = "the same gradients"
 SAMPLED = "another method: some weights at a time"
 MAPPED = "another method: low-rank steps"
@@ -64,6 +69,15 @@ class Row:
         if self.spec:
             found.append(f"surgery.apply(model, {list(self.spec)!r})")
         return "\n".join(found) or "# nothing: it fits as it is"
+
+
+def check_adapted(model: nn.Module, row: Row) -> None:
+    """Raise ModelError if a row is for a model with adapters, and this one has none."""
+    if row.before and not is_adapted(model):
+        raise ModelError(
+            "the recommended combination is for a model with adapters, but nothing of this "
+            f"{type(model).__name__} is frozen. First run: {'; '.join(row.before)}"
+        )
 
 
 _BOTH = ("recompute", "chunked_loss")

@@ -26,7 +26,7 @@ from surgery.prediction.devices import device_named, memory_of
 from surgery.prediction.loop import Loop, Step, Wrap, foresee, own_loss
 from surgery.prediction.optimizers import Making
 from surgery.prediction.sources import Source, adapted, batch_for, is_adapted, model_of, shape_of
-from surgery.reports.compositions import GROUPS, Composition, Row
+from surgery.reports.compositions import GROUPS, Composition, Row, check_adapted
 from surgery.reports.predicted import check_world
 
 Goal = Literal["full", "adapter", "forwards"]
@@ -80,6 +80,7 @@ class Fit:
                 f"is {self.nearest.title}, with {binary(self.nearest.peak or 0)}. Try a smaller "
                 'batch, goal="forwards", or more memory.'
             )
+        check_adapted(model, self.best)
         if self.best.checkpointing:
             checkpoint_blocks(model)
         if self.best.spec:

@@ -46,9 +46,11 @@ def report(surgery: Surgery, batch: dict[str, Any] | None) -> Report:
     unused = surgery.coverage.unused
     if unused:
         lines.append(("unused by every forward", listed(unused)))
+    lines.append(("optimizer steps", f"{clock.step:,}"))
+    if decision.coordinates:
+        skipped = f"{clock.skipped:,}, for NaN or infinite gradients"
+        lines.append(("skipped steps", skipped))
     lines += [
-        ("optimizer steps", f"{clock.step:,}"),
-        ("skipped steps", f"{clock.skipped:,}, for NaN or infinite gradients"),
         ("captured graphs", f"{dispatch.captures}"),
         *_beside_predicted(surgery, after.activations),
     ]

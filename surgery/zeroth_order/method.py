@@ -78,6 +78,7 @@ class TwoPoint(Method):
     slot: int = 0
     shift: float | Tensor | None = None
     probed: bool = False  # a forward was evaluated since the last optimizer step
+    skips: int = 0  # of the run, at that forward
     silent: int = 0
     journal: list[tuple[float, ...]] = field(default_factory=list)  # K scalars, learning rate
     written: dict[Modes, frozenset[str]] = field(default_factory=dict)  # buffers, see `Same`
@@ -130,7 +131,7 @@ class TwoPoint(Method):
             same.keep()
         judged, counts = self.judged, not run.rehearsal
         again = None if judged is None else judged.again(same, last, counts)
-        self.probed = self.probed or not run.rehearsal
+        self.probed, self.skips = self.probed or not run.rehearsal, run.skipped
         weights = [p.read for p in self.weights] if self.dense else [self.weights[0].read]
         flat = [value for each in slopes for value in each]
         behind = middle if self.mixed else ()
@@ -166,7 +167,9 @@ class TwoPoint(Method):
             warn_of_state(self.name, optimizer, self.weights[0].parameter, self.decays)
 
     def before_step(self, run: Run) -> None:
-        if self.probed and all(parameter.grad is None for parameter in self.parameters):
+        # Of two optimizers, the one that comes first may have found the slope not to be finite.
+        unheard_of = self.probed and run.skipped == self.skips
+        if unheard_of and all(parameter.grad is None for parameter in self.parameters):
             raise unheard(self.name)
         if self.judged is not None:
             self.judged.check_kept()
