@@ -79,7 +79,7 @@ def law_3_apply_is_all_or_nothing(case: Case) -> None:
 def law_4_remove_undoes_apply(case: Case) -> None:
     """remove(apply(m)) is m: classes, keys, identities, requires_grad, hooks, outputs."""
     model, plain = case.model(), case.model()
-    frozen = next(iter(own(model)))
+    *_, frozen = own(model)
     for each in (model, plain):
         each.get_parameter(frozen).requires_grad_(False)
     before, expected = anatomy(model), weights(model)
