@@ -118,8 +118,10 @@ def chosen(
     score: Callable[[Any], float],
     until: float = math.inf,
 ) -> tuple[dict[Job, Any], dict[str, float]]:
-    """Train each method at its learning rates, and return what that gave, and the rates that did
-    best: tried: method -> rate -> job. score: of what a job gives; the smallest is the best."""
+    """Train each method at its learning rates; return what each job gave, and the best rates.
+
+    tried: method -> rate -> job. score: of what a job gives; the smallest is the best.
+    """
     jobs = [job for rates in tried.values() for job in rates.values()]
     found = train_all(runs, train, jobs, until)
     best = {
@@ -226,6 +228,25 @@ def alternate(
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
     """Return the median over rounds of time(name) / time(to)."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return the clock for steps, in seconds. On a CPU, where runs side by side share the cores, it
+    is the processor's, and this process gets one thread."""
+    if device == "cuda":
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
+def standing_and_peak(begin: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
+    """Return the bytes that stand on a CPU once a run has begun, and the peak in its next step.
+
+    begin: makes all that there is, and returns the step.
+    """
+    begun = memory.measure(begin, torch.device("cpu"))
+    more = memory.measure(begun.result, torch.device("cpu"), after=begun).peak
+    return begun.live, begun.live + more
 
 
 def peak_of_step(

@@ -35,6 +35,7 @@ from benchmarks.arms import dense, lora, ours
 from benchmarks.common import (
     OutOfTime,
     chosen,
+    clock_of,
     interval,
     load,
     peak_of_step,
@@ -169,10 +170,8 @@ def built(size: str, method: str, lr: float, seed: int, also: Any = ()) -> tuple
 def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """Return held-out losses on the way, and the loss on other text before and after."""
     scale = SCALES[size]
-    gpu = scale.device == "cuda"
     torch._dynamo.reset()
-    if not gpu:
-        torch.set_num_threads(1)
+    clock = clock_of(scale.device)
     model, optimizer, tokenizer = built(size, method, lr, seed)
     test, other = (
         rows_of(scale, tokenizer, "held_out", source)[: scale.held_out].to(scale.device)
@@ -191,7 +190,6 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
         return round(statistics.fmean(losses), 4)
 
     found: dict[str, Any] = {"losses": {"0": loss_on(test)}, "other_before": loss_on(other)}
-    clock = time.perf_counter if gpu else time.process_time  # runs side by side share two cores
     seconds = 0.0
     for n in range(steps):
         start = clock()
@@ -210,6 +208,7 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
 def cost(size: str, method: str, rows: int, exact: bool) -> dict[str, float]:
     """Return peak bytes and milliseconds of a step whose batch comes in parts of so many rows."""
     scale = SCALES[size]
+    clock = clock_of(scale.device)
     model, optimizer, tokenizer = built(size, method, 1e-5, 0, EXACT if exact else ())
     ids = rows_of(scale, tokenizer, "train", "gcide")[: scale.batch[0]].to(scale.device)
     parts = ids.split(rows)
@@ -221,12 +220,11 @@ def cost(size: str, method: str, rows: int, exact: bool) -> dict[str, float]:
         optimizer.zero_grad()
 
     peak = peak_of_step(model, optimizer, step)
-    gpu, seconds = scale.device == "cuda", []
-    clock = time.perf_counter if gpu else time.process_time
+    seconds = []
     for _ in range(5):
         start = clock()
         step()
-        if gpu:
+        if scale.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(clock() - start)
     milliseconds = round(1e3 * statistics.median(seconds), 1)

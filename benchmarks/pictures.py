@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import surgery
-from benchmarks.common import load, save
+from benchmarks.common import load, save, standing_and_peak
 from benchmarks.plots import PICTURES
 from benchmarks.prediction import forget
 from surgery.catalogue import resolve
-from surgery.memory import measure
 from surgery.prediction.loop import Loop, foresee
 from surgery.reports import pictures
 from surgery.reports.compositions import GROUPS, Composition
@@ -75,7 +75,7 @@ def measured(one: Composition) -> dict[str, float]:
     """Return the peak of a real step, weights and all, in bytes, and its CPU milliseconds."""
     kept: list[Any] = []
 
-    def begin() -> None:
+    def begin() -> Callable[[], None]:
         model = llama(one.checkpointing)
         if one.names:
             surgery.apply(model, list(one.names), compile=False)
@@ -83,6 +83,7 @@ def measured(one: Composition) -> dict[str, float]:
         kept.extend([model, batch(), make([p for p in model.parameters() if p.requires_grad])])
         step()
         gc.collect()
+        return step
 
     def step() -> None:
         model, inputs, optimizer = kept
@@ -90,8 +91,7 @@ def measured(one: Composition) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    start = measure(begin, torch.device("cpu"))
-    peak = start.live + measure(step, torch.device("cpu"), after=start).peak
+    _, peak = standing_and_peak(begin)
     seconds = []
     for _ in range(STEPS):
         began = time.process_time()

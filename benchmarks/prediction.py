@@ -26,10 +26,9 @@ from transformers.utils import logging
 
 import passes
 import surgery
-from benchmarks.common import adapted, run_parts
+from benchmarks.common import adapted, run_parts, standing_and_peak
 from surgery.catalogue import resolve
 from surgery.engine.captures import CAPTURES
-from surgery.memory import measure
 from surgery.prediction.loop import Loop, foresee, own_loss
 
 ROWS, LENGTH, VOCAB = 2, 256, 2048
@@ -210,7 +209,7 @@ def measured(family: str, run: Run) -> dict[str, int]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def begin() -> None:
+    def begin() -> Callable[[], None]:
         model = model_of(family, run)
         kept.extend([model, batch_of(family, run)])
         if run.spec is not None:
@@ -218,12 +217,10 @@ def measured(family: str, run: Run) -> dict[str, int]:
         kept.append(run.optimizer([p for p in model.parameters() if p.requires_grad]))
         step()
         gc.collect()
+        return step
 
-    start = measure(begin, torch.device("cpu"))
-    return {
-        "start": start.live,
-        "peak": start.live + measure(step, torch.device("cpu"), after=start).peak,
-    }
+    start, peak = standing_and_peak(begin)
+    return {"start": start, "peak": peak}
 
 
 def compare(part: str, name: str) -> dict[str, Any]:

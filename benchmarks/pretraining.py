@@ -33,6 +33,7 @@ from benchmarks.arms import dense, lora, ours
 from benchmarks.common import (
     OutOfTime,
     chosen,
+    clock_of,
     interval,
     load,
     peak_of_step,
@@ -106,6 +107,12 @@ def model_of(scale: Scale) -> Any:
     return model.train().to(scale.device)
 
 
+def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    kind = ids.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        return model(input_ids=ids, labels=ids).loss
+
+
 # -- methods ---------------------------------------------------------------------------------------
 
 
@@ -165,11 +172,8 @@ METHODS |= {name: (way, METHODS[name.split(",")[0]][1]) for name, way in FACTORS
 def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """Return held-out losses on the way, and milliseconds of a step."""
     scale = SCALES[size]
-    gpu = scale.device == "cuda"
+    device, clock = scale.device, clock_of(scale.device)
     torch._dynamo.reset()
-    if not gpu:
-        torch.set_num_threads(1)
-    device = scale.device
     count, length = scale.batch
     test = corpus.rows("held_out", length)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
@@ -181,12 +185,8 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
     model, optimizer = way(model_of(scale), lr, REST, seed)
     schedule = warmed_cosine(optimizer, steps, steps // 10)
 
-    def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(scale.device, torch.bfloat16, enabled=gpu):
-            return model(input_ids=ids, labels=ids).loss
-
     def step(n: int) -> None:
-        loss_of(rows[order[n * count : (n + 1) * count]].to(device)).backward()
+        loss_of(model, rows[order[n * count : (n + 1) * count]].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -194,7 +194,7 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
     @torch.no_grad()
     def held_out() -> float:
         model.eval()
-        found = statistics.fmean(loss_of(ids).item() for ids in test.split(count))
+        found = statistics.fmean(loss_of(model, ids).item() for ids in test.split(count))
         model.train()
         return round(found, 4)
 
@@ -202,7 +202,6 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
     losses: dict[str, float] = {}
     for n in range(2):  # captures
         step(n)
-    clock = time.perf_counter if gpu else time.process_time  # runs side by side share two cores
     start, aside = clock(), 0.0
     for n in range(2, steps):
         step(n)
@@ -223,9 +222,7 @@ def peak(size: str, method: str) -> float:
     ids = corpus.rows("train", scale.batch[1])[: scale.batch[0]].to(scale.device)
 
     def step() -> None:
-        with torch.autocast(scale.device, torch.bfloat16, enabled=scale.device == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 

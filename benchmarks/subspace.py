@@ -38,13 +38,13 @@ from benchmarks.common import (
     load,
     ratio,
     run_parts,
+    standing_and_peak,
     step_of,
     summary,
     train_all,
     warmed_cosine,
 )
 from examples.real import kjv, smollm2, token_rows
-from surgery import memory
 
 CPU = torch.device("cpu")
 PERIOD, RANK = 200, 64
@@ -190,8 +190,7 @@ def peak(build: Callable[..., Any], start: Any, case: Case, batches: Sequence[to
             step()
         return step
 
-    standing = memory.measure(trained, CPU)
-    return standing.live + memory.measure(standing.result, CPU, after=standing).peak
+    return standing_and_peak(trained)[1]
 
 
 def cost(name: str) -> dict[str, Any]:

@@ -71,11 +71,11 @@ class Sherl:
     def __post_init__(self) -> None:
         check_types(self)
         demand(self.taps >= 2, self, f"taps={self.taps} must be at least 2: a block and the guide.")
-        for name in ("late", "width", "hidden"):
+        for name, least in (("late", 1), ("width", 2), ("hidden", 1)):  # LN of one channel is 0
             value = getattr(self, name)
-            demand(value is None or value >= 1, self, f"{name}={value} must be at least 1.")
-        one = "width=1 must be at least 2: the norm of one channel is 0."
-        demand(self.width != 1, self, one)
+            demand(
+                value is None or value >= least, self, f"{name}={value} must be at least {least}."
+            )
 
     def start(self, model: nn.Module) -> Routing:
         """Make a side path for a model, or take the one on it; changes nothing. Raises TargetError,

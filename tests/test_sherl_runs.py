@@ -46,6 +46,25 @@ def test_an_export_loads_with_its_recipe_and_without_it(family, tmp_path):
         assert torch.equal(fresh.eval()(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 4), ("gpt2", 6)])
+def test_a_side_path_is_not_put_on_a_model_without_its_blocks(family, blocks, tmp_path):
+    surgery.export(surgery.apply(model_of(), "sherl"), tmp_path)
+    other = model_of(family, blocks)
+    before = anatomy(other)
+    with pytest.raises(surgery.ModelError, match=r"reads model\.layers\.\d, which .* not have"):
+        passes.load_side_path(other, tmp_path / "side_path")
+    assert anatomy(other) == before
+
+
+def test_a_side_path_is_put_on_as_a_whole_or_not_at_all():
+    side = passes.Sherl().start(model_of()).side
+    shorter = model_of(blocks=4)
+    before = anatomy(shorter)
+    with pytest.raises(AttributeError):
+        side.put_on(shorter)
+    assert anatomy(shorter) == before and not side.handles
+
+
 def test_an_export_of_a_plain_module(tmp_path):
     model = surgery.apply(deep("plain"), "sherl")
     inputs = case("sherl").inputs(seed=1)

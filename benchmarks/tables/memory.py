@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.tables.cells import INSIDE, markdown
+from benchmarks.tables.cells import INSIDE, by_columns, markdown
 
 
 def activations(part: dict[str, Any]) -> str:
@@ -110,30 +110,22 @@ def _losses(part: dict[str, Any], told: Callable[[Any], str]) -> str:
 
 def training_steps(part: dict[str, Any]) -> str:
     """Bytes and time of whole steps, each beside the row that it is compared with."""
-    rows = [
-        [
-            name,
-            f"{row['live_megabytes']:,.1f} MB",
-            f"{row['gradient_bytes'] / 1e6:,.1f} MB",
-            f"{row['optimizer_bytes'] / 1e6:,.1f} MB",
-            f"{row['time_ratio']:.2f}x",
-            row["compared_with"],
-        ]
-        for name, row in part.items()
-    ]
-    return markdown(["", "live", "gradients", "optimizer state", "time", "over"], rows)
+    return by_columns(
+        part,
+        ("live", "{live_megabytes:,.1f} MB"),
+        ("gradients", lambda row: f"{row['gradient_bytes'] / 1e6:,.1f} MB"),
+        ("optimizer state", lambda row: f"{row['optimizer_bytes'] / 1e6:,.1f} MB"),
+        ("time", "{time_ratio:.2f}x"),
+        ("over", "{compared_with}"),
+    )
 
 
 def standing(part: dict[str, Any]) -> str:
     """What stands between steps, what a step adds to it, and its time."""
-    rows = [
-        [
-            name,
-            f"{row['weights_megabytes']:,.0f} MB",
-            f"{row['optimizer_megabytes']:,.0f} MB",
-            f"{row['peak_megabytes']:,.0f} MB",
-            f"{row['time_ratio']:.2f}x",
-        ]
-        for name, row in part["rows"].items()
-    ]
-    return markdown(["", "weights", "optimizer state", "peak of a step above them", "time"], rows)
+    return by_columns(
+        part["rows"],
+        ("weights", "{weights_megabytes:,.0f} MB"),
+        ("optimizer state", "{optimizer_megabytes:,.0f} MB"),
+        ("peak of a step above them", "{peak_megabytes:,.0f} MB"),
+        ("time", "{time_ratio:.2f}x"),
+    )

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tables.cells import markdown
+from benchmarks.tables.cells import by_columns, markdown
 
 
 def predictions(part: dict[str, Any]) -> str:
     """Predicted peaks of whole steps beside measured ones."""
-    rows = [
-        [
-            name,
-            f"{row['predicted_megabytes']:,.2f} MB",
-            f"{row['measured_megabytes']:,.2f} MB",
-            f"{100 * row['off']:+.2f} %",
-            row["phase"],
-            f"{row['seconds']:.0f} s",
-        ]
-        for name, row in part.items()
-    ]
-    return markdown(["", "predicted", "measured", "off", "the peak is in", "prediction took"], rows)
+    return by_columns(
+        part,
+        ("predicted", "{predicted_megabytes:,.2f} MB"),
+        ("measured", "{measured_megabytes:,.2f} MB"),
+        ("off", lambda row: f"{100 * row['off']:+.2f} %"),
+        ("the peak is in", "{phase}"),
+        ("prediction took", "{seconds:.0f} s"),
+    )
 
 
 def predictions_gpu(part: dict[str, Any]) -> str:
     """Predicted peaks and times of whole steps on a GPU beside measured ones."""
-    rows = [
-        [
-            name.replace(" | ", ", ").replace("h100", "H100").replace("h200", "H200"),
-            f"{row['peak_gib']:.2f} GiB",
-            f"{row['measured_gib']:.2f} GiB",
-            f"{row['ms']:.0f} ms",
-            f"{row['measured_ms']:.0f} ms",
-        ]
-        for name, row in part.items()
-    ]
-    return markdown(["", "peak, predicted", "measured", "a step, predicted", "measured"], rows)
+
+    def shown(name: str) -> str:
+        return name.replace(" | ", ", ").replace("h100", "H100").replace("h200", "H200")
+
+    return by_columns(
+        {shown(name): row for name, row in part.items()},
+        ("peak, predicted", "{peak_gib:.2f} GiB"),
+        ("measured", "{measured_gib:.2f} GiB"),
+        ("a step, predicted", "{ms:.0f} ms"),
+        ("measured", "{measured_ms:.0f} ms"),
+    )
 
 
 def spread(part: dict[str, Any]) -> str:

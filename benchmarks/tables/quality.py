@@ -6,22 +6,17 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import interval
-from benchmarks.tables.cells import markdown
+from benchmarks.tables.cells import by_columns, each, markdown
 
 
 def quality(part: dict[str, Any]) -> str:
     """Peak, time and held-out loss of methods, for the README."""
-    rows = [
-        [
-            name,
-            f"{row['peak_megabytes']:,.0f} MB",
-            f"{row['time_over_adamw']:.2f}x",
-            ", ".join(f"{loss:.2f}" for loss in row["held_out_losses"]),
-        ]
-        for name, row in part.items()
-        if "held_out_losses" in row
-    ]
-    return markdown(["", "peak", "time of a step", "held-out loss, three seeds"], rows)
+    return by_columns(
+        {name: row for name, row in part.items() if "held_out_losses" in row},
+        ("peak", "{peak_megabytes:,.0f} MB"),
+        ("time of a step", "{time_over_adamw:.2f}x"),
+        ("held-out loss, three seeds", each("held_out_losses", ".2f")),
+    )
 
 
 def sampling(part: dict[str, Any]) -> str:
@@ -47,18 +42,12 @@ def sampling(part: dict[str, Any]) -> str:
 
 def losses(part: dict[str, Any]) -> str:
     """Held-out losses of methods, or of the variants of one."""
-    shown = part.get("methods") or part["rows"]
-    head = ["", "learning rate", "held-out loss, each seed", "mean"]
-    rows = [
-        [
-            name,
-            f"{row.get('lr', part.get('lr', 0)):g}",
-            ", ".join(f"{value:.3f}" for value in row["held_out_losses"]),
-            f"{row['held_out_mean']:.3f}",
-        ]
-        for name, row in shown.items()
-    ]
-    return markdown(head, rows)
+    return by_columns(
+        part.get("methods") or part["rows"],
+        ("learning rate", lambda row: f"{row.get('lr', part.get('lr', 0)):g}"),
+        ("held-out loss, each seed", each("held_out_losses", ".3f")),
+        ("mean", "{held_out_mean:.3f}"),
+    )
 
 
 def intervals(part: dict[str, Any]) -> str:
@@ -79,18 +68,13 @@ def intervals(part: dict[str, Any]) -> str:
 
 def few_shot(part: dict[str, Any]) -> str:
     """Accuracies of few-shot training."""
-    head = ["", "learning rate", "accuracy, each seed", "mean", "at the start"]
-    rows = [
-        [
-            name,
-            f"{row['lr']:g}",
-            ", ".join(f"{100 * value:.1f}" for value in row["accuracies"]),
-            f"{100 * row['accuracy_mean']:.1f} %",
-            f"{100 * row['curve'][0]:.1f} %",
-        ]
-        for name, row in part["rows"].items()
-    ]
-    return markdown(head, rows)
+    return by_columns(
+        part["rows"],
+        ("learning rate", "{lr:g}"),
+        ("accuracy, each seed", each("accuracies", ".1f", 100)),
+        ("mean", lambda row: f"{100 * row['accuracy_mean']:.1f} %"),
+        ("at the start", lambda row: f"{100 * row['curve'][0]:.1f} %"),
+    )
 
 
 def packed(part: dict[str, Any]) -> str:
@@ -110,35 +94,28 @@ def folding(part: dict[str, Any]) -> str:
     return markdown(["", *(f"lr {float(rate):g}" for rate in rates)], rows)
 
 
+LONG = (  # columns of all long runs
+    ("learning rate", "{lr:g}"),
+    ("mean of three seeds", "{held_out_mean:.3f}"),
+    ("95 % interval", "{interval[0]:.3f} to {interval[1]:.3f}"),
+)
+
+
 def pretrained(part: dict[str, Any]) -> str:
     """Losses from scratch with their intervals, peaks and times."""
-    rows = [
-        [
-            name,
-            f"{row['lr']:g}",
-            f"{row['held_out_mean']:.3f}",
-            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
-            f"{row['peak_megabytes']:,.0f} MB",
-            f"{row['milliseconds_a_step']:,.0f} ms",
-        ]
-        for name, row in part["rows"].items()
-    ]
-    head = ["", "learning rate", "mean of three seeds", "95 % interval", "peak", "a step"]
-    return markdown(head, rows)
+    return by_columns(
+        part["rows"],
+        *LONG,
+        ("peak", "{peak_megabytes:,.0f} MB"),
+        ("a step", "{milliseconds_a_step:,.0f} ms"),
+    )
 
 
 def finetuned(part: dict[str, Any]) -> str:
     """Losses with their intervals, what other text has lost, and the least memory of each."""
-    rows = [
-        [
-            name,
-            f"{row['lr']:g}",
-            f"{row['held_out_mean']:.3f}",
-            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
-            f"{row['forgotten']:+.3f}",
-            f"{100 * row['smallest_share']:.0f} %",
-        ]
-        for name, row in part["rows"].items()
-    ]
-    head = ["", "learning rate", "mean of three seeds", "95 % interval", "loss on other text"]
-    return markdown([*head, "least peak, of AdamW's"], rows)
+    return by_columns(
+        part["rows"],
+        *LONG,
+        ("loss on other text", "{forgotten:+.3f}"),
+        ("least peak, of AdamW's", lambda row: f"{100 * row['smallest_share']:.0f} %"),
+    )

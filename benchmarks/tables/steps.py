@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tables.cells import markdown
+from benchmarks.tables.cells import by_columns, markdown
 
 
 def whole_steps(part: dict[str, Any]) -> str:
     """Whole steps on one GPU: time over eager's of the same run, peak, how long Python took."""
-    rows = [
-        [
-            name,
-            f"{row['peak_gib']:.2f} GiB",
-            f"{row['ms']:.0f} ms",
-            f"{row['over_eager']:.2f}x",
-            f"{row['host_ms']:.0f} ms",
-            f"{row['start_s']:.0f} s",
-        ]
-        for name, row in part["steps"].items()
-    ]
-    head = ["", "peak", "a step", "over eager", "until it is issued", "two steps ready after"]
-    return markdown(head, rows)
+    return by_columns(
+        part["steps"],
+        ("peak", "{peak_gib:.2f} GiB"),
+        ("a step", "{ms:.0f} ms"),
+        ("over eager", "{over_eager:.2f}x"),
+        ("until it is issued", "{host_ms:.0f} ms"),
+        ("two steps ready after", "{start_s:.0f} s"),
+    )
 
 
 def gpu_in_short(part: dict[str, Any]) -> str:
@@ -29,86 +24,76 @@ def gpu_in_short(part: dict[str, Any]) -> str:
     names = ["eager AdamW", "Liger", "recompute + chunked_loss"]
     names += ["misa 3 % + recompute + chunked_loss", "rso + recompute + chunked_loss"]
     names += ["misa 3 % + chunked_loss + checkpointing", "MeZO as published", "mezo"]
-    rows = [
-        [name, f"{row['peak_gib']:.1f} GiB", f"{row['over_eager']:.2f}x"]
-        for name in names
-        for row in [part["steps"][name]]
-    ]
-    return markdown(["", "peak memory of a step", "time of a step"], rows)
+    return by_columns(
+        {name: part["steps"][name] for name in names},
+        ("peak memory of a step", "{peak_gib:.1f} GiB"),
+        ("time of a step", "{over_eager:.2f}x"),
+    )
 
 
 def zeroth(part: dict[str, Any]) -> str:
     """Time and peak bytes of zeroth-order steps."""
-    head = ["", "time", "over MeZO as published", "over mezo", "peak on top of the weights"]
-    rows = [
-        [
-            name,
-            f"{row['milliseconds']:,.0f} ms",
-            f"{row['time_over_published']:.2f}x",
-            f"{row['time_over_mezo']:.2f}x",
-            f"{row['peak_megabytes']:,.0f} MB",
-        ]
-        for name, row in part["rows"].items()
-    ]
-    return markdown(head, rows)
+    return by_columns(
+        part["rows"],
+        ("time", "{milliseconds:,.0f} ms"),
+        ("over MeZO as published", "{time_over_published:.2f}x"),
+        ("over mezo", "{time_over_mezo:.2f}x"),
+        ("peak on top of the weights", "{peak_megabytes:,.0f} MB"),
+    )
 
 
 def cost(part: dict[str, Any]) -> str:
     """Time and bytes of methods beside GaLore and LoRA."""
-    head = ["", "time", "over GaLore", "over LoRA", "once in a period", "peak"]
-    rows = [
-        [
-            name,
-            f"{row['milliseconds']:,.0f} ms",
-            f"{row['time_over_galore']:.2f}x",
-            f"{row['time_over_lora']:.2f}x",
-            f"{row['milliseconds_once_in_a_period']:,.0f} ms"
-            if "milliseconds_once_in_a_period" in row
-            else "",
-            f"{row['peak_megabytes']:,.0f} MB",
-        ]
-        for name, row in part["methods"].items()
-    ]
-    return markdown(head, rows)
+
+    def once(row: dict[str, Any]) -> str:
+        key = "milliseconds_once_in_a_period"
+        return f"{row[key]:,.0f} ms" if key in row else ""
+
+    return by_columns(
+        part["methods"],
+        ("time", "{milliseconds:,.0f} ms"),
+        ("over GaLore", "{time_over_galore:.2f}x"),
+        ("over LoRA", "{time_over_lora:.2f}x"),
+        ("once in a period", once),
+        ("peak", "{peak_megabytes:,.0f} MB"),
+    )
 
 
 def overhead(part: dict[str, Any]) -> str:
     """What `apply` alone costs, over eager."""
-    rows = [
-        [
-            name.replace("_", " "),
-            f"{row['tokens'][0]} x {row['tokens'][1]}",
-            *(f"{row[what]['ratio']:.3f}x" for what in ("step", "forward_backward", "forward")),
-        ]
-        for name, row in part.items()
-        if name != "machine"
-    ]
-    return markdown(["model", "tokens", "step", "forward and backward", "forward"], rows)
+    rows = {name.replace("_", " "): row for name, row in part.items() if name != "machine"}
+    return by_columns(
+        rows,
+        ("tokens", "{tokens[0]} x {tokens[1]}"),
+        ("step", "{step[ratio]:.3f}x"),
+        ("forward and backward", "{forward_backward[ratio]:.3f}x"),
+        ("forward", "{forward[ratio]:.3f}x"),
+        named="model",
+    )
 
 
 def launches(part: dict[str, Any]) -> str:
     """Operations of a step that an accelerator would launch."""
     base = part["eager"]["launches"]
-    rows = [
-        [name, f"{row['launches']:,}", f"{row['launches'] / base:.2f}x", f"{row['waits']}"]
-        for name, row in part.items()
-    ]
-    return markdown(["", "launches", "over eager", "waits for the device"], rows)
+    return by_columns(
+        part,
+        ("launches", "{launches:,}"),
+        ("over eager", lambda row: f"{row['launches'] / base:.2f}x"),
+        ("waits for the device", "{waits}"),
+    )
 
 
 def traffic(part: dict[str, Any]) -> str:
     """What is sent between processes in a step."""
-    head = ["", "gradients reduced", "over AdamW", "weights gathered in backward and step"]
-    rows = [
-        [
-            name,
-            _megabytes(row["reduced_megabytes"]),
-            f"{row['reduced_over_adamw']:.3f}x",
-            _megabytes(row["gathered_megabytes"]),
-        ]
-        for name, row in part["rows"].items()
-    ]
-    return markdown(head, rows)
+    return by_columns(
+        part["rows"],
+        ("gradients reduced", lambda row: _megabytes(row["reduced_megabytes"])),
+        ("over AdamW", "{reduced_over_adamw:.3f}x"),
+        (
+            "weights gathered in backward and step",
+            lambda row: _megabytes(row["gathered_megabytes"]),
+        ),
+    )
 
 
 def _megabytes(value: float) -> str:

@@ -47,15 +47,22 @@ class Addition(nn.Module, ABC):
         """Register its hooks on the modules of a model, and yield their handles."""
 
     def put_on(self, model: nn.Module) -> None:
-        """Make it a child of a model and register its hooks. Raises ModelError for a taken name."""
+        """Make it a child of a model and register its hooks; all of it, or nothing.
+
+        Raises ModelError for a taken name.
+        """
         if hasattr(model, self.key):
             raise ModelError(
                 f"{type(model).__name__} has a {self.key!r} already. Take it off first: "
                 f"model.{self.key}.take_off(model)."
             )
         model.add_module(self.key, self)
-        for handle in self.hook(model):
-            self.handles.append(handle)
+        try:
+            for handle in self.hook(model):
+                self.handles.append(handle)
+        except BaseException:
+            self.take_off(model)
+            raise
 
     def take_off(self, model: nn.Module) -> None:
         """Remove it and its hooks from a model. Nothing happens if it is not on the model."""
