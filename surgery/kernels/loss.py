@@ -39,6 +39,46 @@ def cross_entropy(
     return picked, spread
 
 
+def statistics(z: Tensor, places: Tensor, body: GraphModule) -> tuple[Tensor, Tensor]:
+    """Return log sum exp l (n, 1) and the entries (n, k) of logits l = body(z), z (n, c).
+
+    places (n, k): of the entries; those that are not in 0 ... c - 1 come to 0.
+    """
+    logits = body(z)
+    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    inside = (places >= 0) & (places < z.shape[-1])
+    picked = full.gather(1, places.clamp(0, z.shape[-1] - 1))
+    return full.logsumexp(-1, keepdim=True), torch.where(inside, picked, 0.0)
+
+
+def slopes(
+    z: Tensor,
+    normalizer: Tensor,
+    d_normalizer: Tensor,
+    places: Tensor,
+    d_picked: Tensor,
+    body: GraphModule,
+    pull: GraphModule,
+) -> None:
+    """Turn z (n, c) into the gradient by z of what `statistics` returns for all tiles of a row.
+
+    normalizer (n, 1): of the whole row. places, d_picked (n, k). pull: `gradient_of(body)`.
+    """
+    logits = body(z)
+    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if full is z and not torch.compiler.is_compiling():  # an operation each, without memory
+        slope = z.sub_(normalizer).exp_().mul_(d_normalizer)
+        inside = (places >= 0) & (places < z.shape[-1])
+        places = places.clamp(0, z.shape[-1] - 1)
+        slope.scatter_add_(1, places, torch.where(inside, d_picked, 0.0))
+        return
+    slope = (full - normalizer).exp() * d_normalizer
+    columns = torch.arange(z.shape[-1], device=z.device)[None, :]
+    for place, grad in zip(places.unbind(1), d_picked.unbind(1), strict=True):
+        slope = slope + torch.where(columns == place[:, None], grad[:, None], 0.0)
+    z.copy_(pull(z, slope.to(logits.dtype)))
+
+
 @cache
 def gradient_of(body: GraphModule) -> GraphModule | None:
     """Return (z, dL/dl) -> dL/dz of a chain of operations by numbers; None if one has no rule."""

@@ -24,7 +24,7 @@ class Plan:
     whole: kernels take whole tensors, and are compiled. drawn: entries of a direction that are
     drawn at a time. carried: entries of a 16-bit weight that are rounded at a time. packed: entries
     of an activation that are packed at a time. logits: bytes of a chunk's logits, in float32.
-    tokens: of a chunk at least.
+    tokens: of a chunk at least. tile: bytes of logits that are some classes' only, in float32.
     """
 
     whole: bool
@@ -33,6 +33,7 @@ class Plan:
     packed: int
     logits: int
     tokens: int
+    tile: int
 
 
 _ALL = 1 << 62
@@ -45,10 +46,19 @@ CPU = Plan(
     # 0.9x of eager's time and 64 tokens 1.2x.
     logits=24 << 20,
     tokens=1,
+    tile=8 << 20,
 )
 # Each chunk adds V x D numbers to a float32 sum: 2 GB of traffic at V = 128,256 and D = 2,048, as
 # much time as a third of the products of 1,024 tokens.
-ACCELERATOR = Plan(whole=True, drawn=_ALL, carried=_ALL, packed=_ALL, logits=128 << 20, tokens=1024)
+ACCELERATOR = Plan(
+    whole=True,
+    drawn=_ALL,
+    carried=_ALL,
+    packed=_ALL,
+    logits=128 << 20,
+    tokens=1024,
+    tile=128 << 20,
+)
 
 Compile = bool | Literal["auto"]
 

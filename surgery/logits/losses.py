@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch import Tensor
 from torch.nn import functional
 
 from surgery.compat.tensors import bare, is_fake, is_playing
@@ -17,6 +15,7 @@ from surgery.errors import SurgeryError
 from surgery.kernels.autocast import Cast, cast_now
 from surgery.kernels.plan import plan_of
 from surgery.logits.calls import name_of
+from surgery.logits.chains import chain, in_tiles, under_log_softmax
 from surgery.logits.cross_entropy import chunked_cross_entropy
 from surgery.logits.evaluate import announcing, each_row, total
 from surgery.logits.expression import Columns, Expression, Head, Op, Rows, over_rows
@@ -25,6 +24,7 @@ from surgery.logits.factored import (
     classes_of,
     count_of,
     current,
+    dtype_of,
     handles,
     made,
     rows_of,
@@ -32,16 +32,6 @@ from surgery.logits.factored import (
 from surgery.logits.reductions import check_classes, share
 from surgery.logits.sums import tokens_of
 from surgery.logits.written import operand, result_dtype, write
-
-_OPERATORS = {
-    "mul": operator.mul,
-    "rmul": operator.mul,
-    "div": operator.truediv,
-    "truediv": operator.truediv,
-    "tanh": torch.tanh,
-}
-_BODIES: dict[tuple[tuple[str, Any], ...], GraphModule] = {}
-
 
 # The arguments of both losses, in their order.
 _BY_CLASS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
@@ -81,22 +71,18 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
     check_classes(target, classes_of(t), ignored)
     root = over_rows(current(t), lambda own: own.reshape(count, own.shape[-1]))
     target, kept = target.reshape(count), _read(target.reshape(count), ignored)
-    found = None
-    if weight is None and reduction != "none":
-        found = _chain(root if loss is functional.cross_entropy else _under_log_softmax(root))
-    if found is not None and kept is not None:
-        kept = _filled(kept, target, ignored, found[0])
-    if kept is not None:
-        target = target[kept]
-    if found is not None:
+    logits = root if loss is functional.cross_entropy else under_log_softmax(root)
+    found = chain(logits) if weight is None and reduction != "none" else None
+    if found is not None and cast_now(target.device.type).dtype == found[0].dtype:
         head, body = found
-        hidden = head.hidden if kept is None else head.hidden.index_select(0, kept)
+        if kept is not None:
+            kept = _filled(kept, target, ignored, head)
         value = chunked_cross_entropy(
             body,
-            hidden,
+            head.hidden if kept is None else head.hidden.index_select(0, kept),
             head.weight,
             head.bias,
-            target,
+            target if kept is None else target[kept],
             ignore_index=ignored,
             reduction=reduction,
             smoothing=how.get("label_smoothing", 0.0),
@@ -104,20 +90,36 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
         )
         return announcing(value, head)
     if kept is not None:
-        root = over_rows(root, lambda own: own.index_select(0, kept))
+        root, target = over_rows(root, lambda own: own.index_select(0, kept)), target[kept]
     values, cast = (root, Rows(target[:, None])), cast_now(target.device.type)
     op = _per_row(loss, values, weight, cast, {"ignore_index": ignored, **how})
     if reduction == "none":
-        found = each_row(op, len(target))
+        each = None
+        if weight is None and not how.get("label_smoothing"):
+            logits = root if loss is functional.cross_entropy else under_log_softmax(root)
+            each = _each_in_tiles(logits, target, ignored)
+        each = each_row(op, len(target)) if each is None else each.to(_dtype_of_loss(t))
         if kept is not None:
-            found = found.new_zeros(count).index_copy(0, kept.long(), found)
-        return found.reshape(rows)
+            each = each.new_zeros(count).index_copy(0, kept.long(), each)
+        return each.reshape(rows)
     summed = total(op, len(target))
     if reduction == "sum":
         return summed
     used = target != ignored
     weights = used.sum() if weight is None else weight[target.where(used, 0)].where(used, 0).sum()
     return _over(summed, weights.to(summed.dtype))
+
+
+def _each_in_tiles(logits: Expression | None, target: Tensor, ignored: int) -> Tensor | None:
+    """Return the cross entropy of each row (rows,); None: it is none of what tiles are for."""
+    used = target != ignored
+    log_p = in_tiles(logits, target.where(used, 0)[:, None])
+    return None if log_p is None else -log_p.squeeze(1).where(used, 0.0)
+
+
+def _dtype_of_loss(t: Factored) -> torch.dtype:
+    """Return the dtype of torch's cross entropies: autocast computes them in float32."""
+    return dtype_of(t) if cast_now(t.device.type).dtype is None else torch.float32
 
 
 def _over(summed: Tensor, weights: Tensor) -> Tensor:
@@ -175,55 +177,6 @@ def _filled(kept: Tensor, target: Tensor, ignored: int, head: Head) -> Tensor:
     lacking = -len(kept) % min(len(target), tokens_of(head.weight, head.tokens))
     spare = (target == ignored).to(torch.uint8).argmax()  # one of them; the host does not wait
     return torch.cat([kept, spare.expand(lacking)])
-
-
-def _under_log_softmax(root: Expression) -> Expression | None:
-    if not isinstance(root, Op) or root.function is not functional.log_softmax:
-        return None
-    return root.args[0] if root.kwargs.get("dtype") is None else None
-
-
-def _chain(root: Expression | None) -> tuple[Head, GraphModule] | None:
-    """Return the head and the operations by numbers that lead from it to the logits, if that is
-    all that they are."""
-    steps: list[tuple[str, Any]] = []
-    node: Any = root
-    while isinstance(node, Op):
-        sources = [each for each in node.args if isinstance(each, Head | Op)]
-        numbers = [each for each in node.args if isinstance(each, int | float | torch.dtype)]
-        simple = node.name in (*_OPERATORS, "float", "to") and not node.kwargs
-        if len(sources) != 1 or not simple or len(numbers) + 1 != len(node.args):
-            return None
-        steps.append((node.name, numbers[0] if numbers else None))
-        node = sources[0]
-    if not isinstance(node, Head):
-        return None
-    cast = cast_now(node.hidden.device.type)
-    if cast.dtype != node.dtype:
-        return None  # the loss stands elsewhere than the head
-    body = _chain_of(tuple(reversed(steps)))
-    return None if body is None else (node, body)
-
-
-def _chain_of(steps: tuple[tuple[str, Any], ...]) -> GraphModule | None:
-    """Return operations as a graph; None: too many have been asked for, as where a temperature
-    changes at each step."""
-    if steps not in _BODIES and len(_BODIES) < 32:
-        _BODIES[steps] = _body(steps)
-    return _BODIES.get(steps)
-
-
-def _body(steps: tuple[tuple[str, Any], ...]) -> GraphModule:
-    graph = Graph()
-    value = graph.placeholder("logits")
-    for name, number in steps:
-        rest = () if number is None else (number,)
-        if name in _OPERATORS:
-            value = graph.call_function(_OPERATORS[name], (value, *rest))
-        else:
-            value = graph.call_method(name, (value, *rest))
-    graph.output(value)
-    return GraphModule(nn.Module(), graph)
 
 
 @handles(

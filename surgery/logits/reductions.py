@@ -12,6 +12,7 @@ from surgery.compat.tensors import bare, is_fake, is_playing
 from surgery.errors import SurgeryError
 from surgery.kernels.plan import plan_of
 from surgery.logits.calls import name_of
+from surgery.logits.chains import in_tiles, one_entry, under_log_softmax
 from surgery.logits.evaluate import each_row, total, without_gradients
 from surgery.logits.expression import Rows
 from surgery.logits.factored import (
@@ -24,7 +25,7 @@ from surgery.logits.factored import (
     handles,
     rows_of,
 )
-from surgery.logits.written import over_classes, pointwise, write
+from surgery.logits.written import over_classes, pointwise, result_dtype, write
 
 
 @handles("sum", "mean", "logsumexp", "amax", "amin")
@@ -42,7 +43,10 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _all(name_of(func), t) if not how else NotImplemented
     if not over_classes(t, dim):
         return NotImplemented
-    found = _with_gradients(write(t, func, (t, -1), how), t).reshape(rows_of(t))
+    op = write(t, func, (t, -1), how)
+    found = in_tiles(current(t), None) if name_of(func) == "logsumexp" else None
+    found = _with_gradients(op, t) if found is None else found.to(result_dtype(op, (t, -1), how))
+    found = found.reshape(rows_of(t))
     return found.unsqueeze(dim) if keep else found
 
 
@@ -146,6 +150,11 @@ def share(summed: Tensor, number: int) -> Tensor:
 def picked(t: Factored, index: Tensor) -> Tensor:
     """Return the entries of some classes, index (*rows, k)."""
     check_classes(index, classes_of(t), None)
+    root, flat = current(t), index.reshape(count_of(t), index.shape[-1])
+    logits = under_log_softmax(root, (None, torch.float32))
+    found = one_entry(root, flat) if logits is None else in_tiles(logits, flat)
+    if found is not None:
+        return found.to(dtype_of(t)).reshape(index.shape)
     op = write(t, torch.gather, (t, -1))
     op = replace(op, args=(*op.args, Rows(index)))
     return _with_gradients(op, t).reshape(index.shape)

@@ -1,0 +1,141 @@
+"""Log-probabilities and normalizers in tiles of rows and classes, beside plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_logits import CLASSES, F, Plainly, lazy, parts, plain
+from torch import Tensor
+
+from surgery.kernels import plan
+from surgery.logits import chains, tiles
+from surgery.memory import measure
+
+Make = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def picked(z: Tensor, p: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return F.log_softmax(z, -1, dtype=dtype).gather(-1, p["labels"][..., None])
+
+
+def several(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Three classes a row, one of them twice."""
+    index = torch.stack([p["labels"], p["labels"], (p["labels"] + 5) % CLASSES], -1)
+    return z.log_softmax(-1).gather(-1, index)
+
+
+MAKES: dict[str, Make] = {
+    "log-probabilities": picked,
+    "in float32": lambda z, p: picked(z, p, torch.float32),
+    "several classes": several,
+    "with a temperature, soft-capped": lambda z, p: picked(torch.tanh(z.float() / 3) * 3 / 0.7, p),
+    "normalizers": lambda z, p: z.logsumexp(-1),
+    "each row's loss": lambda z, p: F.cross_entropy(
+        z.reshape(-1, CLASSES), p["masked"].flatten(), reduction="none"
+    ),
+    "each row's likelihood": lambda z, p: F.nll_loss(
+        F.log_softmax(z.reshape(-1, CLASSES), -1), p["masked"].flatten(), reduction="none"
+    ),
+    "selected minus normalizer": lambda z, p: (
+        z.gather(-1, p["labels"][..., None]).squeeze(-1) - z.logsumexp(-1)
+    ),
+}
+
+
+def both(name: str, dtype: torch.dtype, tokens: int | None = 4, bias: bool = True) -> list[Tensor]:
+    """Return values and gradients, of plain tensors and of ours by turns."""
+    found = []
+    for make in (plain, lazy):
+        p = parts(dtype)
+        if not bias:
+            p["bias"] = None  # pyright: ignore[reportArgumentType]
+        value = MAKES[name](make(p) if make is plain else lazy(p, tokens), p)
+        assert type(value) is Tensor
+        weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+        (value * weights.to(value.dtype)).sum().backward()
+        grads = [p[key].grad for key in ("hidden", "weight", "bias")[: 2 + bias]]
+        found.append([value.detach(), *grads])
+    return [each for pair in zip(*found, strict=True) for each in pair]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often logits were computed in tiles."""
+    calls, real = [], tiles.log_probabilities
+    monkeypatch.setattr(chains, "log_probabilities", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+@pytest.mark.parametrize("band", [4, 4096])
+@pytest.mark.parametrize("name", MAKES)
+def test_as_plain_tensors_to_nine_digits(name, band, monkeypatch, ran):
+    monkeypatch.setattr(tiles, "_BAND", band)
+    found = both(name, torch.float64)
+    exact = name not in ("in float32", "with a temperature, soft-capped")
+    for expected, got in zip(found[::2], found[1::2], strict=True):
+        assert got.dtype == expected.dtype
+        how = dict(rtol=1e-9, atol=1e-11) if exact else dict(rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, expected, **how)
+    assert ran
+
+
+@pytest.mark.parametrize("form", ["cpu", "accelerator", "compiled"])
+@pytest.mark.parametrize("name", MAKES)
+def test_in_float32_gradients_are_within_a_millionth(name, form, ran):
+    with plan.forced("cpu" if form == "cpu" else "accelerator", count=form == "accelerator"):
+        found = both(name, torch.float32, bias=form != "cpu")
+    for expected, got in zip(found[::2], found[1::2], strict=True):
+        assert (got - expected).norm() <= 1e-6 * expected.norm()
+    assert ran
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_weights_of_16_bits(name, monkeypatch, ran):
+    """As far from the exact ones as plain tensors; sums over bands are in float32."""
+    monkeypatch.setattr(tiles, "_BAND", 8)
+    exact = both(name, torch.float64)[::2]
+    found = both(name, torch.bfloat16)
+    for true, expected, got in zip(exact, found[::2], found[1::2], strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - true).norm() <= 1.5 * (expected - true).norm() + 1e-2 * true.norm()
+    assert ran
+
+
+def test_a_head_whose_hidden_states_alone_have_gradients_takes_two_products(ran):
+    p = parts()
+    for key in ("weight", "bias"):
+        p[key].requires_grad_(False)
+    picked(lazy(p), p).sum().backward()
+    assert not ran
+    with torch.no_grad():
+        picked(lazy(p), p)
+    assert ran
+
+
+def test_logits_far_from_zero_keep_their_digits():
+    """Normalizers of many tiles are added up once."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (12, 5000))
+    hidden, weight = hidden * 4, weight + 10
+    exact = F.linear(hidden.double(), weight.double()).logsumexp(-1)
+    with torch.no_grad():
+        found = lazy({"hidden": hidden, "weight": weight, "bias": None}, 1).logsumexp(-1)  # pyright: ignore[reportArgumentType]
+        plainly = F.linear(hidden, weight).logsumexp(-1)
+    assert (found - exact).abs().max() <= 2 * (plainly - exact).abs().max()
+
+
+def test_the_peak_is_that_of_the_gradients_and_a_tile():
+    vocabulary, width, rows = 16_384, 64, 1024
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    p = {"hidden": hidden, "weight": weight, "labels": torch.arange(rows), "bias": None}
+
+    def peak(make: Callable[..., Tensor]) -> int:
+        weight.grad = hidden.grad = None
+        return measure(lambda: picked(make(p), p).sum().backward(), torch.device("cpu")).peak
+
+    with Plainly():
+        eager = peak(plain)
+    assert peak(lambda p: lazy(p, 32)) <= eager / 8
