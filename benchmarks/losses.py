@@ -1,12 +1,12 @@
-"""Head and loss where the logits are largest: peak and time beside eager and torch's own chunks.
+"""Head and loss where the logits are largest: peak and time beside eager, torch's and TRL's chunks.
 
 python -m benchmarks.losses [peaks | times]
 
 Vocabularies of Llama-3 (128,256) and Gemma-3 (262,144). Peaks: 4,096 tokens, one forward and
-backward, by the allocator, without hidden states and weights, which are there before. Times: 1,024
-tokens, alternating, of the smaller head; without `linear_cross_entropy`, which takes ten times as
-long on a CPU. "frozen": only hidden states get a gradient, as under LoRA and MISA's defaults. What
-is in the results already is not measured again.
+backward, by the allocator, without hidden states and weights, which are there before; of the larger
+heads in bfloat16. Times: 1,024 tokens, alternating, of the smallest head; without
+`linear_cross_entropy`, which takes ten times as long on a CPU. "frozen": only hidden states get a
+gradient, as under LoRA and MISA's defaults. What is in the results already is not measured again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from torch import Tensor
 from torch.nn import functional
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks.common import alternate, load, ratio, save
 from surgery.logits.factored import factored
@@ -64,6 +67,7 @@ def case(vocabulary: int, width: int, tokens: int, dtype: torch.dtype, frozen: b
 
 
 Head = Callable[[Tensor, Tensor], Tensor]
+PerToken = Callable[[Head, Case], Tensor]
 
 
 def cross_entropy(head: Head, c: Case) -> Tensor:
@@ -79,11 +83,11 @@ def per_token(head: Head, c: Case) -> Tensor:
     return log_p.gather(-1, c.labels[:, None]).squeeze(-1)
 
 
-def log_probabilities(head: Head, c: Case) -> Tensor:
+def log_probabilities(head: Head, c: Case, per_token: PerToken = per_token) -> Tensor:
     return (per_token(head, c) * torch.linspace(-1, 1, len(c.labels))).mean()
 
 
-def dpo(head: Head, c: Case) -> Tensor:
+def dpo(head: Head, c: Case, per_token: PerToken = per_token) -> Tensor:
     chosen, rejected = per_token(head, c).view(2, -1).sum(-1)
     return -functional.logsigmoid(0.1 * (chosen - rejected))
 
@@ -105,22 +109,42 @@ LOSSES = {
 HEADS: dict[str, Head] = {"eager": functional.linear, "chunked_loss": factored}
 
 
-def in_torch(c: Case, labels: Tensor) -> Tensor:
+def in_torch(c: Case) -> Tensor:
     fused: Any = functional.linear_cross_entropy
     options: Any = torch.nn.LinearCrossEntropyOptions()
-    return fused(c.hidden, c.weight, labels, ignore_index=-100, options=options)
+    return fused(c.hidden, c.weight, c.labels, ignore_index=-100, options=options)
 
 
-def ways(name: str, vocabulary: int, width: int) -> dict[str, Callable[[Case], Tensor]]:
+def per_token_of_trl(head: Head, c: Case) -> Tensor:
+    own: Any = ChunkedLogProbFunction.apply
+    chunk = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    return own(c.hidden, c.weight, None, c.labels, 1.0, chunk, None, 1.0, ())[0]
+
+
+def distillation_of_trl(c: Case) -> Tensor:
+    own: Any = ChunkedDivergenceFunction.apply
+    given = (c.hidden, c.weight, None, c.teacher, c.teacher_weight, None)
+    return own(*given, 0.0, 2.0)[0].mean()
+
+
+def ways(name: str, c: Case, timed: bool) -> dict[str, Callable[[Case], Tensor]]:
+    """Return what a loss is computed by."""
     found: dict[str, Callable[[Case], Tensor]] = {
         way: partial(LOSSES[name], head) for way, head in HEADS.items()
     }
-    # It takes ten times as long here: of the smallest head only.
-    peer = vocabulary * width <= SIZES[0][0] * SIZES[0][1]
-    if peer and name.startswith("cross entropy") and hasattr(functional, "linear_cross_entropy"):
-        found["linear_cross_entropy"] = lambda c: in_torch(
-            c, c.few if "ignored" in name else c.labels
-        )
+    vocabulary, width = c.weight.shape
+    smallest = (vocabulary, width) == SIZES[0] and c.hidden.dtype == torch.float32
+    if name == "cross entropy" and hasattr(functional, "linear_cross_entropy"):
+        if smallest and not timed:
+            found["linear_cross_entropy"] = in_torch
+        if not c.weight.requires_grad:
+            found["chunked_loss, tokens=32"] = partial(cross_entropy, partial(factored, tokens=32))
+    if name == "per-token log-probabilities":
+        found["TRL"] = partial(log_probabilities, functional.linear, per_token=per_token_of_trl)
+    if name == "DPO pair":
+        found["TRL"] = partial(dpo, functional.linear, per_token=per_token_of_trl)
+    if name == "KL distillation":
+        found["TRL"] = distillation_of_trl
     return found
 
 
@@ -133,6 +157,8 @@ def missing(result: dict[str, Any], tokens: int) -> Iterator[tuple[str, str, Cas
     """Return what is not in the results yet: its key, the loss and what it is computed of."""
     sizes = SIZES if tokens == PEAK_TOKENS else SIZES[:1]
     for (vocabulary, width), dtype, frozen in itertools.product(sizes, DTYPES, (False, True)):
+        if (vocabulary, width) != SIZES[0] and (frozen or dtype == "float32"):
+            continue
         for name in LOSSES:
             key = f"{vocabulary} x {width}, {dtype}{', frozen head' * frozen} | {name}"
             if key not in result:
@@ -143,7 +169,7 @@ def peaks(result: dict[str, Any]) -> None:
     """How much a step takes at most, beside what is there before."""
     for key, name, c in missing(result, PEAK_TOKENS):
         found = {}
-        for way, loss in ways(name, *c.weight.shape).items():
+        for way, loss in ways(name, c, timed=False).items():
             c.hidden.grad = c.weight.grad = None
             found[way] = measure(partial(step, loss, c), CPU).peak
         result[key] = found
@@ -154,7 +180,7 @@ def peaks(result: dict[str, Any]) -> None:
 def times(result: dict[str, Any]) -> None:
     """How long a step takes."""
     for key, name, c in missing(result, TIMED_TOKENS):
-        calls = {way: partial(step, partial(LOSSES[name], head), c) for way, head in HEADS.items()}
+        calls = {way: partial(step, loss, c) for way, loss in ways(name, c, timed=True).items()}
         seconds = alternate(calls, TIMES, warm_up=1)
         result[key] = {
             way: {
