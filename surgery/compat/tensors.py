@@ -30,6 +30,11 @@ def storage_of(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def is_given_back(t: Tensor) -> bool:
+    """Whether a tensor's memory was freed while the tensor goes on, as FSDP2 does after forward."""
+    return type(t) in (Tensor, Parameter) and t.numel() > 0 and t.untyped_storage().size() == 0
+
+
 def address(t: Tensor) -> int:
     """Return where a tensor's entries lie; without memory, a number that tells it from others."""
     if isinstance(t, FakeTensor):

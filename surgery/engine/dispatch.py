@@ -183,10 +183,10 @@ class Dispatch(Forward):
             self._capture_alone(lost)
         except CaptureError:
             # Nothing of its own in what was captured: a head stands in a loop over cut blocks.
-            more = [] if self.leaves else outside_of_blocks(self.model, trained=False)
-            if not more:
+            outside = outside_of_blocks(self.model, trained=False)  # none that is a leaf already
+            if not outside:
                 raise
-            self.leaves = self._put_leaves(more)
+            self.leaves |= self._put_leaves(outside)
             self._go_on_alone()
         with again(self.model, before):
             output = self._run(self._captured, args, kwargs)

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from surgery.weights.shards import is_cut_block
 from surgery.weights.sites import site_of
@@ -35,10 +36,10 @@ class Leaf:
 
 
 def outside_of_blocks(model: nn.Module, trained: bool = True) -> list[nn.Module]:
-    """Return the modules that read weights outside of the blocks that FSDP2 has cut. trained: only
-    weights that passes train."""
+    """Return the modules that read weights outside of the blocks that FSDP2 has cut, or that it has
+    cut by themselves, such as a head. trained: only weights that passes train."""
     inside = [m for m in model.modules() if m is not model and is_cut_block(m)]
-    covered = {id(own) for block in inside for own in block.modules()}
+    covered = {id(own) for block in inside if not can_be_leaf(block) for own in block.modules()}
     outside = [m for m in model.modules() if id(m) not in covered] if inside else []
     reading = [
         m for m in outside if any(site_of(p) or not trained for p in m.parameters(recurse=False))
@@ -48,7 +49,8 @@ def outside_of_blocks(model: nn.Module, trained: bool = True) -> list[nn.Module]
 
 def can_be_leaf(module: nn.Module) -> bool:
     """Whether a module is one of torch's own with nothing else in the place of its forward."""
-    return type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+    own = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    return own.__module__.startswith("torch.nn.") and "forward" not in module.__dict__
 
 
 def put_leaves(

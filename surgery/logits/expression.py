@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from surgery.compat.tensors import version_of
+from surgery.compat.tensors import is_given_back, version_of
 from surgery.errors import SurgeryError
 from surgery.kernels.autocast import Cast
 
@@ -180,6 +180,15 @@ def check_unchanged(root: Expression) -> None:
         names = ("hidden states", "head's weight", "head's bias")
         if not isinstance(leaf, Head):
             names = ("tensor that was combined with them",)
+        for name, t in zip(names, leaf.tensors, strict=True):
+            if t is not None and is_given_back(t):
+                raise SurgeryError(
+                    f"chunked_loss had not computed these logits yet when FSDP2 gave their {name} "
+                    f"of shape {tuple(t.shape)} back at the end of forward. Let it stay until "
+                    "backward, which needs it as well: "
+                    "model.set_reshard_after_forward(False, recurse=False) on the model, or on "
+                    "the head if fully_shard was called on that."
+                )
         for name, t, version in zip(names, _watched(leaf), leaf.versions, strict=True):
             if t is not None and version_of(t) != version:
                 raise SurgeryError(
