@@ -1044,6 +1044,13 @@ def test_canary_checkpoint_blocks():
     assert model.is_gradient_checkpointing, "the newer name of gradient_checkpointing_enable moved"
 
 
+def test_canary_memory_that_was_given_back():
+    t = torch.ones(3)
+    assert not tensors.is_given_back(t) and not tensors.is_given_back(torch.ones(0))
+    t.untyped_storage().resize_(0)  # what FSDP2 does
+    assert tensors.is_given_back(t)
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()
