@@ -162,29 +162,36 @@ def built(size: str, method: str, lr: float, seed: int, also: Any = ()) -> tuple
     return *METHODS[method][0](scale.period, also)(model, lr, None, seed), tokenizer
 
 
+def loss_on(model: Any, tokenizer: Any, scale: Scale, source: str) -> float:
+    """Return the loss on what is held out of a source."""
+    ids = rows_of(scale, tokenizer, "held_out", source)[: scale.held_out].to(scale.device)
+    model.eval()
+    with torch.no_grad():
+        losses = [model(input_ids=p, labels=p).loss.item() for p in ids.split(scale.batch[0])]
+    model.train()
+    return round(statistics.fmean(losses), 4)
+
+
+def before(size: str) -> dict[str, float]:
+    """Return the losses of the model that all runs begin with."""
+    scale = SCALES[size]
+    clock_of(scale.device)
+    model, tokenizer = smollm2()
+    model = model.to(scale.device, scale.dtype)
+    return {source: loss_on(model, tokenizer, scale, source) for source in ("gcide", "kjv")}
+
+
 def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
-    """Return held-out losses on the way, and the loss on other text before and after."""
+    """Return held-out losses on the way, and after a whole run the loss on other text."""
     scale = SCALES[size]
     torch._dynamo.reset()
     clock = clock_of(scale.device)
     model, optimizer, tokenizer = built(size, method, lr, seed)
-    test, other = (
-        rows_of(scale, tokenizer, "held_out", source)[: scale.held_out].to(scale.device)
-        for source in ("gcide", "kjv")
-    )
     rows = rows_of(scale, tokenizer, "train", "gcide")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    count = scale.batch[0]
+    count, whole = scale.batch[0], steps == scale.steps
     schedule = warmed_cosine(optimizer, steps, max(steps // 20, 1))
-
-    @torch.no_grad()
-    def loss_on(ids: Tensor) -> float:
-        model.eval()
-        losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(count)]
-        model.train()
-        return round(statistics.fmean(losses), 4)
-
-    found: dict[str, Any] = {"losses": {"0": loss_on(test)}, "other_before": loss_on(other)}
+    found: dict[str, Any] = {"losses": {}}
     seconds = 0.0
     for n in range(steps):
         start = clock()
@@ -195,9 +202,11 @@ def train(size: str, method: str, lr: float, seed: int, steps: int) -> dict[str,
         optimizer.zero_grad()
         schedule.step()
         seconds += clock() - start
-        if (n + 1) % (steps // scale.evaluations) == 0:
-            found["losses"][str(n + 1)] = loss_on(test)
-    return found | {"other_after": loss_on(other), "seconds": round(seconds, 1)}
+        if (n + 1) % (steps // (scale.evaluations if whole else 1)) == 0:
+            found["losses"][str(n + 1)] = loss_on(model, tokenizer, scale, "gcide")
+    if whole:
+        found["other"] = loss_on(model, tokenizer, scale, "kjv")
+    return found | {"seconds": round(seconds, 1)}
 
 
 def cost(size: str, method: str, rows: int, exact: bool) -> dict[str, float]:
@@ -234,23 +243,16 @@ def compare(size: str, until: float) -> dict[str, Any]:
     scale = SCALES[size]
     count = scale.batch[0]
     ways = [(rows, exact) for rows in (count, max(count // 4, 1)) for exact in (False, True)]
-    costs = train_all(
-        f"{RUNS}_cost",
-        cost,
-        [(size, m, rows, exact) for m in METHODS for rows, exact in ways],
-        until,
-    )
+    parts = [(size, m, rows, exact) for m in METHODS for rows, exact in ways]
+    costs = train_all(f"{RUNS}_cost", cost, parts, until)
+    begun = train_all(f"{RUNS}_begun", before, [(size,)], until)[size,]
     tried = {
         m: {lr: (size, m, lr, PILOT, scale.pilot) for lr in rates}
         for m, (_, rates) in METHODS.items()
     }
     pilots, best = chosen(RUNS, train, tried, last, until)
-    runs = train_all(
-        RUNS,
-        train,
-        [(size, m, best[m], seed, scale.steps) for seed in SEEDS for m in METHODS],
-        until,
-    )
+    whole = [(size, m, best[m], seed, scale.steps) for seed in SEEDS for m in METHODS]
+    runs = train_all(RUNS, train, whole, until)
     reference = costs[size, "AdamW, all weights", count, False]["peak_megabytes"]
     rows: dict[str, Any] = {}
     for m in METHODS:
@@ -259,15 +261,12 @@ def compare(size: str, until: float) -> dict[str, Any]:
         rows[m] = {
             "lr": best[m],
             "pilot_losses": {str(lr): last(pilots[job]) for lr, job in tried[m].items()},
-            "held_out_before": found[0]["losses"]["0"],
             **summary(losses),
             "interval": interval(losses),
             "seconds_a_step": round(
                 statistics.median(run["seconds"] for run in found) / scale.steps, 3
             ),
-            "forgotten": round(
-                statistics.fmean(run["other_after"] - run["other_before"] for run in found), 4
-            ),
+            "forgotten": round(statistics.fmean(run["other"] for run in found) - begun["kjv"], 4),
             "ways": {
                 f"{part} rows{', exact passes' * exact}": costs[size, m, part, exact]
                 for part, exact in ways
@@ -277,7 +276,8 @@ def compare(size: str, until: float) -> dict[str, Any]:
         rows[m]["smallest_share"] = round(least / reference, 3)
         rows[m]["fits"] = {str(share): least <= share * reference for share in SHARES}
     setting = {"batch": scale.batch, "steps": scale.steps, "pilot_steps": scale.pilot}
-    return setting | {"period": scale.period, "seeds": SEEDS, "rows": rows}
+    setting |= {"period": scale.period, "seeds": SEEDS, "begun": begun}
+    return setting | {"rows": rows}
 
 
 def main(

@@ -41,8 +41,8 @@ class ChunkedLoss:
     loop; they are then a tensor that torch's functions take. If False, the logits are `None` beside
     a loss of the model, and plain logits without one. keep_logits: whether to return the logits
     beside the model's loss, computed and without gradients. tokens: the number of rows in a chunk
-    (default: as many as give 24 MiB of logits, and at least an eighth of the width; 1,024 or more
-    on a GPU).
+    (default: as many as give 24 MiB of logits, and at least a quarter of the width, but not more
+    than 256 for that; 1,024 or more on a GPU).
     """
 
     saves = ("activations",)
