@@ -66,17 +66,19 @@ def slopes(
     """
     logits = body(z)
     full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if full is z and not torch.compiler.is_compiling():  # an operation each, without memory
-        slope = z.sub_(normalizer).exp_().mul_(d_normalizer)
+    # In place: `pull` begins at z, and where that is what is overwritten, has nothing to do.
+    slope = full.sub_(normalizer).exp_().mul_(d_normalizer)
+    if torch.compiler.is_compiling():
+        columns = torch.arange(z.shape[-1], device=z.device)[None, :]
+        for place, grad in zip(places.unbind(1), d_picked.unbind(1), strict=True):
+            slope += torch.where(columns == place[:, None], grad[:, None], 0.0)
+    else:
         inside = (places >= 0) & (places < z.shape[-1])
         places = places.clamp(0, z.shape[-1] - 1)
-        slope.scatter_add_(1, places, torch.where(inside, d_picked, 0.0))
-        return
-    slope = (full - normalizer).exp() * d_normalizer
-    columns = torch.arange(z.shape[-1], device=z.device)[None, :]
-    for place, grad in zip(places.unbind(1), d_picked.unbind(1), strict=True):
-        slope = slope + torch.where(columns == place[:, None], grad[:, None], 0.0)
-    z.copy_(pull(z, slope.to(logits.dtype)))
+        slope.scatter_add_(1, places, torch.where(inside, d_picked, 0.0).to(slope.dtype))
+    found = pull(z, slope.to(logits.dtype))
+    if found is not z:
+        z.copy_(found)
 
 
 @cache

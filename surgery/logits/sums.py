@@ -10,8 +10,10 @@ from torch import Tensor
 
 from surgery.compat.autograd import keeps_graph
 from surgery.compat.tensors import adds_wider
-from surgery.kernels.plan import plan_of
+from surgery.kernels.plan import bands, plan_of
 from surgery.weights.matrices import wide
+
+_BAND = 1 << 20  # entries
 
 
 class Sums:
@@ -72,7 +74,8 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     elif plan_of(a.device).whole and adds_wider(a):
         torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
-        to += a @ b
+        for band in bands(*to.shape, _BAND):  # or the product would be as large as the sum
+            to[band] += a[band] @ b
 
 
 def scaled(kept: Iterable[Tensor | None], scale: Tensor) -> list[Tensor | None]:
