@@ -8,7 +8,8 @@ dictionary's definitions as questions and answers; what is forgotten is the loss
 A batch is computed in as few parts as the budget of bytes allows, with and without the exact
 passes (recompute and chunked_loss): the losses are the same, so a method's loss counts for a budget
 when one of its ways to compute it fits. Budgets are shares of the peak of full AdamW.
-Each method at the best of three learning rates (chosen on seed 0), then three other seeds.
+Each method at the best of three learning rates or more, until the largest is not the best (chosen
+on seed 0), then three other seeds.
 A call begins no run that would end after so many seconds, and keeps what is done: call it again.
 """
 
@@ -102,12 +103,10 @@ def rows_of(scale: Scale, tokenizer: Any, part: str, source: str) -> Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-QUESTION = r"Question: What does \1 mean?\nAnswer: \2\n"
-
-
 def asked(text: str) -> str:
     """Return entries of the dictionary as questions and answers."""
-    return re.sub(r"^([^:\n]+): (.*)$", QUESTION, text, flags=re.MULTILINE)
+    question = r"Question: What does \1 mean?\nAnswer: \2\n"
+    return re.sub(r"^([^:\n]+): (.*)$", question, text, flags=re.MULTILINE)
 
 
 # -- methods: period -> way to train; learning rates -----------------------------------------------
@@ -246,11 +245,15 @@ def compare(size: str, until: float) -> dict[str, Any]:
     parts = [(size, m, rows, exact) for m in METHODS for rows, exact in ways]
     costs = train_all(f"{RUNS}_cost", cost, parts, until)
     begun = train_all(f"{RUNS}_begun", before, [(size,)], until)[size,]
-    tried = {
-        m: {lr: (size, m, lr, PILOT, scale.pilot) for lr in rates}
-        for m, (_, rates) in METHODS.items()
-    }
-    pilots, best = chosen(RUNS, train, tried, last, until)
+    rates = {m: list(own) for m, (_, own) in METHODS.items()}
+    while True:  # the largest rate that was tried is no method's best
+        tried = {m: {lr: (size, m, lr, PILOT, scale.pilot) for lr in rates[m]} for m in METHODS}
+        pilots, best = chosen(RUNS, train, tried, last, until)
+        ends = [m for m in METHODS if best[m] == max(rates[m])]
+        if not ends:
+            break
+        for m in ends:
+            rates[m].append(float(f"{best[m] * 10**0.5:.0e}"))
     whole = [(size, m, best[m], seed, scale.steps) for seed in SEEDS for m in METHODS]
     runs = train_all(RUNS, train, whole, until)
     reference = costs[size, "AdamW, all weights", count, False]["peak_megabytes"]
