@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def both(name: str, dtype: torch.dtype, tokens: int | None = 4, bias: bool = Tru
 @pytest.fixture
 def ran(monkeypatch):
     """How often logits were computed in tiles."""
-    calls, real = [], tiles.log_probabilities
-    monkeypatch.setattr(chains, "log_probabilities", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], tiles.each_row_in_tiles
+    monkeypatch.setattr(chains, "each_row_in_tiles", lambda *a: calls.append(1) or real(*a))
     return calls
 
 
@@ -109,21 +110,45 @@ def test_a_head_whose_hidden_states_alone_have_gradients_takes_two_products(ran)
         p[key].requires_grad_(False)
     picked(lazy(p), p).sum().backward()
     assert not ran
-    with torch.no_grad():
-        picked(lazy(p), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entry_is_that_of_the_logits_to_the_last_bit(dtype, ran):
+    """Or ranks and masks would be off by one."""
+    generator = torch.Generator().manual_seed(0)
+    p = {
+        name: torch.randn(*shape, generator=generator).to(dtype)
+        for name, shape in {"hidden": (500, 64), "weight": (300, 64), "bias": (300,)}.items()
+    }
+    for t in p.values():
+        t.requires_grad_()
+    for z in (lazy(p, 64), lazy(p, 64) / 0.7):
+        for wide in (z, z.log_softmax(-1)):
+            third = wide.topk(3).indices[:, 2:]
+            assert ((wide > wide.gather(-1, third)).sum(-1) <= 2).all()  # fewer: it has equals
+            first = wide.gather(-1, wide.argmax(-1, keepdim=True))
+            assert torch.equal(first, wide.amax(-1, keepdim=True))
+            assert ((wide < wide.topk(1).values).sum(-1) < 300).all()
     assert ran
 
 
-def test_logits_far_from_zero_keep_their_digits():
-    """Normalizers of many tiles are added up once."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_one_class_in_all_rows_add_up(dtype):
+    """In float32: in 16 bits, a sum of as many numbers stops growing."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (12, 5000))
-    hidden, weight = hidden * 4, weight + 10
-    exact = F.linear(hidden.double(), weight.double()).logsumexp(-1)
-    with torch.no_grad():
-        found = lazy({"hidden": hidden, "weight": weight, "bias": None}, 1).logsumexp(-1)  # pyright: ignore[reportArgumentType]
-        plainly = F.linear(hidden, weight).logsumexp(-1)
-    assert (found - exact).abs().max() <= 2 * (plainly - exact).abs().max()
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(dtype) for n in (4000, 50))
+    index, in_chunks = torch.zeros(4000, 1, dtype=torch.long), partial(lazy, tokens=256)
+    found = []
+    for kind, make in ((torch.float64, plain), (dtype, plain), (dtype, in_chunks)):
+        p = {"hidden": hidden.to(kind), "weight": weight.to(kind), "bias": weight[:, 0].to(kind)}
+        p = {name: t.detach().requires_grad_() for name, t in p.items()}
+        z = make(p)
+        log_p = z.gather(-1, index).squeeze(-1) - z.logsumexp(-1)
+        (log_p.float().sum() + z.log_softmax(-1).gather(-1, index).float().sum()).backward()
+        found.append([p[name].grad.double() for name in ("weight", "bias")])
+    for exact, expected, got in zip(*found, strict=True):
+        error = (got - exact).abs().max()
+        assert error <= 3 * (expected - exact).abs().max() + 3e-6 * exact.abs().max()
 
 
 def test_the_peak_is_that_of_the_gradients_and_a_tile():

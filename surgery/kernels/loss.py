@@ -39,35 +39,31 @@ def cross_entropy(
     return picked, spread
 
 
-def statistics(z: Tensor, places: Tensor, body: GraphModule) -> tuple[Tensor, Tensor]:
-    """Return log sum exp l (n, 1) and the entries (n, k) of logits l = body(z), z (n, c).
-
-    places (n, k): of the entries; those that are not in 0 ... c - 1 come to 0.
-    """
-    logits = body(z)
+def normalizer(logits: Tensor) -> Tensor:
+    """Return log sum exp of logits (n, V), in float32 at least: (n, 1)."""
     full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    inside = (places >= 0) & (places < z.shape[-1])
-    picked = full.gather(1, places.clamp(0, z.shape[-1] - 1))
-    return full.logsumexp(-1, keepdim=True), torch.where(inside, picked, 0.0)
+    return full.logsumexp(-1, keepdim=True)
 
 
 def slopes(
     z: Tensor,
-    normalizer: Tensor,
-    d_normalizer: Tensor,
+    total: Tensor,
+    d_total: Tensor,
     places: Tensor,
     d_picked: Tensor,
     body: GraphModule,
     pull: GraphModule,
 ) -> None:
-    """Turn z (n, c) into the gradient by z of what `statistics` returns for all tiles of a row.
+    """Turn z (n, c) into the gradient by z of `normalizer` and of entries of body(z).
 
-    normalizer (n, 1): of the whole row. places, d_picked (n, k). pull: `gradient_of(body)`.
+    total (n, 1): the normalizer of all classes, of which these are some. places, d_picked (n, k):
+    of the entries; places that are not in 0 ... c - 1 are of other classes. pull:
+    `gradient_of(body)`.
     """
     logits = body(z)
     full = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # In place: `pull` begins at z, and where that is what is overwritten, has nothing to do.
-    slope = full.sub_(normalizer).exp_().mul_(d_normalizer)
+    slope = full.sub_(total).exp_().mul_(d_total)
     if torch.compiler.is_compiling():
         columns = torch.arange(z.shape[-1], device=z.device)[None, :]
         for place, grad in zip(places.unbind(1), d_picked.unbind(1), strict=True):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.nn import functional
 
-from surgery.logits.evaluate import announcing
 from surgery.logits.expression import Expression, Head, Op
-from surgery.logits.tiles import entries, log_probabilities
+from surgery.logits.tiles import each_row_in_tiles
 
 _OPERATORS = {
     "mul": operator.mul,
@@ -54,27 +53,21 @@ def under_log_softmax(
     return root.args[0] if root.kwargs.get("dtype") in dtypes else None
 
 
-def in_tiles(root: Expression | None, classes: Tensor | None) -> Tensor | None:
-    """Return `log_probabilities` of logits; None: they are more than a chain, or there is a faster
-    way.
+def in_tiles(
+    root: Op, logits: Expression | None, places: Tensor, used: Tensor | None = None
+) -> Tensor | None:
+    """Return `each_row_in_tiles`; None: logits are more than a chain, or there is a faster way.
 
     Where hidden states alone have a gradient, each row's is known from forward on, up to a factor,
     and two products do.
     """
-    found = chain(root)
-    if found is None or (classes is not None and classes.shape[-1] > _FEW):
+    found = chain(logits) if torch.is_grad_enabled() and places.shape[-1] <= _FEW else None
+    if found is None or logits is None:
         return None
     head, body = found
-    trained = any(t is not None and t.requires_grad for t in (head.weight, head.bias))
-    if torch.is_grad_enabled() and head.hidden.requires_grad and not trained:
+    if not any(t is not None and t.requires_grad for t in (head.weight, head.bias)):
         return None
-    return announcing(log_probabilities(head, body, classes), head)
-
-
-def one_entry(root: Expression, classes: Tensor) -> Tensor | None:
-    """Return `entries` of logits; None: they are more than a chain, or more than one is asked."""
-    found = chain(root) if classes.shape[-1] == 1 else None
-    return None if found is None else announcing(entries(*found, classes), found[0])
+    return each_row_in_tiles(root, logits, body, places, used)
 
 
 def _chain_of(steps: tuple[tuple[str, Any], ...]) -> GraphModule | None:

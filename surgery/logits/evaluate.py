@@ -245,7 +245,7 @@ def each_row(root: Expression, rows: int) -> Tensor:
     """Return what an expression of that many rows comes to: (rows, ...)."""
     if not torch.is_grad_enabled():
         return without_gradients(root, rows)
-    program = _program(root, rows)
+    program = program_of(root, rows)
     return announcing(_EachRow.apply(program.alone(), *program.tensors), root)
 
 
@@ -253,7 +253,7 @@ def total(root: Expression, rows: int) -> Tensor:
     """Return the sum of all that an expression of that many rows comes to."""
     if not torch.is_grad_enabled():
         return without_gradients(root, rows).sum()
-    program = _program(root, rows)
+    program = program_of(root, rows)
     return announcing(_Total.apply(program.alone(), *program.tensors), root)
 
 
@@ -269,7 +269,7 @@ def announcing(result: Tensor, root: Expression) -> Tensor:
 def without_gradients(root: Expression, rows: int) -> Any:
     """Return what an expression comes to: a tensor (rows, ...), or a tuple of such."""
     with torch.no_grad():
-        program = _program(root, rows)
+        program = program_of(root, rows)
         ready = program.ready(program.tensors)
         needs = [False] * len(ready)
         found = [program.chunk(ready, part, needs)[0] for part in program.parts()]
@@ -278,6 +278,7 @@ def without_gradients(root: Expression, rows: int) -> Any:
     return tuple(torch.cat(each) for each in zip(*found, strict=True))
 
 
-def _program(root: Expression, rows: int) -> Program:
+def program_of(root: Expression, rows: int) -> Program:
+    """Return how an expression of that many rows is computed."""
     heads = [leaf for leaf in leaves_of(root) if isinstance(leaf, Head)]
     return Program(root=root, rows=rows, tokens=tokens_of(heads[0].weight, heads[0].tokens))

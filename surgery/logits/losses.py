@@ -24,7 +24,6 @@ from surgery.logits.factored import (
     classes_of,
     count_of,
     current,
-    dtype_of,
     handles,
     made,
     rows_of,
@@ -71,8 +70,7 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
     check_classes(target, classes_of(t), ignored)
     root = over_rows(current(t), lambda own: own.reshape(count, own.shape[-1]))
     target, kept = target.reshape(count), _read(target.reshape(count), ignored)
-    logits = root if loss is functional.cross_entropy else under_log_softmax(root)
-    found = chain(logits) if weight is None and reduction != "none" else None
+    found = chain(_logits_of(root, loss)) if weight is None and reduction != "none" else None
     if found is not None and cast_now(target.device.type).dtype == found[0].dtype:
         head, body = found
         if kept is not None:
@@ -96,9 +94,9 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
     if reduction == "none":
         each = None
         if weight is None and not how.get("label_smoothing"):
-            logits = root if loss is functional.cross_entropy else under_log_softmax(root)
-            each = _each_in_tiles(logits, target, ignored)
-        each = each_row(op, len(target)) if each is None else each.to(_dtype_of_loss(t))
+            logits, used = _logits_of(root, loss), target != ignored
+            each = in_tiles(op, logits, target.where(used, 0)[:, None], used)
+        each = each_row(op, len(target)) if each is None else each
         if kept is not None:
             each = each.new_zeros(count).index_copy(0, kept.long(), each)
         return each.reshape(rows)
@@ -110,16 +108,9 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
     return _over(summed, weights.to(summed.dtype))
 
 
-def _each_in_tiles(logits: Expression | None, target: Tensor, ignored: int) -> Tensor | None:
-    """Return the cross entropy of each row (rows,); None: it is none of what tiles are for."""
-    used = target != ignored
-    log_p = in_tiles(logits, target.where(used, 0)[:, None])
-    return None if log_p is None else -log_p.squeeze(1).where(used, 0.0)
-
-
-def _dtype_of_loss(t: Factored) -> torch.dtype:
-    """Return the dtype of torch's cross entropies: autocast computes them in float32."""
-    return dtype_of(t) if cast_now(t.device.type).dtype is None else torch.float32
+def _logits_of(root: Expression, loss: Any) -> Expression | None:
+    """Return what a loss takes the log-softmax of."""
+    return root if loss is functional.cross_entropy else under_log_softmax(root)
 
 
 def _over(summed: Tensor, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from surgery.compat.tensors import bare, is_fake, is_playing
 from surgery.errors import SurgeryError
 from surgery.kernels.plan import plan_of
 from surgery.logits.calls import name_of
-from surgery.logits.chains import in_tiles, one_entry, under_log_softmax
+from surgery.logits.chains import in_tiles, under_log_softmax
 from surgery.logits.evaluate import each_row, total, without_gradients
 from surgery.logits.expression import Rows
 from surgery.logits.factored import (
@@ -25,7 +25,7 @@ from surgery.logits.factored import (
     handles,
     rows_of,
 )
-from surgery.logits.written import over_classes, pointwise, result_dtype, write
+from surgery.logits.written import over_classes, pointwise, write
 
 
 @handles("sum", "mean", "logsumexp", "amax", "amin")
@@ -44,8 +44,11 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not over_classes(t, dim):
         return NotImplemented
     op = write(t, func, (t, -1), how)
-    found = in_tiles(current(t), None) if name_of(func) == "logsumexp" else None
-    found = _with_gradients(op, t) if found is None else found.to(result_dtype(op, (t, -1), how))
+    found = None
+    if name_of(func) == "logsumexp":
+        none = torch.empty((count_of(t), 0), dtype=torch.long, device=t.device)
+        found = in_tiles(op, current(t), none)
+    found = _with_gradients(op, t) if found is None else found
     found = found.reshape(rows_of(t))
     return found.unsqueeze(dim) if keep else found
 
@@ -150,14 +153,11 @@ def share(summed: Tensor, number: int) -> Tensor:
 def picked(t: Factored, index: Tensor) -> Tensor:
     """Return the entries of some classes, index (*rows, k)."""
     check_classes(index, classes_of(t), None)
-    root, flat = current(t), index.reshape(count_of(t), index.shape[-1])
-    logits = under_log_softmax(root, (None, torch.float32))
-    found = one_entry(root, flat) if logits is None else in_tiles(logits, flat)
-    if found is not None:
-        return found.to(dtype_of(t)).reshape(index.shape)
     op = write(t, torch.gather, (t, -1))
     op = replace(op, args=(*op.args, Rows(index)))
-    return _with_gradients(op, t).reshape(index.shape)
+    logits = under_log_softmax(current(t), (None, torch.float32))
+    found = in_tiles(op, logits, index.reshape(count_of(t), index.shape[-1]))
+    return (_with_gradients(op, t) if found is None else found).reshape(index.shape)
 
 
 def check_classes(target: Tensor, classes: int, ignored: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of some classes, and the normalizer of each row, in tiles of the logits.
+"""Gradients of log-probabilities and normalizers of each row, in tiles of the logits.
 
 With z = h W^T + b, logits l = f(z) (operations by numbers) and k classes y of each row,
 
@@ -8,10 +8,10 @@ With z = h W^T + b, logits l = f(z) (operations by numbers) and k classes y of e
 
     dh = dz W,    dW = dz^T h,    db = sum dz
 
-A tile is a band of rows by some of the classes. dn and dp are known in backward only, where z is
-computed a second time: four products instead of three. They take as long as three on whole logits:
-they are products of thousands of rows, and an entry of dW is written once for a band, where a chunk
-of 128 rows by all classes reads W, and adds to all of dW, for each 128 rows.
+Forward computes them as everything else is: an entry is that of the logits to the last bit. dn and
+dp are known in backward only, where z is computed a second time: four products instead of three. A
+tile is a band of rows by some of the classes. These products are of thousands of rows, and an entry
+of dW is written once for a band, where a chunk of few rows by all classes adds to all of dW.
 """
 
 from __future__ import annotations
@@ -28,127 +28,137 @@ from torch.nn import functional
 from surgery.compat.autograd import first_order_only
 from surgery.kernels.autocast import Cast
 from surgery.kernels.fused import launch, shared
-from surgery.kernels.loss import gradient_of, slopes, statistics
+from surgery.kernels.loss import gradient_of, normalizer, slopes
 from surgery.kernels.plan import plan_of
-from surgery.logits.expression import Head
+from surgery.logits.evaluate import Program, announcing, program_of
+from surgery.logits.expression import Expression, Head, Op
 from surgery.logits.sums import add_product
 from surgery.weights.matrices import wide
 
 _BAND = 4096  # rows: products of more are no faster
 
 
-def log_probabilities(head: Head, body: GraphModule, classes: Tensor | None) -> Tensor:
-    """Return log softmax(l)[classes] (rows, k) of l = body(h W^T + b), in float32 at least.
+def each_row_in_tiles(
+    root: Op, inner: Expression, body: GraphModule, places: Tensor, used: Tensor | None = None
+) -> Tensor:
+    """Return what an expression of many rows comes to: of logits `inner`, which are body(z) of one
+    head, log softmax(inner)[places] (rows, k), or log sum exp where k = 0.
 
-    classes (rows, k). None: log sum exp l (rows, 1).
+    places (rows, k). used (rows,): the expression is a loss, n - p, and 0 in all other rows.
     """
-    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
-    places = hidden.new_zeros((len(hidden), 0), dtype=torch.long) if classes is None else classes
-    if plan_of(places.device).whole:  # a class that is none is an error here: a tile cannot tell
-        head.weight.detach()[:, 0].gather(0, places.flatten())
-    how = _How(body=shared(body), dtype=head.dtype or hidden.dtype, tokens=head.tokens)
-    normalizer, picked = _Tiled.apply(how, hidden, head.weight, head.bias, places)
-    return normalizer if classes is None else picked - normalizer
+    with_normalizer = Op(name="with_normalizer", function=_with_normalizer, args=(root, inner),
+                         kwargs={}, cast=root.cast)  # fmt: skip
+    program = program_of(with_normalizer, len(places))
+    how = _How(program=program.alone(), body=shared(body))
+    value, _ = _InTiles.apply(how, places, used, *program.tensors)
+    return announcing(value, root)
 
 
-def entries(head: Head, body: GraphModule, classes: Tensor) -> Tensor:
-    """Return one entry l[class] of each row of l = body(h W^T + b), (rows, 1): a product with one
-    row of W. classes (rows, 1)."""
-    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
-    places, dtype = classes.squeeze(1), head.dtype or hidden.dtype
-    with Cast(hidden.device.type, None).again():
-        own = functional.embedding(places, head.weight).to(dtype)
-        z = torch.bmm(hidden.to(dtype)[:, None, :], own[:, :, None]).squeeze(2)
-        z = z if head.bias is None else z + head.bias[places].to(dtype)[:, None]
-        return body.forward(z)
+def _with_normalizer(value: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a value beside log sum exp of its logits (rows, 1), in float32 at least."""
+    sizes = plan_of(logits.device)
+    # As many rows at a time as stay in the cache: it takes three copies of them.
+    rows = len(logits) if sizes.whole else max(1, sizes.tile // (4 * logits.shape[-1]))
+    parts = [launch(normalizer, part, static=True) for part in logits.split(max(1, rows))]
+    return value, torch.cat(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _How:
-    """dtype: of the products. tokens: whose logits a tile is as large as; None: by the device."""
-
+    program: Program
     body: GraphModule
-    dtype: torch.dtype
-    tokens: int | None
+
+    @property
+    def head(self) -> tuple[Head, slice]:
+        """The only head, and where its tensors stand among all."""
+        ((head, where),) = [each for each in self.program.leaves if isinstance(each[0], Head)]
+        return head, where  # pyright: ignore[reportReturnType]
 
     def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, list[slice]]]:
         """Return bands of rows, and the tiles of each by their classes."""
-        classes = len(weight)
-        entries = self.tokens * classes if self.tokens else plan_of(weight.device).tile // 4
+        asked, classes = self.head[0].tokens, len(weight)
+        entries = asked * classes if asked else plan_of(weight.device).tile // 4
         for start in range(0, max(1, len(hidden)), _BAND):  # of no rows: one that is empty
             band = slice(start, min(start + _BAND, len(hidden)))
             width = max(1, entries // max(1, band.stop - start))
             yield band, [slice(c, min(c + width, classes)) for c in range(0, classes, width)]
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(hidden, weight, None if bias is None else bias.to(self.dtype))
 
-
-class _Tiled(torch.autograd.Function):
-    """n (rows, 1) and p (rows, k), in float32 at least."""
+class _InTiles(torch.autograd.Function):
+    """What an expression comes to, and the normalizers."""
 
     @staticmethod
     def forward(
-        ctx: Any, how: _How, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor
+        ctx: Any, how: _How, places: Tensor, used: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.how = how
-        normalizer = torch.empty((len(hidden), 1), dtype=wide(hidden), device=hidden.device)
-        picked = torch.zeros(places.shape, dtype=wide(hidden), device=hidden.device)
-        with Cast(hidden.device.type, None).again():
-            for band, tiles in how.tiles(hidden, weight):
-                h, totals = hidden[band].to(how.dtype), []
-                for tile in tiles:
-                    z = how.logits(h, weight[tile].to(how.dtype), _part(bias, tile))
-                    given = (z, places[band] - tile.start, how.body)
-                    total, entries = launch(statistics, *given, static=True)
-                    totals.append(total)
-                    picked[band] += entries
-                    del z
-                # All at once: added one by one, they would be rounded as often as there are tiles.
-                normalizer[band] = torch.cat(totals, 1).logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(hidden, weight, bias, places, normalizer)
-        return normalizer, picked
+        ctx.how, program = how, how.program
+        ready, none = program.ready(tensors), [False] * len(tensors)
+        found = [program.chunk(ready, part, none)[0] for part in program.parts()]
+        value, total = (torch.cat(each) for each in zip(*found, strict=True))
+        ctx.save_for_backward(*tensors[how.head[1]], places, used, total)
+        ctx.mark_non_differentiable(total)
+        ctx.count = len(tensors)
+        return value, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("chunked_loss")
-        hidden, weight, bias, places, normalizer = ctx.saved_tensors
-        d_normalizer, d_picked = grads
-        how, needs = ctx.how, ctx.needs_input_grad[1:4]
-        pull = gradient_of(how.body)
-        assert pull is not None
-        d_hidden = torch.empty_like(hidden) if needs[0] else None
-        one = len(hidden) <= _BAND
-        summed = weight.dtype if one else wide(weight)
-        d_weight = torch.empty_like(weight, dtype=summed) if needs[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide(bias)) if needs[2] else None
-        with Cast(hidden.device.type, None).again():
-            for band, tiles in how.tiles(hidden, weight):
-                h = hidden[band].to(how.dtype)
-                d_h = torch.zeros_like(h, dtype=wide(h))
-                for tile in tiles:
-                    w = weight[tile].to(how.dtype)
-                    z = how.logits(h, w, _part(bias, tile))
-                    given = (normalizer[band], d_normalizer[band], places[band] - tile.start)
-                    launch(slopes, z, *given, d_picked[band], how.body, pull, static=True)
-                    if d_hidden is not None:
-                        add_product(d_h, z, w)
-                    if d_weight is not None and band.start == 0:
-                        _place_product(d_weight[tile], z.t(), h)
-                    elif d_weight is not None:
-                        add_product(d_weight[tile], z.t(), h)
-                    if d_bias is not None:
-                        d_bias[tile] += z.sum(0)
-                    del z, w
+        how = ctx.how
+        hidden, weight, bias, places, used, total = ctx.saved_tensors
+        head, where = how.head
+        slope = grads[0].reshape(len(places), max(1, places.shape[1])).to(total.dtype)
+        if used is not None:
+            slope = torch.where(used[:, None], -slope, 0.0)
+        d_picked = slope if places.shape[1] else slope.new_zeros(places.shape)
+        d_total = -slope.sum(1, keepdim=True) if places.shape[1] else slope
+        needs = ctx.needs_input_grad[3:][where]
+        given = (hidden, weight, bias)
+        found = _gradients(how, head, given, needs, places, (total, d_total, d_picked))
+        result: list[Tensor | None] = [None] * ctx.count
+        result[where] = found
+        return None, None, None, *result
+
+
+def _gradients(
+    how: _How,
+    head: Head,
+    given: tuple[Tensor, Tensor, Tensor | None],
+    needs: tuple[bool, ...],
+    places: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+) -> list[Tensor | None]:
+    """Return the gradients of hidden states, weight and bias. rows: n, dn and dp."""
+    hidden, weight, bias = given
+    dtype, pull = head.dtype or hidden.dtype, gradient_of(how.body)
+    assert pull is not None
+    hidden = hidden.reshape(len(places), hidden.shape[-1])
+    d_hidden = torch.empty_like(hidden) if needs[0] else None
+    summed = weight.dtype if len(hidden) <= _BAND else wide(weight)
+    d_weight = torch.empty_like(weight, dtype=summed) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias is not None and needs[2] else None
+    with Cast(hidden.device.type, None).again():
+        for band, tiles in how.tiles(hidden, weight):
+            h, own = hidden[band].to(dtype), [each[band] for each in rows]
+            d_h = torch.zeros_like(h, dtype=wide(h))
+            for tile in tiles:
+                w = weight[tile].to(dtype)
+                z = functional.linear(h, w, None if bias is None else bias[tile].to(dtype))
+                at = places[band] - tile.start
+                launch(slopes, z, own[0], own[1], at, own[2], how.body, pull, static=True)
                 if d_hidden is not None:
-                    d_hidden[band] = d_h
-        found = (d_hidden, d_weight, d_bias)
-        pairs = zip(found, (hidden, weight, bias), strict=True)
-        return None, *(None if g is None else g.to(t.dtype) for g, t in pairs), None
-
-
-def _part(bias: Tensor | None, tile: slice) -> Tensor | None:
-    return None if bias is None else bias[tile]
+                    add_product(d_h, z, w)
+                if d_weight is not None and band.start == 0:
+                    _place_product(d_weight[tile], z.t(), h)
+                elif d_weight is not None:
+                    add_product(d_weight[tile], z.t(), h)
+                if d_bias is not None:
+                    d_bias[tile] += z.sum(0)
+                del z, w
+            if d_hidden is not None:
+                d_hidden[band] = d_h
+    found = (None if d_hidden is None else d_hidden.view(given[0].shape), d_weight, d_bias)
+    pairs = zip(found, given, strict=True)
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in pairs]
 
 
 def _place_product(to: Tensor, a: Tensor, b: Tensor) -> None:
