@@ -92,7 +92,7 @@ class Chunking(Method):
         if not self.heads and not self.theirs:
             why = "; ".join(self.reasons) or "no cross entropy is computed in it"
             if self.options.outside:
-                why += ", and no logits wider than their hidden states leave it"
+                why += ", and no Linear's logits, wider than their hidden states, leave it"
             raise CaptureError(
                 f"chunked_loss has nothing to do in the forward of {self.model}: {why}. Let the "
                 "model compute the loss, model(**inputs, labels=labels).loss, or leave "

@@ -1051,6 +1051,14 @@ def test_canary_memory_that_was_given_back():
     assert tensors.is_given_back(t)
 
 
+def test_canary_hooks_of_fabric():
+    fabric = pytest.importorskip("lightning_fabric")
+    model = nn.Linear(2, 2)
+    wrapped, _ = fabric.Fabric(accelerator="cpu").setup(model, torch.optim.SGD(model.parameters()))
+    hooks = list(wrapped(torch.ones(1, 2))._backward_hooks.values())
+    assert hooks and all(map(fsdp.only_announces, hooks)), "look at _FabricModule.forward"
+
+
 def test_every_function_of_compat_has_a_canary():
     """By name: what no test here mentions has none."""
     here = Path(__file__).read_text()

@@ -124,7 +124,9 @@ def is_zero(parameter: Tensor) -> bool:
 
 
 def only_announces(hook: Any) -> bool:
-    """Whether a hook on a result is FSDP2's, which has weights gathered before a backward comes to
-    them and does not look at the gradient."""
+    """Whether a hook on a result does not look at the gradient: FSDP2's, which has weights gathered
+    before a backward comes to them, and Fabric's, which asks who has called backward."""
     owner = getattr(hook, "__self__", None)
-    return type(owner).__module__.startswith("torch.distributed.fsdp.")
+    if type(owner).__module__.startswith("torch.distributed.fsdp."):
+        return True
+    return getattr(getattr(hook, "func", None), "__module__", "") == "lightning_fabric.wrappers"

@@ -179,16 +179,18 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_stepped)
 
 
-def version_of(t: Tensor) -> tuple[int, int] | None:
-    """Return what is another one whenever a tensor was changed in place; None: nobody counts."""
+def version_of(t: Tensor) -> tuple[int, int, int] | None:
+    """Return what is another one whenever a tensor was changed in place, or got another memory;
+    None: nobody counts."""
     if t.is_inference():
         return None
+    place = address(t) if type(t) in (Tensor, Parameter) else 0
     if isinstance(t, Parameter) and t.requires_grad:
         _watch_optimizers()
         if t not in _STEPS:
             _STEPS[t] = 0
-        return t._version, _STEPS[t]
-    return t._version, 0
+        return t._version, _STEPS[t], place
+    return t._version, 0, place
 
 
 def adds_wider(t: Tensor) -> bool:

@@ -214,11 +214,11 @@ class _EachRow(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all rows and all that each comes to."""
+    """The sum over all rows and all that each comes to, over a number."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, *tensors: Tensor | None) -> Tensor:
-        ready, needs = program.ready(tensors), ctx.needs_input_grad[1:]
+    def forward(ctx: Any, program: Program, over: int, *tensors: Tensor | None) -> Tensor:
+        ready, needs = program.ready(tensors), ctx.needs_input_grad[2:]
         gathered = Gathered(program, tensors, ready, needs)
         total: Tensor | None = None
         for part in program.parts():
@@ -231,14 +231,15 @@ class _Total(torch.autograd.Function):
                 del value, inputs
                 gathered.add(part, places, slopes)
         assert total is not None
+        ctx.over = over
         ctx.save_for_backward(*gathered.all())
-        return total.to(dtype)
+        return (total / over).to(dtype)  # in this order: a sum is too large for float16
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("chunked_loss")
         (scale,) = grads
-        return None, *scaled(ctx.saved_tensors, scale)
+        return None, None, *scaled(ctx.saved_tensors, scale.to(wide(scale)) / ctx.over)
 
 
 def each_row(root: Expression, rows: int) -> Tensor:
@@ -249,12 +250,18 @@ def each_row(root: Expression, rows: int) -> Tensor:
     return announcing(_EachRow.apply(program.alone(), *program.tensors), root)
 
 
-def total(root: Expression, rows: int) -> Tensor:
-    """Return the sum of all that an expression of that many rows comes to."""
-    if not torch.is_grad_enabled():
-        return without_gradients(root, rows).sum()
+def total(root: Expression, rows: int, over: int = 1) -> Tensor:
+    """Return the sum of all that an expression of that many rows comes to, over a number."""
     program = program_of(root, rows)
-    return announcing(_Total.apply(program.alone(), *program.tensors), root)
+    return announcing(_Total.apply(program.alone(), over, *program.tensors), root)
+
+
+def mean(root: Expression, rows: int, number: int) -> Tensor:
+    """Return a mean; of nothing, it is nan and has no gradient, as torch's."""
+    if number:
+        return total(root, rows, number)
+    summed = total(root, rows)
+    return summed.masked_fill(torch.ones_like(summed, dtype=torch.bool), torch.nan)
 
 
 def announcing(result: Tensor, root: Expression) -> Tensor:

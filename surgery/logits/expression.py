@@ -32,7 +32,7 @@ class Head:
     dtype: torch.dtype | None
     tokens: int | None = None
     before: list[Callable[[Tensor], Tensor | None]] = field(default_factory=list)
-    versions: tuple[tuple[int, int] | None, ...] = ()
+    versions: tuple[tuple[int, int, int] | None, ...] = ()
     trained: tuple[Tensor | None, ...] = ()  # the parameters, which optimizers know
 
     def __post_init__(self) -> None:
@@ -42,11 +42,16 @@ class Head:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.hidden, self.weight, self.bias
 
+    def on(self, hidden: Tensor) -> Head:
+        """Return the head on other hidden states, of now."""
+        versions = (version_of(hidden), *self.versions[1:])
+        return replace(self, hidden=hidden, versions=versions, trained=(None, *self.trained[1:]))
+
 
 @dataclass(frozen=True, eq=False)
 class _Operand:
     value: Tensor
-    versions: tuple[tuple[int, int] | None, ...] = ()
+    versions: tuple[tuple[int, int, int] | None, ...] = ()
 
     def __post_init__(self) -> None:
         _remember(self)
@@ -128,10 +133,7 @@ def over_rows(root: Expression, change: Callable[[Tensor], Tensor]) -> Expressio
     def changed(leaf: Leaf) -> Leaf:
         match leaf:
             case Head():
-                hidden = change(leaf.hidden)
-                versions = (version_of(hidden), *leaf.versions[1:])
-                trained = (None, *leaf.trained[1:])
-                return replace(leaf, hidden=hidden, versions=versions, trained=trained)
+                return leaf.on(change(leaf.hidden))
             case Rows():
                 return Rows(change(leaf.value))
             case Columns():

@@ -57,7 +57,7 @@ class Factored(Tensor):
     expression: of these rows. moved: the classes stand behind the first dimension, as torch's
     losses take them: (rows, V, *rows). family: how often they, or views of theirs, were changed in
     place. seen: how often of that they know. settled: the plain tensor that they have become. link:
-    what autograd's graph knows of the expression.
+    what autograd's graph knows of the expression. read: whether something was made of them.
     """
 
     expression: Expression
@@ -66,6 +66,7 @@ class Factored(Tensor):
     seen: int
     settled: Tensor | None
     link: list[Expression | None]
+    read: bool
 
     @classmethod
     def __torch_function__(
@@ -115,7 +116,15 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     if found and name in _HANDLERS and kwargs.get("out") is None:
         made = _HANDLERS[name](func, *spelt(name, args, kwargs))
         if made is not NotImplemented:
+            for t in found:
+                t.read = t.read or isinstance(made, Tensor | tuple)
             return made
+    if found and name in ("register_hook", "retain_grad") and found[0].read:
+        raise SurgeryError(
+            f"{name} of logits of which something was computed already: chunked_loss would leave "
+            "that out. Call it before anything is computed of them, or leave logits to the loop: "
+            "passes.ChunkedLoss(outside=False)."
+        )
     if found:
         _say(name, found[0])
         if changes(name) and isinstance(args[0], Factored):
@@ -160,8 +169,8 @@ def made(
 ) -> Factored:
     """Return an expression as a tensor (*rows, classes). view_of: what changes with it."""
     shape = (rows[0], classes, *rows[1:]) if moved else (*rows, classes)
-    if not torch.is_grad_enabled():
-        expression = detached(expression)
+    if not (torch.is_grad_enabled() and dtype.is_floating_point):
+        expression = detached(expression)  # of comparisons, whatever becomes of them
     tensors = [t for leaf in leaves_of(expression) for t in leaf.tensors if t is not None]
     link: list[Expression | None] = [expression]
     if torch.is_grad_enabled() and dtype.is_floating_point:
@@ -170,7 +179,7 @@ def made(
         found = wrapper(Factored, shape, dtype, tensors[0].device)
     found.expression, found.moved, found.settled, found.link = expression, moved, None, link
     found.family = [0] if view_of is None else view_of.family
-    found.seen = found.family[0]
+    found.seen, found.read = found.family[0], False
     return found
 
 

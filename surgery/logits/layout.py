@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -121,9 +120,8 @@ def _entries(t: Factored, places: tuple[Any, ...]) -> Any:
         return NotImplemented
     if not rows:
         return NotImplemented
-    classes = torch.where(classes < 0, classes + classes_of(t), classes)
     chosen = _laid(t, lambda own: own[tuple(rows)], view=False)
-    return picked(chosen, classes.unsqueeze(-1)).squeeze(-1)
+    return picked(chosen, classes.unsqueeze(-1), negative=True).squeeze(-1)
 
 
 def _row_dim(t: Factored, dim: Any) -> int | None:
@@ -189,7 +187,7 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     hidden = torch.cat([each.hidden for each in heads], place)
     t = tensors[0]
-    return made(replace(first, hidden=hidden), hidden.shape[:-1], classes_of(t), dtype_of(t))
+    return made(first.on(hidden), hidden.shape[:-1], classes_of(t), dtype_of(t))
 
 
 def _same_head(one: Head, other: Head) -> bool:

@@ -17,7 +17,7 @@ from surgery.kernels.plan import plan_of
 from surgery.logits.calls import name_of
 from surgery.logits.chains import chain, in_tiles, under_log_softmax
 from surgery.logits.cross_entropy import chunked_cross_entropy
-from surgery.logits.evaluate import announcing, each_row, total
+from surgery.logits.evaluate import announcing, each_row, mean, total
 from surgery.logits.expression import Columns, Expression, Head, Op, Rows, over_rows
 from surgery.logits.factored import (
     Factored,
@@ -28,7 +28,7 @@ from surgery.logits.factored import (
     made,
     rows_of,
 )
-from surgery.logits.reductions import check_classes, share
+from surgery.logits.reductions import check_classes
 from surgery.logits.sums import tokens_of
 from surgery.logits.written import operand, result_dtype, write
 
@@ -39,7 +39,9 @@ _BY_CLASS = ("input", "target", "weight", "size_average", "ignore_index", "reduc
 @handles("cross_entropy")
 def _cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = dict(zip((*_BY_CLASS, "label_smoothing"), args, strict=False)) | kwargs
-    smoothing = given.get("label_smoothing", 0.0)
+    smoothing = max(0.0, given.get("label_smoothing", 0.0))  # as torch takes less than 0
+    if smoothing > 1:
+        raise SurgeryError(f"cross_entropy: label_smoothing={smoothing} must be between 0 and 1.")
     return _by_class(given, functional.cross_entropy, {"label_smoothing": smoothing})
 
 
@@ -61,6 +63,13 @@ def _by_class(given: dict[str, Any], loss: Any, how: dict[str, Any]) -> Any:
         if not rows:
             return NotImplemented
         return _by_probabilities(t, target, weight, reduction, how)
+    if target.dtype == torch.uint8:
+        target = target.long()
+    if target.dtype != torch.int64:
+        raise SurgeryError(
+            f"{loss.__name__}: the targets are {target.dtype}, and must be torch.int64: "
+            "labels.long()."
+        )
     if tuple(target.shape) != rows:
         raise SurgeryError(
             f"{loss.__name__}: the targets have the shape {tuple(target.shape)}, but the logits "
@@ -147,8 +156,7 @@ def _by_probabilities(
     op = _per_row(functional.cross_entropy, values, weight, cast, how)
     if reduction == "none":
         return each_row(op, count).reshape(rows)
-    summed = total(op, count)
-    return summed if reduction == "sum" else share(summed, count)
+    return total(op, count) if reduction == "sum" else mean(op, count, count)
 
 
 def _read(target: Tensor, ignored: int) -> Tensor | None:
@@ -198,9 +206,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return NotImplemented
     if reduction == "none":
         return made(op, rows_of(t), classes_of(t), result_dtype(op, values, how))
-    summed = total(op, count_of(t))
-    if reduction == "mean":
-        return share(summed, count_of(t) * classes_of(t))
-    if reduction == "batchmean":
-        return share(summed, bare(t)[0])
-    return summed if reduction == "sum" else NotImplemented
+    if reduction == "sum":
+        return total(op, count_of(t))
+    number = {"mean": count_of(t) * classes_of(t), "batchmean": bare(t)[0]}.get(reduction)
+    return NotImplemented if number is None else mean(op, count_of(t), number)

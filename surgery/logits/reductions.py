@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 from surgery.kernels.plan import plan_of
 from surgery.logits.calls import name_of
 from surgery.logits.chains import in_tiles, under_log_softmax
-from surgery.logits.evaluate import each_row, total, without_gradients
+from surgery.logits.evaluate import each_row, mean, total, without_gradients
 from surgery.logits.expression import Rows
 from surgery.logits.factored import (
     Factored,
@@ -73,7 +73,7 @@ def _all(name: str, t: Factored) -> Any:
     if name == "sum":
         return total(current(t), count_of(t))
     if name == "mean":
-        return share(total(current(t), count_of(t)), count_of(t) * classes_of(t))
+        return mean(current(t), count_of(t), count_of(t) * classes_of(t))
     if name in ("amax", "amin"):
         own = getattr(torch, name)
         return own(each_row(write(t, own, (t, -1)), count_of(t)))
@@ -140,19 +140,22 @@ def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if index.ndim != len(bare(t)) or tuple(index.shape[:-1]) != rows_of(t):
         return NotImplemented
-    return picked(t, index)
+    return picked(t, index, negative=name_of(func) == "take_along_dim")
 
 
-def share(summed: Tensor, number: int) -> Tensor:
-    """Return a mean; of nothing, it is nan and has no gradient, as torch's."""
-    if number:
-        return summed / number
-    return summed.masked_fill(torch.ones_like(summed, dtype=torch.bool), torch.nan)
-
-
-def picked(t: Factored, index: Tensor) -> Tensor:
-    """Return the entries of some classes, index (*rows, k)."""
-    check_classes(index, classes_of(t), None)
+def picked(t: Factored, index: Tensor, negative: bool = False) -> Tensor:
+    """Return the entries of some classes, index (*rows, k). negative: may count from the end."""
+    classes = classes_of(t)
+    least = -classes if negative else 0
+    wrong = _wrong(index, least, classes, None)
+    if wrong is not None:
+        raise SurgeryError(
+            f"an index is {wrong}, but the logits have {classes} classes, {least} to "
+            f"{classes - 1}. Clamp what is masked, index.clamp(min=0), and mask its result; or "
+            "check the tokenizer: it may have tokens that the model's head lacks."
+        )
+    if negative:
+        index = torch.where(index < 0, index + classes, index)
     op = write(t, torch.gather, (t, -1))
     op = replace(op, args=(*op.args, Rows(index)))
     logits = under_log_softmax(current(t), (None, torch.float32))
@@ -160,17 +163,22 @@ def picked(t: Factored, index: Tensor) -> Tensor:
     return (_with_gradients(op, t) if found is None else found).reshape(index.shape)
 
 
-def check_classes(target: Tensor, classes: int, ignored: int | None) -> None:
-    """Raise SurgeryError for targets that are no classes; on an accelerator, its kernels do, and
-    nobody waits."""
-    if plan_of(target.device).whole or is_fake(target) or is_playing() or not target.numel():
-        return
-    wrong = (target < 0) | (target >= classes)
-    if ignored is not None:
-        wrong &= target != ignored
-    if bool(wrong.any()):
+def check_classes(target: Tensor, classes: int, ignored: int) -> None:
+    """Raise SurgeryError for targets that are no classes."""
+    wrong = _wrong(target, 0, classes, ignored)
+    if wrong is not None:
         raise SurgeryError(
-            f"a target is {int(target[wrong][0])}, but the logits have {classes} classes, 0 to "
+            f"a target is {wrong}, but the logits have {classes} classes, 0 to "
             f"{classes - 1}. Mask rows without a target with the loss's ignore_index (-100), or "
             "check the tokenizer: it may have tokens that the model's head lacks."
         )
+
+
+def _wrong(index: Tensor, least: int, classes: int, ignored: int | None) -> int | None:
+    """Return a class that is none; on an accelerator None: its kernels raise, and nobody waits."""
+    if plan_of(index.device).whole or is_fake(index) or is_playing() or not index.numel():
+        return None
+    wrong = (index < least) | (index >= classes)
+    if ignored is not None:
+        wrong &= index != ignored
+    return int(index[wrong][0]) if bool(wrong.any()) else None

@@ -151,6 +151,13 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     t, *where = args
     dtype, name = None, name_of(func)
+    if name == "type":
+        if not (where or kwargs):
+            with plainly():
+                return torch.empty(0, dtype=t.dtype, device=t.device).type()
+        if isinstance(where[0], str | type):
+            like: Any = where[0]
+            where = [torch.empty(0).type(like)]
     for value in (*where, *kwargs.values()):
         if isinstance(value, torch.dtype):
             dtype = value
