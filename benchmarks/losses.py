@@ -162,10 +162,10 @@ def settings(timed: bool) -> Iterator[tuple[str, str, Case]]:
     """Return what is measured: its key, the loss and what it is computed of."""
     for (vocabulary, width), dtype, frozen in SETTINGS[: 3 if timed else None]:
         for name in LOSSES:
-            # A pair is two sums of log-probabilities. Gemma's logits, those of a teacher and all
-            # that eager makes of both are 21 GB.
+            # A pair is two sums of log-probabilities; a student is trained; and what eager makes of
+            # Gemma's logits and those of a teacher is 21 GB.
             twice = name == "DPO pair" and (dtype, frozen) != ("float32", False)
-            if twice or (name == "KL distillation" and vocabulary > 200_000):
+            if twice or (name == "KL distillation" and (frozen or vocabulary > 200_000)):
                 continue
             key = f"{vocabulary} x {width}, {dtype}{', frozen head' * frozen} | {name}"
             tokens = TIMED_TOKENS if timed else PEAK_TOKENS
