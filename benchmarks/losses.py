@@ -111,6 +111,7 @@ LOSSES = {
     "DPO pair": dpo,
     "KL distillation": distillation,
 }
+LARGE = ("cross entropy", "per-token log-probabilities")  # of the larger heads, too
 HEADS: dict[str, Head] = {"eager": functional.linear, "chunked_loss": factored}
 
 
@@ -144,6 +145,8 @@ def ways(name: str, c: Case, timed: bool) -> dict[str, Callable[[Case], Tensor]]
             found["linear_cross_entropy"] = in_torch
         if not c.weight.requires_grad:
             found["chunked_loss, tokens=32"] = partial(cross_entropy, partial(factored, tokens=32))
+    if (vocabulary, width) != SIZES[0]:
+        return found
     if name == "per-token log-probabilities":
         found["TRL"] = partial(log_probabilities, functional.linear, per_token=per_token_of_trl)
     if name == "DPO pair":
@@ -162,10 +165,11 @@ def settings(timed: bool) -> Iterator[tuple[str, str, Case]]:
     """Return what is measured: its key, the loss and what it is computed of."""
     for (vocabulary, width), dtype, frozen in SETTINGS[: 3 if timed else None]:
         for name in LOSSES:
-            # A pair is two sums of log-probabilities; a student is trained; and what eager makes of
-            # Gemma's logits and those of a teacher is 21 GB.
+            # A pair is two sums of log-probabilities, and a student is trained.
             twice = name == "DPO pair" and (dtype, frozen) != ("float32", False)
-            if twice or (name == "KL distillation" and (frozen or vocabulary > 200_000)):
+            if twice or (name == "KL distillation" and frozen):
+                continue
+            if (vocabulary, width) != SIZES[0] and name not in LARGE:
                 continue
             key = f"{vocabulary} x {width}, {dtype}{', frozen head' * frozen} | {name}"
             tokens = TIMED_TOKENS if timed else PEAK_TOKENS

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from surgery.passkit import (
     CaptureError,
+    Inner,
     Method,
     Saved,
     check_types,
@@ -28,6 +29,7 @@ from surgery.passkit import (
     cut_head,
     demand,
     find_heads,
+    inner_of,
     register,
 )
 
@@ -59,13 +61,15 @@ class ChunkedLoss:
     def start(self, model: nn.Module) -> Chunking:
         """Return the state of the pass on a model; changes nothing."""
         own = type(model).__name__
-        return Chunking(options=self, model=own, theirs=chunks_its_head(model))
+        theirs = chunks_its_head(model)
+        return Chunking(options=self, model=own, theirs=theirs, inner=inner_of(model))
 
 
 @dataclass(eq=False, kw_only=True)
 class Chunking(Method):
     options: ChunkedLoss
     model: str
+    inner: Inner  # of the model's blocks
     name: str = "chunked_loss"
     compiles = True
     theirs: str | None = None  # who computes the head in chunks already
@@ -75,7 +79,7 @@ class Chunking(Method):
 
     def rewrite(self, graph: GraphModule, inputs: Sequence[Any], saved: Saved) -> None:
         own = self.options
-        found, reasons = find_heads(graph, own.outside)
+        found, reasons = find_heads(graph, own.outside, self.inner)
         for logits in found:
             leave = "factored" if own.outside else "none"
             if own.keep_logits and logits.losses:

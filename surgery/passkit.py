@@ -53,8 +53,10 @@ from surgery.graph.saved import Saved as Saved
 from surgery.graph.simplify import copied as copied
 from surgery.kernels import directions as directions
 from surgery.kernels.noisy import noisy as noisy
+from surgery.logits.heads import Inner as Inner
 from surgery.logits.heads import cut_head as cut_head
 from surgery.logits.heads import find_heads as find_heads
+from surgery.logits.heads import inner_of as inner_of
 from surgery.ranks import add_up as add_up
 from surgery.ranks import rank_of_world as rank_of_world
 from surgery.sampling.budget import BudgetSampler as BudgetSampler

@@ -178,6 +178,51 @@ def test_adapters_on_the_head(dora):
     assert any("lm_head" in n and p.grad is not None for n, p in ours.named_parameters())
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.filterwarnings("error:chunked_loss")  # nothing is made whole
+def test_adapters_inside_of_blocks_are_no_heads(dora):
+    """Dynamo cuts a forward with DoRA to pieces, which wide layers leave."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    torch.manual_seed(0)
+    eager = peft.get_peft_model(make("llama"), config)
+    ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=5)
+    inputs = inputs_of("llama", padding="right")
+    losses = [model(**inputs).loss for model in (eager, ours)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    assert_same_gradients(eager, ours, 5e-6)
+    (method,) = ours.forward.surgery.decision.methods
+    assert (method.heads, method.losses) == (1, 1)
+
+
+def test_heads_in_a_list_are_heads():
+    """Several tokens at a time, as Medusa: each stands in a block of its own."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, WIDTH)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH))])
+            own = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)) for _ in "abc"]
+            self.heads = nn.ModuleList(own)
+
+        def forward(self, ids: Tensor) -> list[Tensor]:
+            h = self.layers[0](self.embed(ids))
+            return [head(h) for head in self.heads]
+
+    torch.manual_seed(0)
+    eager = Several()
+    ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=5)
+    ids = torch.arange(12).view(2, 6)
+    for model in (eager, ours):
+        logits = model(ids)
+        assert all(isinstance(z, Factored) == (model is ours) for z in logits)
+        sum(F.cross_entropy(flat(z), ids.view(-1)) for z in logits).backward()
+    assert_same_gradients(eager, ours)
+
+
 def test_what_follows_the_surgery_in_the_model_gets_plain_tensors():
     """Where Dynamo cuts a forward behind the head, the rest of it runs on logits all the same."""
 

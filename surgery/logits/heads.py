@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from surgery.activations.regions import Region, escaping, inputs, own_graph, replace, scopes
 from surgery.compat.tensors import bare, is_wrapper
 from surgery.graph.lowering import Body, lowers
-from surgery.graph.reading import name_of, operands, value_of
+from surgery.graph.reading import module_of, name_of, operands, value_of
 from surgery.logits.evaluate import without_gradients
 from surgery.logits.factored import count_of, current, factored, is_factored, whole
 from surgery.logits.written import POINTWISE
+from surgery.weights.targets import blocks
 
 _WIDE = POINTWISE | {
     *("to", "type", "contiguous", "clone", "log_softmax", "softmax", "getitem"),
@@ -48,7 +49,28 @@ class Logits:
         return sum(name_of(end) in _LOSSES for end in self.ends)
 
 
-def find_heads(graph: GraphModule, outside: bool) -> tuple[list[Logits], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """What is inside of a model's blocks, whose results may leave a piece of a forward that Dynamo
+    has cut, and no model. prefixes: of modules. vocabularies: of its embeddings."""
+
+    prefixes: tuple[str, ...]
+    vocabularies: frozenset[int]
+
+    def holds(self, linear: Node) -> bool:
+        """Whether a Linear inside of a block has not as many results as there are tokens."""
+        classes = value_of(linear).shape[-1]
+        return classes not in self.vocabularies and module_of(linear).startswith(self.prefixes)
+
+
+def inner_of(model: nn.Module) -> Inner:
+    """Return what is inside of the blocks of a model."""
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    prefixes = tuple(f"{name}." for name in blocks(model))
+    return Inner(prefixes=prefixes, vocabularies=frozenset(sizes))
+
+
+def find_heads(graph: GraphModule, outside: bool, inner: Inner) -> tuple[list[Logits], list[str]]:
     """Return the heads of a graph, and the reasons why other Linears before a loss are not heads.
 
     outside: whether logits that leave the graph count, if they are wider than their inputs.
@@ -68,14 +90,18 @@ def find_heads(graph: GraphModule, outside: bool) -> tuple[list[Logits], list[st
             logits.ends |= other.ends
             logits.leaves |= other.leaves
         found.append(logits)
-    return [each for each in found if _is_worth(each, outside)], reasons
+    return [each for each in found if _is_worth(each, outside, inner)], reasons
 
 
-def _is_worth(logits: Logits, outside: bool) -> bool:
-    wider = any(
+def _is_worth(logits: Logits, outside: bool, inner: Inner) -> bool:
+    # All of them: LoRA's up-projection alone makes much of little, inside of a block as well.
+    wider = all(
         (value_of(head).shape[-1] > value_of(operands(head)[0]).shape[-1]) for head in logits.heads
     )
-    return bool(logits.losses) or (wider and bool(logits.ends or (outside and logits.leaves)))
+    if logits.losses:
+        return True
+    read = bool(logits.ends or (outside and logits.leaves))
+    return wider and read and not any(map(inner.holds, logits.heads))
 
 
 def _follow(linear: Node) -> Logits | str:
