@@ -159,6 +159,18 @@ def test_models_of_other_kinds(name):
     assert_same_gradients(eager, ours)
 
 
+def in_chunks_as(eager: nn.Module) -> nn.Module:
+    """Return a model in chunks whose loss and gradients are those of a Llama."""
+    ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=5)
+    inputs = inputs_of("llama", padding="right")
+    losses = [model(**inputs).loss for model in (eager, ours)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    assert_same_gradients(eager, ours, 5e-6)
+    return ours
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_adapters_on_the_head(dora):
     peft = pytest.importorskip("peft")
@@ -168,13 +180,7 @@ def test_adapters_on_the_head(dora):
     for name, p in eager.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
-    ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=5)
-    inputs = inputs_of("llama", padding="right")
-    losses = [model(**inputs).loss for model in (eager, ours)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    assert_same_gradients(eager, ours, 5e-6)
+    ours = in_chunks_as(eager)
     assert any("lm_head" in n and p.grad is not None for n, p in ours.named_parameters())
 
 
@@ -186,13 +192,7 @@ def test_adapters_inside_of_blocks_are_no_heads(dora):
     config = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
     torch.manual_seed(0)
     eager = peft.get_peft_model(make("llama"), config)
-    ours = surgery.apply(copy.deepcopy(eager), "chunked_loss", tokens=5)
-    inputs = inputs_of("llama", padding="right")
-    losses = [model(**inputs).loss for model in (eager, ours)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    assert_same_gradients(eager, ours, 5e-6)
+    ours = in_chunks_as(eager)
     (method,) = ours.forward.surgery.decision.methods
     assert (method.heads, method.losses) == (1, 1)
 

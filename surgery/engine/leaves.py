@@ -11,8 +11,8 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from surgery.compat.fsdp import own_class
 from surgery.weights.shards import is_cut_block
 from surgery.weights.sites import site_of
 
@@ -49,8 +49,7 @@ def outside_of_blocks(model: nn.Module, trained: bool = True) -> list[nn.Module]
 
 def can_be_leaf(module: nn.Module) -> bool:
     """Whether a module is one of torch's own with nothing else in the place of its forward."""
-    own = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-    return own.__module__.startswith("torch.nn.") and "forward" not in module.__dict__
+    return own_class(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
 
 
 def put_leaves(

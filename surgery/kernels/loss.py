@@ -26,7 +26,7 @@ def cross_entropy(
     """
     logits = body(z)
     # The sums are in float32 at least, as those of torch.log_softmax are.
-    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    full = _full(logits)
     log_p = full - full.logsumexp(-1, keepdim=True)
     picked = log_p.gather(1, places).to(logits.dtype)
     spread = log_p.sum(-1).to(logits.dtype) if smoothing else None
@@ -39,10 +39,13 @@ def cross_entropy(
     return picked, spread
 
 
+def _full(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def normalizer(logits: Tensor) -> Tensor:
     """Return log sum exp of logits (n, V), in float32 at least: (n, 1)."""
-    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return full.logsumexp(-1, keepdim=True)
+    return _full(logits).logsumexp(-1, keepdim=True)
 
 
 def slopes(
@@ -61,7 +64,7 @@ def slopes(
     `gradient_of(body)`.
     """
     logits = body(z)
-    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    full = _full(logits)
     # In place: `pull` begins at z, and where that is what is overwritten, has nothing to do.
     slope = full.sub_(total).exp_().mul_(d_total)
     if torch.compiler.is_compiling():

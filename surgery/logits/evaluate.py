@@ -26,6 +26,7 @@ from surgery.logits.expression import (
     Leaf,
     Rows,
     cast_to,
+    detached,
     hollow,
     leaves_of,
     logits,
@@ -252,7 +253,8 @@ def each_row(root: Expression, rows: int) -> Tensor:
 
 def total(root: Expression, rows: int, over: int = 1) -> Tensor:
     """Return the sum of all that an expression of that many rows comes to, over a number."""
-    program = program_of(root, rows)
+    # What was written down with gradients may be asked for without: none are computed then.
+    program = program_of(root if torch.is_grad_enabled() else detached(root), rows)
     return announcing(_Total.apply(program.alone(), over, *program.tensors), root)
 
 

@@ -74,9 +74,8 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     elif plan_of(a.device).whole and adds_wider(a):
         torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
-        for band in bands(
-            to.shape[0], to.shape[1], _BAND
-        ):  # or the product would be as large as the sum
+        # By bands, or the product would be as large as the sum.
+        for band in bands(to.shape[0], to.shape[1], _BAND):
             to[band] += a[band] @ b
 
 
